@@ -1,0 +1,2 @@
+from . import ops
+from .packing import is_packed

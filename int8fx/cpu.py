@@ -1,0 +1,132 @@
+"""CPU kernels of the int8fx ops, made of torch's own operators."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .quantize import INT8_MAX, compute_dtype, dequantize, outlier_mask
+from .quantize import quantize_rowwise as _quantize_rowwise
+
+_EXACT_K = 2**24 // INT8_MAX**2  # integers up to 2**24 are exact in float32: 1040 products
+_BLOCK = 1 << 20  # weight codes widened to float32 at a time: 4 MiB
+
+
+@cache
+def has_fast_int_mm() -> bool:
+    """Whether ``aten::_int_mm`` runs on int8 dot-product instructions here, and sums without saturating.
+
+    Without AVX512-VNNI it is a scalar loop (29x slower than float32 on an AMD EPYC 7003, torch 2.13), and
+    oneDNN's int8 kernels for AVX2 saturate 16-bit partial sums.
+    """
+    if not torch.cpu.get_capabilities().get("avx512_vnni", False):
+        return False
+    full = torch.full((32, 64), INT8_MAX, dtype=torch.int8)
+    return bool((torch._int_mm(full, full.t()) == 64 * INT8_MAX**2).all())
+
+
+def int8_matmul(codes: Tensor, weight: Tensor) -> Tensor:
+    """``codes[M, K] @ weight[N, K].T`` of int8 codes as float32 ``[M, N]``.
+
+    With VNNI or AMX: ``aten::_int_mm``, int32 sums. Without: the integers are multiplied by the float32
+    GEMM in slices of 1040 columns, in which every partial sum is an integer below 2**24 and so exact; the
+    slices' sums are added in float32, as an int32 sum is rounded to float32 anyway.
+    """
+    if has_fast_int_mm():
+        return torch._int_mm(codes, weight.t()).float()
+    M, K = codes.shape
+    N = weight.shape[0]
+    y = torch.empty(M, N)
+    x = codes.float()
+    step = max(1, _BLOCK // max(K, 1))
+    for n in range(0, N, step):
+        block = weight[n : n + step].float()
+        out = y[:, n : n + step] if step < N else y
+        torch.mm(x[:, :_EXACT_K], block[:, :_EXACT_K].t(), out=out)
+        for k in range(_EXACT_K, K, _EXACT_K):
+            out.addmm_(x[:, k : k + _EXACT_K], block[:, k : k + _EXACT_K].t())
+    return y
+
+
+def quantize_rowwise(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.reshape(-1, x.shape[-1])
+    mask = outlier_mask(x, threshold)
+    codes, x_scale = _quantize_rowwise(x, mask if mask.any() else None)
+    return codes, x_scale, mask
+
+
+def linear_quantized(
+    x: Tensor,
+    codes: Tensor,
+    x_scale: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    other: Tensor | None = None,
+    binary: str = "none",
+) -> Tensor:
+    ct = compute_dtype(x.dtype)
+    N, K = weight.shape
+    weight_scale = weight_scale.to(ct)
+    y = int8_matmul(codes, weight).to(ct)
+    y.mul_(x_scale[:, None]).mul_(weight_scale)
+    columns = mask.nonzero().squeeze(-1)
+    if columns.numel():
+        kept = x.reshape(-1, K).index_select(1, columns).to(ct)
+        for n in range(0, N, step := max(1, _BLOCK // columns.numel())):
+            rows = slice(n, n + step)
+            kept_weight = dequantize(weight[rows].index_select(1, columns), weight_scale[rows], ct)
+            y[:, rows].addmm_(kept, kept_weight.t())
+    if bias is not None:
+        y.add_(bias)
+    if activation != "none":
+        y = _ACTIVATIONS[activation](y)
+    y = y.view(*x.shape[:-1], N)
+    if other is not None:
+        y = y.add_(other) if binary == "add" else y.mul_(other)
+    return y.to(x.dtype)
+
+
+_ACTIVATIONS = {
+    "relu": torch.relu_,
+    "silu": lambda y: F.silu(y, inplace=True),
+    "gelu": torch.ops.aten.gelu_,
+    "gelu_tanh": lambda y: torch.ops.aten.gelu_(y, approximate="tanh"),
+}
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    activation: str = "none",
+    other: Tensor | None = None,
+    binary: str = "none",
+) -> Tensor:
+    if weight.dim() == 2:
+        quantized = quantize_rowwise(x, threshold)
+        return linear_quantized(x, *quantized, weight, weight_scale, bias, activation, other, binary)
+    y = x.new_empty(*x.shape[:-1], weight.shape[-2])
+    for e in range(weight.shape[0]):
+        x_e, weight_e, scale_e, bias_e, other_e = (t if t is None else t[e] for t in (x, weight, weight_scale, bias, other))
+        y[e] = linear(x_e, weight_e, scale_e, bias_e, threshold, activation, other_e, binary)
+    return y
+
+
+def grouped_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, offsets: Tensor, threshold: float
+) -> Tensor:
+    y = x.new_zeros(x.shape[0], weight.shape[-2])
+    begin = 0
+    for e, end in enumerate(offsets.tolist()):
+        if end > begin:
+            y[begin:end] = linear(x[begin:end], weight[e], weight_scale[e], None if bias is None else bias[e], threshold)
+        begin = end
+    return y

@@ -1,0 +1,150 @@
+"""Folds what follows a product into its epilogue: bias, activation, residual add, gate.
+
+Before::
+
+    g = int8fx.linear(x, wg, sg, None, 6.0)
+    u = int8fx.linear(x, wu, su, None, 6.0)
+    h = aten.mul(silu(g), u)                    # silu, gelu, gelu_tanh as their decompositions
+    d = int8fx.linear(h, wd, sd, None, 6.0)
+    y = aten.add(residual, aten.add(d, bias))
+
+After::
+
+    g = int8fx.linear(x, wg, sg, None, 6.0, "silu")
+    h = int8fx.linear(x, wu, su, None, 6.0, "none", g, "mul")
+    y = int8fx.linear(h, wd, sd, bias, 6.0, "none", residual, "add")
+
+Only where the product has no other use, and nothing broadcasts or changes dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+from .products import call, erase_dead
+from .verify import verify
+
+aten = torch.ops.aten
+_CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
+_LINEAR, _QUANTIZED = "linear", "linear_quantized"
+
+
+def fold(graph: Graph) -> int:
+    """Rewrites ``graph`` in place; returns how many operations it folded."""
+    ops = torch.ops.int8fx
+    positions = {ops.linear.default: (3, 5), ops.linear_quantized.default: (6, 7)}
+    count = 0
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in positions and "val" in node.meta:
+            bias_at, epilogue_at = positions[node.target]
+            while (step := _next(node, bias_at, epilogue_at)) is not None:
+                old, args = step
+                with graph.inserting_before(old):
+                    new = call(graph, node.target, *args)
+                verify(old, new)
+                old.replace_all_uses_with(new)
+                erase_dead(old)
+                node, count = new, count + 1
+    return count
+
+
+def _next(node: Node, bias_at: int, epilogue_at: int) -> tuple[Node, list] | None:
+    """The operation that can be folded into ``node`` next, and the arguments of the product that does both."""
+    args = [*node.args, *("none", None, "none")[len(node.args) - epilogue_at :]]
+    activation, other, _ = args[epilogue_at:]
+    if other is not None or not node.users:
+        return None
+    if activation == "none":
+        for name, pattern in _ACTIVATIONS.items():
+            root = _match_activation(node, pattern)
+            if root is not None:
+                args[epilogue_at] = name
+                return root, args
+    user = next(iter(node.users))
+    if len(node.users) != 1 or user.op != "call_function" or user.kwargs or len(user.args) != 2:
+        return None
+    operand = user.args[1] if user.args[0] is node else user.args[0]
+    if not isinstance(operand, Node) or operand is node or not isinstance(operand.meta.get("val"), torch.Tensor):
+        return None
+    y, val = node.meta["val"], operand.meta["val"]
+    if val.device != y.device or user.meta["val"].dtype != y.dtype:
+        return None
+    if user.target is aten.add.Tensor and activation == "none" and args[bias_at] is None:
+        weight = node.args[bias_at - 2].meta["val"]
+        if weight.dim() == 2 and tuple(val.shape) == (weight.shape[0],) and y.dim() > 1:
+            args[bias_at] = operand
+            return user, args
+    binary = {aten.add.Tensor: "add", aten.mul.Tensor: "mul"}.get(user.target)
+    if binary is None or tuple(map(str, val.shape)) != tuple(map(str, y.shape)):
+        return None
+    args[epilogue_at + 1 :] = [operand, binary]
+    return user, args
+
+
+# ---- activations, as AOTAutograd writes them ------------------------------------------------------------------------
+# A pattern is (target, operand, ...); Y is the product's result, numbers match numbers.
+
+Y = "y"
+_ERF = (aten.erf.default, (aten.mul.Tensor, Y, 0.7071067811865476))
+_CUBE = (aten.mul.Tensor, (aten.mul.Tensor, (aten.mul.Tensor, Y, Y), Y), 0.044715)
+_TANH = (aten.tanh.default, (aten.mul.Tensor, (aten.add.Tensor, Y, _CUBE), 0.7978845608028654))
+_HALF = (aten.mul.Tensor, Y, 0.5)
+_ACTIVATIONS = {
+    "relu": (aten.relu.default, Y),
+    "silu": (aten.div.Tensor, Y, (aten.add.Tensor, (aten.exp.default, (aten.neg.default, Y)), 1)),
+    "gelu": (aten.mul.Tensor, _HALF, (aten.add.Tensor, _ERF, 1)),
+    "gelu_tanh": (aten.mul.Tensor, _HALF, (aten.add.Tensor, _TANH, 1)),
+}
+
+
+def _match_activation(y: Node, pattern: tuple) -> Node | None:
+    """The node that computes ``pattern`` of ``y`` and, but for it, is all that ``y`` is used for."""
+    reached, frontier = {y}, [y]
+    depth = _depth(pattern) + 2  # and a cast to float32 and back
+    for _ in range(depth):
+        frontier = [u for n in frontier for u in n.users if u not in reached]
+        for root in frontier:
+            inner: set[Node] = set()
+            if _matches(root, pattern, y, inner):
+                inner.discard(root)
+                if all(user in inner or user is root for n in (y, *inner) for user in n.users):
+                    return _cast_back(root, y)
+        reached.update(frontier)
+    return None
+
+
+def _cast_back(root: Node, y: Node) -> Node | None:
+    if root.meta["val"].dtype == y.meta["val"].dtype:
+        return root
+    users = list(root.users)
+    back = len(users) == 1 and users[0].target in _CASTS and users[0].meta["val"].dtype == y.meta["val"].dtype
+    return users[0] if back else None
+
+
+def _depth(pattern: object) -> int:
+    return 1 + max(map(_depth, pattern[1:])) if isinstance(pattern, tuple) else 0
+
+
+def _matches(node: object, pattern: object, y: Node, inner: set[Node]) -> bool:
+    if isinstance(pattern, (int, float)):
+        return isinstance(node, (int, float)) and abs(node - pattern) <= 1e-9
+    if not isinstance(node, Node):
+        return False
+    if pattern is Y:
+        if node is y:
+            return True
+        if node.target in _CASTS and node.args[0] is y:
+            inner.add(node)
+            return True
+        return False
+    target, *operands = pattern
+    if node.target is not target or len(node.args) != len(operands) or node.kwargs:
+        return False
+    orders = [operands, operands[::-1]] if target in (aten.mul.Tensor, aten.add.Tensor) else [operands]
+    for order in orders:
+        found: set[Node] = {node}
+        if all(_matches(a, p, y, found) for a, p in zip(node.args, order, strict=True)):
+            inner |= found
+            return True
+    return False

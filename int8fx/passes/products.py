@@ -1,0 +1,505 @@
+"""Reads matrix products out of FX graphs: which node multiplies an activation by (a view of) which weight.
+
+One reader serves three callers: the `lower` pass (weights are ``int8fx::dequantize`` nodes), the conversion of
+graphs (weights are ``get_attr`` or placeholder nodes) and the question how a module uses its bare Parameters.
+It understands graphs of torch functions and methods (``torch.fx.symbolic_trace``) and of aten ops (``torch.export``,
+AOTAutograd), and looks at shapes of weights only: they are static.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+Shape = Sequence[int]
+
+# ---- the weight operand: back through views to its source -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A weight operand, ``[..]`` a view of ``source``.
+
+    dims: for each dimension of the operand the dimension of the (selected) source it is; None if it has size 1 or is
+        a broadcast.
+    sizes: the operand's shape; None where it is not known.
+    rank: of the source after the selections.
+    selections: ``(op, dim, *args)`` applied to the source: experts taken, rows split off; never along its last dimension.
+    """
+
+    source: Node
+    dims: tuple[int | None, ...]
+    sizes: tuple[int | None, ...]
+    rank: int
+    selections: tuple[tuple, ...] = ()
+
+
+def _identity(operand: Operand, *_: object) -> Operand:
+    return operand
+
+
+def _permute(operand: Operand, *order: int | Sequence[int]) -> Operand | None:
+    if len(order) == 1 and isinstance(order[0], (list, tuple)):
+        order = tuple(order[0])
+    n = len(operand.dims)
+    if sorted(o % n for o in order) != list(range(n)):
+        return None
+    return replace(
+        operand, dims=tuple(operand.dims[o] for o in order), sizes=tuple(operand.sizes[o] for o in order)
+    )
+
+
+def _transpose(operand: Operand, a: int = -2, b: int = -1) -> Operand | None:
+    order = list(range(len(operand.dims)))
+    if len(order) < 2:
+        return None
+    order[a], order[b] = order[b], order[a]
+    return _permute(operand, order)
+
+
+def _t(operand: Operand) -> Operand | None:
+    return _transpose(operand) if len(operand.dims) == 2 else None
+
+
+def _unsqueeze(operand: Operand, dim: int) -> Operand:
+    dim %= len(operand.dims) + 1
+    dims, sizes = list(operand.dims), list(operand.sizes)
+    dims.insert(dim, None)
+    sizes.insert(dim, 1)
+    return replace(operand, dims=tuple(dims), sizes=tuple(sizes))
+
+
+def _drop(operand: Operand, dim: int) -> Operand:
+    keep = [i for i in range(len(operand.dims)) if i != dim % len(operand.dims)]
+    return replace(operand, dims=tuple(operand.dims[i] for i in keep), sizes=tuple(operand.sizes[i] for i in keep))
+
+
+def _squeeze(operand: Operand, dim: int | None = None) -> Operand | None:
+    if dim is None or operand.sizes[dim] != 1:
+        return None
+    return _drop(operand, dim)
+
+
+def _view(operand: Operand, *shape: int | Sequence[int]) -> Operand | None:
+    """Only views that add or remove dimensions of size 1."""
+    if len(shape) == 1 and isinstance(shape[0], (list, tuple)):
+        shape = tuple(shape[0])
+    if not all(isinstance(s, int) for s in (*shape, *operand.sizes)):
+        return None
+    total = 1
+    for s in operand.sizes:
+        total *= s
+    known = 1
+    for s in shape:
+        known *= s if s != -1 else 1
+    shape = tuple(total // known if s == -1 and known else s for s in shape)
+    real = [(d, s) for d, s in zip(operand.dims, operand.sizes, strict=True) if s != 1]
+    if [s for s in shape if s != 1] != [s for _, s in real]:
+        return None
+    rest = iter(real)
+    return replace(operand, dims=tuple(next(rest)[0] if s != 1 else None for s in shape), sizes=shape)
+
+
+def _expand(operand: Operand, *shape: int | Node | Sequence) -> Operand | None:
+    if len(shape) == 1 and isinstance(shape[0], (list, tuple)):
+        shape = tuple(shape[0])
+    new = len(shape) - len(operand.dims)
+    dims, sizes = [None] * new + list(operand.dims), [1] * new + list(operand.sizes)
+    for i, s in enumerate(shape):
+        kept = isinstance(s, int) and s in (-1, sizes[i])
+        if not kept:
+            if sizes[i] != 1:
+                return None
+            dims[i], sizes[i] = None, s if isinstance(s, int) else None
+    return replace(operand, dims=tuple(dims), sizes=tuple(sizes))
+
+
+def _select(operand: Operand, dim: int, index: int | Node) -> Operand | None:
+    dim %= len(operand.dims)
+    source_dim = operand.dims[dim]
+    if source_dim is None or source_dim == operand.rank - 1 or operand.rank < 3:
+        return None
+    rest = _drop(operand, dim)
+    return replace(
+        rest,
+        dims=tuple(d - 1 if d is not None and d > source_dim else d for d in rest.dims),
+        rank=operand.rank - 1,
+        selections=(*operand.selections, (aten.select.int, source_dim, index)),
+    )
+
+
+def _slice(operand: Operand, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1):
+    dim %= len(operand.dims)
+    size, source_dim = operand.sizes[dim], operand.dims[dim]
+    bounds = [b for b in (start, end) if b is not None]
+    if size is None or not all(isinstance(b, int) for b in bounds):
+        return None
+    begin, stop, step = slice(start, end, step).indices(size)
+    if (begin, stop, step) == (0, size, 1):
+        return operand
+    if source_dim is None or source_dim == operand.rank - 1 or step != 1:
+        return None
+    sizes = list(operand.sizes)
+    sizes[dim] = max(0, stop - begin)
+    return replace(
+        operand,
+        sizes=tuple(sizes),
+        selections=(*operand.selections, (aten.slice.Tensor, source_dim, begin, stop)),
+    )
+
+
+def _index(operand: Operand, indices: Sequence) -> Operand | None:
+    """``w[ids]``: a weight for every entry of the 1-D ``ids``."""
+    if len(indices) != 1 or not isinstance(indices[0], Node) or operand.dims[0] != 0 or operand.rank != 3:
+        return None
+    ids = indices[0].meta.get("val")
+    if ids is None or ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32):
+        return None
+    return replace(
+        operand,
+        sizes=(None, *operand.sizes[1:]),
+        selections=(*operand.selections, (aten.index.Tensor, 0, indices)),
+    )
+
+
+def _getitem(operand: Operand, index: object) -> Operand | None:
+    """``w[i]``, ``w[None]``, ``w[a:b]`` on a tensor."""
+    for i, item in enumerate(reversed(index if isinstance(index, tuple) else (index,))):
+        dim = len(index) - 1 - i if isinstance(index, tuple) else 0
+        if item is None:
+            step: Operand | None = _unsqueeze(operand, dim)
+        elif isinstance(item, slice):
+            step = _slice(operand, dim, item.start, item.stop, item.step or 1)
+        elif isinstance(item, int) and not isinstance(item, bool):
+            step = _select(operand, dim, item)
+        else:
+            return None
+        if step is None:
+            return None
+        operand = step
+    return operand
+
+
+def _cast(operand: Operand, *args: object) -> Operand | None:
+    def is_dtype(a: object) -> bool:
+        return isinstance(a, torch.dtype) or (isinstance(a, Node) and a.target is getattr and a.args[1] == "dtype")
+
+    return operand if all(is_dtype(a) for a in args) else None
+
+
+def _split(sizes: Callable[[int], Sequence[int]], operand: Operand, dim: int, which: int) -> Operand | None:
+    if operand.sizes[dim] is None:
+        return None
+    ends = [0]
+    for size in sizes(operand.sizes[dim]):
+        ends.append(ends[-1] + size)
+    which %= len(ends) - 1
+    return _slice(operand, dim, ends[which], ends[which + 1])
+
+
+_VIEWS: dict[object, Callable[..., Operand | None]] = {}
+for _targets, _view_rule in (
+    ((aten.permute.default, torch.permute, "permute"), _permute),
+    ((aten.transpose.int, torch.transpose, torch.swapaxes, "transpose", "swapaxes"), _transpose),
+    ((aten.t.default, torch.t, "t"), _t),
+    ((aten.numpy_T.default, "T"), _t),
+    ((aten.mT.default, torch.adjoint, "mT"), _transpose),
+    ((aten.unsqueeze.default, torch.unsqueeze, "unsqueeze"), _unsqueeze),
+    ((aten.squeeze.dim, torch.squeeze, "squeeze"), _squeeze),
+    ((aten.view.default, aten._unsafe_view.default, aten.reshape.default, torch.reshape, "view", "reshape"), _view),
+    ((aten.expand.default, "expand"), _expand),
+    ((aten.select.int, torch.select, "select"), _select),
+    ((aten.slice.Tensor,), _slice),
+    ((aten.index.Tensor,), _index),
+    ((operator.getitem, "__getitem__"), _getitem),
+    (
+        (aten.clone.default, aten.detach.default, aten.alias.default, aten.contiguous.default, aten.lift_fresh_copy.default)
+        + (torch.detach, torch.clone, "detach", "clone", "contiguous", "float", "half", "bfloat16"),
+        _identity,
+    ),
+    ((torch.ops.prims.convert_element_type.default, aten.to.dtype, aten._to_copy.default, "to", "type"), _cast),
+):
+    for _target in _targets:
+        _VIEWS[_target] = _view_rule
+
+
+def _target_of(node: Node) -> object:
+    """A node's function, the name of its method, or the attribute that ``getattr(tensor, "T")`` reads."""
+    if node.op == "call_function" and node.target is getattr and len(node.args) == 2:
+        return node.args[1]
+    return node.target if node.op in ("call_function", "call_method") else None
+
+
+def _changed_in_place(node: Node) -> bool:
+    def writes(user: Node) -> bool:
+        if isinstance(user.target, torch._ops.OpOverload):
+            return user.target._schema.is_mutable
+        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        return in_place or name.startswith("__i") or name in ("setitem", "iadd", "imul", "isub") or "out" in user.kwargs
+
+    return any(user.op in ("call_function", "call_method") and writes(user) for user in node.users)
+
+
+def follow(node: object, shape_of: Callable[[Node], Shape | None]) -> Operand | None:
+    """The weight that ``node`` is a view of, or None.
+
+    Args:
+        node: an argument of a product.
+        shape_of: the shape of a source node, None for any other node.
+    """
+    if not isinstance(node, Node) or _changed_in_place(node):
+        return None
+    shape = shape_of(node)
+    if shape is not None:
+        return Operand(node, tuple(range(len(shape))), tuple(shape), len(shape))
+    target = _target_of(node)
+    rule = _VIEWS.get(target)
+    if rule is None or not node.args:
+        return None
+    if rule is _getitem and isinstance(node.args[0], Node) and isinstance(node.args[1], int):
+        split = _follow_split(node.args[0], node.args[1], shape_of)
+        if split is not None:
+            return split
+    operand = follow(node.args[0], shape_of)
+    if operand is None:
+        return None
+    args = node.args[1:] if node.target is not getattr else ()
+    kwargs = {k: v for k, v in node.kwargs.items() if k not in ("dtype", "memory_format", "layout", "pin_memory", "copy")}
+    if rule is _identity:
+        return operand
+    if kwargs.pop("device", None) is not None:
+        return None
+    try:
+        return rule(operand, *args, **kwargs)
+    except (TypeError, IndexError):  # arguments of another overload, or Nodes where numbers are needed
+        return None
+
+
+def _follow_split(node: Node, which: int, shape_of: Callable[[Node], Shape | None]) -> Operand | None:
+    """One part of ``split``/``chunk``/``unbind``."""
+    target = _target_of(node)
+    if target in (aten.unbind.int, torch.unbind, "unbind"):
+        operand = follow(node.args[0], shape_of)
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        return None if operand is None else _select(operand, dim, which)
+    by_size = target in (aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, torch.split, "split")
+    by_count = target in (aten.chunk.default, torch.chunk, "chunk")
+    if not (by_size or by_count) or len(node.args) < 2:
+        return None
+    operand = follow(node.args[0], shape_of)
+    if operand is None:
+        return None
+    size = node.args[1]
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+
+    def sizes(total: int) -> Sequence[int]:
+        if not isinstance(size, int):
+            return size
+        step = size if by_size else -(-total // size)
+        return [min(step, total - i) for i in range(0, total, step)]
+
+    return _split(sizes, operand, dim, which)
+
+
+# ---- products -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Product:
+    """``node`` is a product of the activation ``x`` with the weight ``w``.
+
+    n, k: dimensions of the (selected) source along the output and the summed channels; batch: that of the experts.
+    form: how x and y are laid out: ``right`` (x [..., K], y [..., N]), ``left`` (x [..., K, M], y [..., N, M]),
+        ``einsum`` (permuted as ``x_order`` and ``y_order`` say), ``grouped`` (x [S, K], with ``offsets``).
+    """
+
+    node: Node
+    x: Node
+    w: Operand
+    n: int
+    k: int
+    batch: int | None = None
+    bias: Node | None = None
+    form: str = "right"
+    offsets: Node | None = None
+    x_order: tuple[int, ...] = ()
+    y_order: tuple[int, ...] = ()
+
+    @property
+    def layout(self) -> str | None:
+        """``NK`` or ``KN``: how the product reads the last two dimensions of its source; None for any other way."""
+        last = (self.w.rank - 2, self.w.rank - 1)
+        if self.batch not in (None, 0) or self.w.rank != (2 if self.batch is None else 3):
+            return None
+        return {last: "NK", last[::-1]: "KN"}.get((self.n, self.k))
+
+
+_LINEAR = (F.linear, torch._C._nn.linear, aten.linear.default)
+_MM = (torch.mm, aten.mm.default, "mm")
+_MATMUL = (operator.matmul, torch.matmul, aten.matmul.default, "matmul", "__matmul__")
+_BMM = (torch.bmm, aten.bmm.default, "bmm")
+_ADDMM = (torch.addmm, aten.addmm.default, "addmm")
+_BADDBMM = (torch.baddbmm, aten.baddbmm.default, "baddbmm")
+_MV = (torch.mv, aten.mv.default, "mv")
+_EINSUM = (torch.einsum, aten.einsum.default)
+
+
+def _grouped_targets() -> tuple:
+    targets = [aten._grouped_mm.default, getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)]
+    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)  # transformers' own op, if it is loaded
+    return tuple(t for t in (*targets, fallback, getattr(fallback, "default", None)) if t is not None)
+
+
+def _matrix(node: Node, x: object, w: Operand | None, left: bool, batched: bool, bias: Node | None = None) -> Product | None:
+    """A product with a ``[..., K, N]`` operand on the right or a ``[..., N, K]`` operand on the left."""
+    if w is None or not isinstance(x, Node) or len(w.dims) != (3 if batched else 2):
+        return None
+    n, k = (w.dims[-2], w.dims[-1]) if left else (w.dims[-1], w.dims[-2])
+    if n is None or k is None:
+        return None
+    return Product(node, x, w, n, k, w.dims[0] if batched else None, bias, "left" if left else "right")
+
+
+def read_product(node: Node, shape_of: Callable[[Node], Shape | None]) -> Product | None:
+    """The product that ``node`` computes with a weight, or None.
+
+    Products of two activations are None by construction: neither operand leads to a source.
+    """
+    target, args = _target_of(node), node.args
+    if target is None or "out" in node.kwargs:
+        return None
+    if target in _LINEAR:
+        w = follow(args[1], shape_of) if len(args) > 1 else follow(node.kwargs.get("weight"), shape_of)
+        bias = args[2] if len(args) > 2 else node.kwargs.get("bias")
+        if w is None or len(w.dims) != 2 or None in w.dims or not args:
+            return None
+        return Product(node, args[0], w, w.dims[0], w.dims[1], bias=bias)
+    if target in _EINSUM:
+        return _einsum(node, shape_of)
+    if target in _grouped_targets():
+        w = follow(args[1], shape_of)
+        offsets = node.kwargs.get("offs", args[2] if len(args) > 2 else None)
+        if w is None or w.dims != (0, 2, 1) and w.dims != (0, 1, 2) or node.kwargs.get("bias") is not None or offsets is None:
+            return None
+        return Product(node, args[0], w, w.dims[2], w.dims[1], 0, form="grouped", offsets=offsets)
+    if target in _ADDMM or target in _BADDBMM:
+        if len(args) != 3 or node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
+            return None
+        return _matrix(node, args[1], follow(args[2], shape_of), False, target in _BADDBMM, bias=args[0])
+    if len(args) != 2:
+        return None
+    if target in _MV:
+        w = follow(args[0], shape_of)
+        return None if w is None or len(w.dims) != 2 or None in w.dims else Product(node, args[1], w, w.dims[0], w.dims[1])
+    if target in (*_MM, *_MATMUL, *_BMM):
+        for left in (False, True):
+            w = follow(args[0 if left else 1], shape_of)
+            batched = target in _BMM or (target in _MATMUL and w is not None and len(w.dims) == 3)
+            product = _matrix(node, args[1 if left else 0], w, left, batched)
+            if product is not None:
+                return product
+    return None
+
+
+def _einsum(node: Node, shape_of: Callable[[Node], Shape | None]) -> Product | None:
+    """``einsum`` of two operands that sums over one label of the weight and keeps another."""
+    args = node.args[1:]
+    if len(args) == 1 and isinstance(args[0], (list, tuple)):
+        args = tuple(args[0])
+    equation = node.args[0]
+    if len(args) != 2 or not isinstance(equation, str) or "." in equation or "->" not in equation:
+        return None
+    inputs, out = equation.replace(" ", "").split("->")
+    labels = inputs.split(",")
+    for i in (1, 0):
+        w, x = follow(args[i], shape_of), args[1 - i]
+        if w is None or not isinstance(x, Node) or len(labels) != 2:
+            continue
+        w_labels, x_labels = labels[i], labels[1 - i]
+        if any(len(set(ls)) != len(ls) for ls in (w_labels, x_labels, out)) or len(w_labels) != len(w.dims):
+            return None
+        k = [c for c in w_labels if c in x_labels and c not in out]
+        n = [c for c in w_labels if c not in x_labels and c in out]
+        batch = [c for c in w_labels if c in x_labels and c in out]
+        m = [c for c in x_labels if c in out and c not in batch]
+        if len(k) != 1 or len(n) != 1 or len(batch) > 1 or len(w_labels) != 2 + len(batch):
+            return None
+        if len(x_labels) != len(batch) + len(m) + 1 or (batch and len(m) != 1):
+            return None
+        dims = {c: w.dims[w_labels.index(c)] for c in w_labels}
+        if None in dims.values():
+            return None
+        y_labels = [*batch, *m, *n]
+        return Product(
+            node, x, w, dims[n[0]], dims[k[0]], dims[batch[0]] if batch else None, form="einsum",
+            x_order=tuple(x_labels.index(c) for c in [*batch, *m, *k]),
+            y_order=tuple(y_labels.index(c) for c in out),
+        )  # fmt: skip
+    return None
+
+
+# ---- putting int8fx ops in a product's place ------------------------------------------------------------------------
+
+
+def call(graph: Graph, target: Callable, *args: object) -> Node:
+    """A new node at the graph's insertion point, with ``meta["val"]`` computed from its arguments' if they have it."""
+    node = graph.call_function(target, args)
+    inputs = node.all_input_nodes
+    if inputs and all("val" in i.meta for i in inputs):
+        node.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
+    return node
+
+
+def emit(graph: Graph, product: Product, codes: Node, scale: Node, threshold: float) -> Node:
+    """int8fx ops for ``product`` at the graph's insertion point; ``codes [..., N, K]`` and ``scale [..., N]`` are its source's."""
+    ops = torch.ops.int8fx
+    for op, dim, *args in product.w.selections:
+        inserted = args if op is aten.index.Tensor else (dim, *args)
+        codes, scale = (call(graph, op, t, *inserted) for t in (codes, scale))
+    if product.form == "grouped":
+        return call(graph, ops.grouped_linear.default, product.x, codes, scale, None, product.offsets, threshold)
+    x = product.x
+    if product.form == "left":
+        x = _swap_last(graph, x)
+    elif product.form == "einsum":
+        x = call(graph, aten.permute.default, x, list(product.x_order))
+    bias = product.bias
+    per_channel = bias is None or product.node.target in _LINEAR or _is_vector(bias, product)
+    y = call(graph, ops.linear.default, x, codes, scale, bias if per_channel else None, threshold)
+    if not per_channel:  # addmm with a matrix: as an add, which `fold` takes into the epilogue
+        y = call(graph, aten.add.Tensor, y, bias)
+    if product.form == "left":
+        y = _swap_last(graph, y)
+    elif product.form == "einsum" and product.y_order != tuple(range(len(product.y_order))):
+        y = call(graph, aten.permute.default, y, list(product.y_order))
+    return y
+
+
+def _swap_last(graph: Graph, x: Node) -> Node:
+    val = x.meta.get("val")
+    if val is None:
+        return call(graph, aten.transpose.int, x, -1, -2)
+    order = list(range(val.dim()))  # Inductor has no lowering for transpose: AOTAutograd writes permute
+    order[-2:] = order[:-3:-1]
+    return call(graph, aten.permute.default, x, order)
+
+
+def _is_vector(bias: Node, product: Product) -> bool:
+    val = bias.meta.get("val")
+    return val is not None and val.dim() == 1 and val.shape[0] == product.w.sizes[product.w.dims.index(product.n)]
+
+
+def erase_dead(node: object) -> None:
+    """Erases ``node`` and what only it used, as far as nothing else reads it."""
+    if isinstance(node, Node) and node.op != "placeholder" and not node.users and not node._erased:
+        inputs = node.all_input_nodes
+        node.graph.erase_node(node)
+        for i in inputs:
+            erase_dead(i)

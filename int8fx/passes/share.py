@@ -1,0 +1,69 @@
+"""Quantises an activation once for all the products that read it: q, k and v; gate and up.
+
+Before::
+
+    q = int8fx.linear(x, wq, sq, None, 6.0)
+    k = int8fx.linear(x, wk, sk, None, 6.0)
+
+After::
+
+    codes: i8[M, K], x_scale: f32[M], outlier_mask: b8[K] = int8fx.quantize_rowwise(x, 6.0)
+    q = int8fx.linear_quantized(x, codes, x_scale, outlier_mask, wq, sq, None)
+    k = int8fx.linear_quantized(x, codes, x_scale, outlier_mask, wk, sk, None)
+
+x itself stays an input: the residual multiplies its outlier columns in 16 bits.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+
+import torch
+from torch.fx import Graph, Node
+
+from .products import call, erase_dead
+from .verify import verify
+
+aten = torch.ops.aten
+_SAME_VALUE = (  # of equal arguments, these give equal tensors: autocast casts x once per layer
+    torch.ops.prims.convert_element_type.default,
+    aten._to_copy.default,
+    aten.view.default,
+    aten.reshape.default,
+)
+
+
+def share(graph: Graph) -> int:
+    """Rewrites ``graph`` in place; returns how many quantisations it saved."""
+    groups: dict[tuple, list[Node]] = defaultdict(list)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.int8fx.linear.default):
+        weight = node.args[1].meta.get("val")
+        if weight is not None and weight.dim() == 2 and "val" in node.args[0].meta:
+            groups[_value(node.args[0]), node.args[4]].append(node)
+    saved = 0
+    for (_, threshold), nodes in groups.items():
+        if len(nodes) < 2:
+            continue
+        x = nodes[0].args[0]
+        with graph.inserting_before(nodes[0]):
+            quantized = call(graph, torch.ops.int8fx.quantize_rowwise.default, x, threshold)
+            parts = [call(graph, operator.getitem, quantized, i) for i in range(3)]
+        for node in nodes:
+            _, weight, scale, bias, _, *epilogue = node.args
+            with graph.inserting_before(node):
+                new = call(
+                    graph, torch.ops.int8fx.linear_quantized.default, x, *parts, weight, scale, bias, *epilogue
+                )
+            verify(node, new)
+            node.replace_all_uses_with(new)
+            erase_dead(node)
+        saved += len(nodes) - 1
+    return saved
+
+
+def _value(x: Node) -> object:
+    """A key that is equal for nodes that hold equal tensors in a functional graph."""
+    if x.op == "call_function" and x.target in _SAME_VALUE and not any(isinstance(a, Node) for a in x.args[1:]):
+        return x.target, _value(x.args[0]), str(x.args[1:]), str(x.kwargs)
+    return x

@@ -1,0 +1,80 @@
+"""LLM.int8() in plain torch: the specification that kernels, fakes and passes are checked against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .quantize import compute_dtype, dequantize, outlier_mask, quantize_rowwise
+
+ACTIVATIONS = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+}
+BINARIES = {"none": lambda y, other: y, "add": torch.add, "mul": torch.mul}
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    threshold: float = 6.0,
+    activation: str = "none",
+    other: Tensor | None = None,
+    binary: str = "none",
+) -> Tensor:
+    """``y = binary(activation(x_int8 @ weight_int8.T * scales + x_outlier @ (weight_int8 * scale).T + bias), other)``.
+
+    The paper's decomposition (arXiv 2208.07339, equation 8): columns of the flattened ``[M, K]`` input with
+    any ``abs(x) >= threshold`` are multiplied in floating point, the rest in int8 with one scale per row
+    of x (absmax over the columns that are left) and one per output channel. The residual uses the
+    weight's int8 codes times its scale, since no other copy of the weight exists.
+
+    bitsandbytes differs: its row absmax leaves out outlier *elements*, so the small elements of an outlier
+    column still stretch the row's scale, which makes it a little coarser. Sums are float32 (float64 for float64 x) and the result is rounded once.
+
+    Against ``x @ (weight * scale).T`` in exact arithmetic, only the rounding of x's codes is lost::
+
+        abs(error[m, n]) <= x_scale[m] / 2 * sum_k(abs(weight[n, k] * weight_scale[n]))
+
+    over the columns that are not outliers, plus the rounding of sums and of the output dtype.
+
+    Args:
+        x: ``[..., K]``; float16, bfloat16, float32 or float64. ``[E, M, K]`` for a batched weight.
+        weight: ``[N, K]`` int8, or ``[E, N, K]``: then ``y[e]`` is the product of ``x[e]`` and ``weight[e]``,
+            each with its own outlier columns.
+        weight_scale: ``[N]`` or ``[E, N]`` float32.
+        bias: ``[N]`` or ``[E, N]``, any float dtype.
+        threshold: >= 0; inf for plain int8, 0 for a product that is exact up to the weights.
+        activation: none, relu, silu, gelu or gelu_tanh.
+        other: of y's shape, for ``binary``.
+        binary: none, add or mul.
+
+    Returns:
+        ``[..., N]`` of x's dtype.
+    """
+    if weight.dim() == 3:
+        y = x.new_empty(*x.shape[:-1], weight.shape[1])
+        for e in range(weight.shape[0]):
+            part = (t if t is None else t[e] for t in (x, weight, weight_scale, bias, other))
+            x_e, weight_e, scale_e, bias_e, other_e = part
+            y[e] = linear(x_e, weight_e, scale_e, bias_e, threshold, activation, other_e, binary)
+        return y
+    ct = compute_dtype(x.dtype)
+    x2d = x.reshape(-1, x.shape[-1]).to(ct)
+    mask = outlier_mask(x2d, threshold)
+    codes, x_scale = quantize_rowwise(x2d, mask)
+    y = (codes.double() @ weight.double().T).to(ct)  # exact: every partial sum is below 2**53
+    y = y * x_scale[:, None] * weight_scale.to(ct)
+    y = y + x2d[:, mask] @ dequantize(weight[:, mask], weight_scale, ct).T
+    if bias is not None:
+        y = y + bias.to(ct)
+    y = ACTIVATIONS[activation](y).reshape(*x.shape[:-1], weight.shape[0])
+    if other is not None:
+        y = BINARIES[binary](y, other.to(ct))
+    return y.to(x.dtype)
