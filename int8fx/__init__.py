@@ -1,2 +1,14 @@
-from . import ops
+"""int8fx: LLM.int8() as a rewrite of FX graphs.
+
+>>> model = int8fx.convert(model)
+>>> model = torch.compile(model, fullgraph=True)
+"""
+
+from . import ops as ops
+from .convert import convert
 from .packing import is_packed
+from .schemes import llm_int8
+from .summary import summary
+
+__version__ = "0.1.0"
+__all__ = ["convert", "is_packed", "llm_int8", "summary"]

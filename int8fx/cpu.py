@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -28,31 +29,32 @@ def has_fast_int_mm() -> bool:
     return bool((torch._int_mm(full, full.t()) == 64 * INT8_MAX**2).all())
 
 
-def int8_matmul(codes: Tensor, weight: Tensor) -> Tensor:
-    """``codes[M, K] @ weight[N, K].T`` of int8 codes as float32 ``[M, N]``.
+def int8_matmul(codes: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``codes[M, K] @ weight[N, K].T`` of int8 codes as ``[M, N]`` of ``dtype``, float32 or float64.
 
-    With VNNI or AMX: ``aten::_int_mm``, int32 sums. Without: the integers are multiplied by the float32
-    GEMM in slices of 1040 columns, in which every partial sum is an integer below 2**24 and so exact; the
-    slices' sums are added in float32, as an int32 sum is rounded to float32 anyway.
+    With VNNI or AMX: ``aten::_int_mm``, int32 sums. Without: the integers are multiplied by the float GEMM,
+    for float32 in slices of 1040 columns, in which every partial sum is an integer below 2**24 and so
+    exact; the slices' sums are added in float32, as an int32 sum is rounded to float32 anyway.
     """
     if has_fast_int_mm():
-        return torch._int_mm(codes, weight.t()).float()
+        return torch._int_mm(codes, weight.t()).to(dtype)
     M, K = codes.shape
     N = weight.shape[0]
-    y = torch.empty(M, N)
-    x = codes.float()
+    y = torch.empty(M, N, dtype=dtype)
+    x = codes.to(dtype)
     step = max(1, _BLOCK // max(K, 1))
+    exact = _EXACT_K if dtype == torch.float32 else max(K, 1)
     for n in range(0, N, step):
-        block = weight[n : n + step].float()
+        block = weight[n : n + step].to(dtype)
         out = y[:, n : n + step] if step < N else y
-        torch.mm(x[:, :_EXACT_K], block[:, :_EXACT_K].t(), out=out)
-        for k in range(_EXACT_K, K, _EXACT_K):
-            out.addmm_(x[:, k : k + _EXACT_K], block[:, k : k + _EXACT_K].t())
+        torch.mm(x[:, :exact], block[:, :exact].t(), out=out)
+        for k in range(exact, K, exact):
+            out.addmm_(x[:, k : k + exact], block[:, k : k + exact].t())
     return y
 
 
 def quantize_rowwise(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    x = x.reshape(-1, x.shape[-1])
+    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     mask = outlier_mask(x, threshold)
     codes, x_scale = _quantize_rowwise(x, mask if mask.any() else None)
     return codes, x_scale, mask
@@ -71,13 +73,13 @@ def linear_quantized(
     binary: str = "none",
 ) -> Tensor:
     ct = compute_dtype(x.dtype)
-    N, K = weight.shape
+    N = weight.shape[0]
     weight_scale = weight_scale.to(ct)
-    y = int8_matmul(codes, weight).to(ct)
+    y = int8_matmul(codes, weight, ct)
     y.mul_(x_scale[:, None]).mul_(weight_scale)
     columns = mask.nonzero().squeeze(-1)
     if columns.numel():
-        kept = x.reshape(-1, K).index_select(1, columns).to(ct)
+        kept = x.reshape(codes.shape).index_select(1, columns).to(ct)
         for n in range(0, N, step := max(1, _BLOCK // columns.numel())):
             rows = slice(n, n + step)
             kept_weight = dequantize(weight[rows].index_select(1, columns), weight_scale[rows], ct)
@@ -115,7 +117,8 @@ def linear(
         return linear_quantized(x, *quantized, weight, weight_scale, bias, activation, other, binary)
     y = x.new_empty(*x.shape[:-1], weight.shape[-2])
     for e in range(weight.shape[0]):
-        x_e, weight_e, scale_e, bias_e, other_e = (t if t is None else t[e] for t in (x, weight, weight_scale, bias, other))
+        parts = (t if t is None else t[e] for t in (x, weight, weight_scale, bias, other))
+        x_e, weight_e, scale_e, bias_e, other_e = parts
         y[e] = linear(x_e, weight_e, scale_e, bias_e, threshold, activation, other_e, binary)
     return y
 
@@ -127,6 +130,7 @@ def grouped_linear(
     begin = 0
     for e, end in enumerate(offsets.tolist()):
         if end > begin:
-            y[begin:end] = linear(x[begin:end], weight[e], weight_scale[e], None if bias is None else bias[e], threshold)
+            bias_e = None if bias is None else bias[e]
+            y[begin:end] = linear(x[begin:end], weight[e], weight_scale[e], bias_e, threshold)
         begin = end
     return y

@@ -35,52 +35,82 @@ grouped_linear = torch.ops.int8fx.grouped_linear
 dequantize = torch.ops.int8fx.dequantize
 
 
-# ---- checks, shared by the kernels and the fakes ------------------------------------------------------------------
+# ---- checks, shared by the kernels and the fakes ---------------------------------------------------------------------
 
 
-def _check_weight(op: str, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dims: str) -> None:
-    def need(ok: bool, what: str, legal: str) -> None:
-        if not ok:
-            raise ValueError(f"int8fx::{op}: {what}; legal: {legal}")
+_X_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-    need(x.is_floating_point(), f"x has dtype {x.dtype}", "float16, bfloat16, float32 or float64")
-    need(weight.dtype == torch.int8, f"weight has dtype {weight.dtype}", "int8 codes")
-    need(str(weight.dim()) in dims, f"weight has {weight.dim()} dimensions", f"{' or '.join(dims)}")
-    need(
-        weight_scale.shape == weight.shape[:-1],
-        f"weight_scale has shape {tuple(weight_scale.shape)} for a weight {tuple(weight.shape)}",
-        "one scale per output channel",
+
+def _need(op: str, ok: bool, found: str, legal: str) -> None:
+    if not ok:
+        raise ValueError(f"int8fx::{op}: {found}; legal: {legal}")
+
+
+def _check_x(op: str, x: Tensor) -> None:
+    _need(op, x.dtype in _X_DTYPES, f"x has dtype {x.dtype}", "float16, bfloat16, float32 or float64")
+    _need(op, x.dim() > 0, "x has 0 dimensions", "[..., K]")
+
+
+def _check_codes(op: str, weight: Tensor, weight_scale: Tensor) -> None:
+    _need(op, weight.dtype == torch.int8, f"weight has dtype {weight.dtype}", "int8 codes")
+    _need(
+        op,
+        weight_scale.is_floating_point() and weight_scale.shape == weight.shape[:-1],
+        f"weight_scale has shape {tuple(weight_scale.shape)}, dtype {weight_scale.dtype} for a weight "
+        f"{tuple(weight.shape)}",
+        "one float scale per output channel",
     )
+
+
+def _check_weight(
+    op: str, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dims: tuple[int, ...]
+) -> None:
+    _check_x(op, x)
+    _need(op, weight.dim() in dims, f"weight has {weight.dim()} dimensions", " or ".join(map(str, dims)))
+    _check_codes(op, weight, weight_scale)
     K = weight.shape[-1]
-    need(K <= MAX_K, f"K = {K}", f"K <= {MAX_K}, or int32 sums could overflow")
-    need(x.dim() > 0 and x.shape[-1] == K, f"x has shape {tuple(x.shape)}", f"[..., {K}] for K = {K}")
+    _need(op, K <= MAX_K, f"K = {K}", f"K <= {MAX_K}, or int32 sums could overflow")
+    _need(op, x.shape[-1] == K, f"x has shape {tuple(x.shape)}", f"[..., {K}] for K = {K}")
     if bias is not None:
-        need(
-            bias.shape == weight.shape[:-1],
-            f"bias has shape {tuple(bias.shape)}",
-            f"one value per output channel, {tuple(weight.shape[:-1])}",
+        _need(
+            op,
+            bias.is_floating_point() and bias.shape == weight.shape[:-1],
+            f"bias has shape {tuple(bias.shape)}, dtype {bias.dtype}",
+            f"one float value per output channel, {tuple(weight.shape[:-1])}",
         )
 
 
 def _check_epilogue(op: str, shape: tuple, activation: str, other: Tensor | None, binary: str) -> None:
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"int8fx::{op}: activation {activation!r}; legal: {', '.join(reference.ACTIVATIONS)}")
-    if binary not in reference.BINARIES or (binary == "none") != (other is None):
-        raise ValueError(f"int8fx::{op}: binary {binary!r}; legal: add or mul with other, none without")
-    if other is not None and other.shape != shape:
-        raise ValueError(f"int8fx::{op}: other has shape {tuple(other.shape)}; legal: that of y, {tuple(shape)}")
+    _need(op, activation in reference.ACTIVATIONS, f"activation {activation!r}", ", ".join(reference.ACTIVATIONS))
+    _need(
+        op,
+        binary in reference.BINARIES and (binary == "none") == (other is None),
+        f"binary {binary!r} {'without' if other is None else 'with'} other",
+        "add or mul with other, none without",
+    )
+    if other is not None:
+        _need(
+            op,
+            other.is_floating_point() and other.shape == shape,
+            f"other has shape {tuple(other.shape)}, dtype {other.dtype}",
+            f"float values in the shape of y, {tuple(shape)}",
+        )
 
 
 def _check_linear(op, x, weight, weight_scale, bias, activation, other, binary):
-    _check_weight(op, x, weight, weight_scale, bias, "23")
-    if weight.dim() == 3 and (x.dim() != 3 or x.shape[0] != weight.shape[0]):
-        raise ValueError(f"int8fx::{op}: x has shape {tuple(x.shape)}; legal: [{weight.shape[0]}, M, K] for a 3-D weight")
+    _check_weight(op, x, weight, weight_scale, bias, (2, 3))
+    _need(
+        op,
+        weight.dim() == 2 or (x.dim() == 3 and x.shape[0] == weight.shape[0]),
+        f"x has shape {tuple(x.shape)}",
+        f"[{weight.shape[0]}, M, K] for a 3-D weight",
+    )
     shape = (*x.shape[:-1], weight.shape[-2])
     _check_epilogue(op, shape, activation, other, binary)
     return shape
 
 
-# ---- int8fx::linear ---------------------------------------------------------------------------------------------------
+# ---- int8fx::linear --------------------------------------------------------------------------------------------------
 
 
 def _linear_cpu(x, weight, weight_scale, bias, threshold, activation="none", other=None, binary="none"):
@@ -92,31 +122,47 @@ def _linear_fake(x, weight, weight_scale, bias, threshold, activation="none", ot
     return x.new_empty(_check_linear("linear", x, weight, weight_scale, bias, activation, other, binary))
 
 
-def _linear_setup_context(ctx, inputs, output):
-    x, weight, weight_scale, bias, _, activation, other, _ = inputs
+def _setup_backward(op, ctx, weight, weight_scale, bias, activation, other):
     if activation != "none" or other is not None:
-        raise RuntimeError("int8fx::linear has no gradient through its epilogue (activation, other); the fold pass "
+        raise RuntimeError(f"int8fx::{op} has no gradient through its epilogue (activation, other); the fold pass "
                            "makes such calls only in graphs whose backward has been traced")  # fmt: skip
     ctx.save_for_backward(weight, weight_scale)
-    ctx.x_shape, ctx.bias = x.shape, None if bias is None else (bias.shape, bias.dtype)
+    ctx.bias = None if bias is None else (bias.shape, bias.dtype)
 
 
-def _linear_backward(ctx, grad):
+def _backward(ctx, grad, bias_at):
+    """The gradients of x, through the dequantised weight, and of the bias."""
     weight, weight_scale = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = grad @ torch.ops.int8fx.dequantize(weight, weight_scale, grad.dtype)
-    if ctx.bias is not None and ctx.needs_input_grad[3]:
+    if ctx.bias is not None and ctx.needs_input_grad[bias_at]:
         shape, dtype = ctx.bias
         lead = tuple(range(len(shape) - 1, grad.dim() - 1))
         grad_bias = (grad.sum(lead) if lead else grad).to(dtype)
+    return grad_x, grad_bias
+
+
+def _linear_setup_context(ctx, inputs, output):
+    _, weight, weight_scale, bias, _, activation, other, _ = inputs
+    _setup_backward("linear", ctx, weight, weight_scale, bias, activation, other)
+
+
+def _linear_backward(ctx, grad):
+    grad_x, grad_bias = _backward(ctx, grad, bias_at=3)
     return grad_x, None, None, grad_bias, None, None, None, None
 
 
-# ---- int8fx::quantize_rowwise and int8fx::linear_quantized ------------------------------------------------------------
+# ---- int8fx::quantize_rowwise and int8fx::linear_quantized -----------------------------------------------------------
+
+
+def _quantize_rowwise_cpu(x, threshold):
+    _check_x("quantize_rowwise", x)
+    return cpu.quantize_rowwise(x, threshold)
 
 
 def _quantize_rowwise_fake(x, threshold):
+    _check_x("quantize_rowwise", x)
     M = 1
     for size in x.shape[:-1]:
         M = M * size
@@ -129,36 +175,75 @@ def _quantize_rowwise_fake(x, threshold):
     )
 
 
-def _check_linear_quantized(x, codes, weight, weight_scale, bias, activation, other, binary):
-    _check_weight("linear_quantized", x, weight, weight_scale, bias, "2")
+def _quantize_rowwise_setup_context(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output)
+
+
+def _quantize_rowwise_backward(ctx, *grads):
+    return None, None
+
+
+def _check_linear_quantized(x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation, other, binary):
+    op = "linear_quantized"
+    _check_weight(op, x, weight, weight_scale, bias, (2,))
+    M = 1
+    for size in x.shape[:-1]:
+        M = M * size
+    K = x.shape[-1]
+    for name, tensor, shape, dtype in (
+        ("codes", codes, (M, K), torch.int8),
+        ("x_scale", x_scale, (M,), compute_dtype(x.dtype)),
+        ("outlier_mask", outlier_mask, (K,), torch.bool),
+    ):
+        _need(
+            op,
+            tensor.shape == shape and tensor.dtype == dtype,
+            f"{name} has shape {tuple(tensor.shape)}, dtype {tensor.dtype}",
+            f"{tuple(shape)}, {dtype}: what quantize_rowwise(x) returns",
+        )
     shape = (*x.shape[:-1], weight.shape[0])
-    _check_epilogue("linear_quantized", shape, activation, other, binary)
+    _check_epilogue(op, shape, activation, other, binary)
     return shape
 
 
 def _linear_quantized_cpu(
     x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation="none", other=None, binary="none"
 ):
-    _check_linear_quantized(x, codes, weight, weight_scale, bias, activation, other, binary)
+    _check_linear_quantized(x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation, other, binary)
     return cpu.linear_quantized(x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation, other, binary)
 
 
 def _linear_quantized_fake(
     x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation="none", other=None, binary="none"
 ):
-    return x.new_empty(_check_linear_quantized(x, codes, weight, weight_scale, bias, activation, other, binary))
+    shape = _check_linear_quantized(
+        x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation, other, binary
+    )
+    return x.new_empty(shape)
 
 
-# ---- int8fx::grouped_linear -------------------------------------------------------------------------------------------
+def _linear_quantized_setup_context(ctx, inputs, output):
+    _, _, _, _, weight, weight_scale, bias, activation, other, _ = inputs
+    _setup_backward("linear_quantized", ctx, weight, weight_scale, bias, activation, other)
+
+
+def _linear_quantized_backward(ctx, grad):
+    grad_x, grad_bias = _backward(ctx, grad, bias_at=6)
+    return grad_x, None, None, None, None, None, grad_bias, None, None, None
+
+
+# ---- int8fx::grouped_linear ------------------------------------------------------------------------------------------
 
 
 def _check_grouped(x, weight, weight_scale, bias, offsets):
-    _check_weight("grouped_linear", x, weight, weight_scale, bias, "3")
-    if x.dim() != 2 or offsets.shape != weight.shape[:1]:
-        raise ValueError(
-            f"int8fx::grouped_linear: x has shape {tuple(x.shape)}, offsets {tuple(offsets.shape)}; legal: [S, K] and "
-            f"one end per group, [{weight.shape[0]}]"
-        )
+    op = "grouped_linear"
+    _check_weight(op, x, weight, weight_scale, bias, (3,))
+    _need(
+        op,
+        x.dim() == 2 and offsets.shape == weight.shape[:1] and offsets.dtype in (torch.int32, torch.int64),
+        f"x has shape {tuple(x.shape)}, offsets {tuple(offsets.shape)}, dtype {offsets.dtype}",
+        f"[S, K] and one integer end per group, [{weight.shape[0]}]",
+    )
 
 
 def _grouped_linear_cpu(x, weight, weight_scale, bias, offsets, threshold):
@@ -194,24 +279,31 @@ def _grouped_backward(ctx, grad):
     return grad_x, None, None, grad_bias, None, None
 
 
-# ---- int8fx::dequantize -----------------------------------------------------------------------------------------------
+# ---- int8fx::dequantize ----------------------------------------------------------------------------------------------
 # How a packed weight reads where no int8 product is known. The threshold does not enter the value: it tells the `lower`
 # pass which product to put in the place of a dequantised one.
 
 
+def _check_dequantize(weight, weight_scale, dtype):
+    _check_codes("dequantize", weight, weight_scale)
+    _need("dequantize", dtype in _X_DTYPES, f"dtype {dtype}", "float16, bfloat16, float32 or float64")
+
+
 def _dequantize_kernel(weight, weight_scale, dtype, threshold=6.0):
-    return _dequantize(weight, weight_scale, dtype)
+    _check_dequantize(weight, weight_scale, dtype)
+    return _dequantize(weight.contiguous(), weight_scale, dtype)
 
 
 def _dequantize_fake(weight, weight_scale, dtype, threshold=6.0):
+    _check_dequantize(weight, weight_scale, dtype)
     return torch.empty(weight.shape, dtype=dtype, device=weight.device)
 
 
-# ---- registration -----------------------------------------------------------------------------------------------------
+# ---- registration ----------------------------------------------------------------------------------------------------
 
 _LIB.impl("linear", _linear_cpu, "CPU")
 _LIB.impl("linear_quantized", _linear_quantized_cpu, "CPU")
-_LIB.impl("quantize_rowwise", cpu.quantize_rowwise, "CPU")
+_LIB.impl("quantize_rowwise", _quantize_rowwise_cpu, "CPU")
 _LIB.impl("grouped_linear", _grouped_linear_cpu, "CPU")
 _LIB.impl("dequantize", _dequantize_kernel, "CompositeExplicitAutograd")
 
@@ -224,21 +316,27 @@ for _name, _fake in {
 }.items():
     torch.library.register_fake(f"int8fx::{_name}", _fake, lib=_LIB)
 
-torch.library.register_autograd("int8fx::linear", _linear_backward, setup_context=_linear_setup_context, lib=_LIB)
-torch.library.register_autograd(
-    "int8fx::grouped_linear", _grouped_backward, setup_context=_grouped_setup_context, lib=_LIB
-)
+for _name, _formula, _setup in (
+    ("linear", _linear_backward, _linear_setup_context),
+    ("linear_quantized", _linear_quantized_backward, _linear_quantized_setup_context),
+    ("quantize_rowwise", _quantize_rowwise_backward, _quantize_rowwise_setup_context),
+    ("grouped_linear", _grouped_backward, _grouped_setup_context),
+):
+    torch.library.register_autograd(f"int8fx::{_name}", _formula, setup_context=_setup, lib=_LIB)
+
+
+_AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _autocast(name: str, device: str):
-    """Like ``F.linear`` under autocast: x, bias and other in the autocast dtype (not float64); codes and scales stay."""
+    """Like ``F.linear`` under autocast: x, bias and other go to the autocast dtype, float64 and scales stay."""
     op = getattr(torch.ops.int8fx, name).default
     floats = {i for i, a in enumerate(op._schema.arguments) if a.name in ("x", "bias", "other")}
 
     def kernel(*args):
         dtype = torch.get_autocast_dtype(device)
         args = tuple(
-            a.to(dtype) if i in floats and isinstance(a, Tensor) and a.dtype != torch.float64 else a
+            a.to(dtype) if i in floats and isinstance(a, Tensor) and a.dtype in _AUTOCAST_DTYPES else a
             for i, a in enumerate(args)
         )
         with torch.autocast(device, enabled=False):

@@ -24,6 +24,7 @@ def outlier_mask(x: Tensor, threshold: float) -> Tensor:
 
     Source: LLM.int8() (arXiv 2208.07339), section 3.2. ``threshold=inf`` marks no column (plain int8),
     ``threshold=0`` marks all of them. NaN is not an outlier; it reaches the output through the row scale.
+    The comparison is made in float32 (float64 for float64 x): in 16 bits torch would round the threshold.
 
     Args:
         x: ``[M, K]``, any float dtype.
@@ -34,11 +35,11 @@ def outlier_mask(x: Tensor, threshold: float) -> Tensor:
     """
     if threshold == float("inf"):
         return torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
-    return (x.abs() >= threshold).any(0)
+    return (x.abs().to(compute_dtype(x.dtype)) >= threshold).any(0)
 
 
 def quantize_rowwise(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``scale[m] = max_k(abs(x[m, k])) / 127`` and ``codes[m, k] = round(x[m, k] / scale[m])`` over the unmasked columns.
+    """``scale[m] = max_k(abs(x[m, k])) / 127``, ``codes[m, k] = round(x[m, k] / scale[m])`` over the unmasked columns.
 
     Rounding is half to even; masked columns get code 0 and do not count for the maximum (the paper's
     rule). Then ``abs(x - codes * scale) <= scale / 2 * (1 + 2**-16)``: half a step, plus the rounding of
@@ -66,13 +67,10 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`quantize_rowwise` over the rows of ``weight``, one scale per output channel, in little extra memory.
 
     Args:
-        weight: ``[..., N, K]``, any float dtype, any strides, on any device.
+        weight: ``[N, K]`` or ``[E, N, K]``, finite, any float dtype, any strides, on any device.
 
     Returns:
         ``codes [..., N, K]`` int8, contiguous, and ``scale [..., N]`` float32.
-
-    Raises:
-        ValueError: ``weight`` holds NaN or inf.
     """
     *lead, K = weight.shape
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
@@ -83,11 +81,9 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
             rows = w[i : i + step]
             block_codes, block_scale = quantize_rowwise(rows)
             if rows.dtype == torch.float64:  # the codes must fit the scale as stored
-                block_codes = (rows / block_scale.float().double()[:, None]).round().to(torch.int8)
+                block_codes = (rows / block_scale.float().double().unsqueeze(-1)).round().to(torch.int8)
             c[i : i + step] = block_codes
             s[i : i + step] = block_scale
-    if not scale.isfinite().all():
-        raise ValueError("the weight holds NaN or inf; int8 needs finite weights")
     return codes, scale
 
 

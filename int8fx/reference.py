@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,13 +38,23 @@ def linear(
     weight's int8 codes times its scale, since no other copy of the weight exists.
 
     bitsandbytes differs: its row absmax leaves out outlier *elements*, so the small elements of an outlier
-    column still stretch the row's scale, which makes it a little coarser. Sums are float32 (float64 for float64 x) and the result is rounded once.
+    column still stretch the row's scale, which makes it a little coarser.
 
-    Against ``x @ (weight * scale).T`` in exact arithmetic, only the rounding of x's codes is lost::
+    Sums are float32 (float64 for float64 x) and the result is rounded once. Against ``y = x @ w.T + bias`` in
+    exact arithmetic, with ``w = weight * weight_scale``, before an epilogue::
 
-        abs(error[m, n]) <= x_scale[m] / 2 * sum_k(abs(weight[n, k] * weight_scale[n]))
+        abs(error[m, n]) <= Q + S + R
+        Q = (1 + 2**-16) * x_scale[m] / 2 * sum_in(abs(w[n, k]))
+        S = (outliers + 5) * u * (sum_in(abs(codes[m, k] * x_scale[m] * w[n, k])) + sum_out(abs(x[m, k] * w[n, k]))
+                                  + abs(bias[n])) + (outliers + 1) * h
+        R = U * (abs(y[m, n]) + Q + S) + H
 
-    over the columns that are not outliers, plus the rounding of sums and of the output dtype.
+    ``sum_out`` runs over the outlier columns and ``sum_in`` over the others. Q is the rounding of x to codes (see
+    `quantize_rowwise`). S is that of the sums, to first order (the exact factor is ``n * u / (1 - n * u)``): the
+    int8 sum is exact and rounded by its conversion, two scales and two additions; a residual of that many
+    products, in any order, by one rounding per weight, product or addition, and the same two additions. ``u``
+    is half the machine epsilon of the sums and ``h`` half their smallest subnormal; U and H the same of x's
+    dtype, where that is narrower, else R is 0. It holds where no sum overflows its dtype.
 
     Args:
         x: ``[..., K]``; float16, bfloat16, float32 or float64. ``[E, M, K]`` for a batched weight.
@@ -66,7 +78,7 @@ def linear(
             y[e] = linear(x_e, weight_e, scale_e, bias_e, threshold, activation, other_e, binary)
         return y
     ct = compute_dtype(x.dtype)
-    x2d = x.reshape(-1, x.shape[-1]).to(ct)
+    x2d = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(ct)
     mask = outlier_mask(x2d, threshold)
     codes, x_scale = quantize_rowwise(x2d, mask)
     y = (codes.double() @ weight.double().T).to(ct)  # exact: every partial sum is below 2**53

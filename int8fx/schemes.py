@@ -25,8 +25,8 @@ def llm_int8(threshold: float = 6.0) -> LLMInt8:
     Source: Dettmers et al. 2022, arXiv 2208.07339, section 3. ``reference.linear`` is the formula.
 
     Args:
-        threshold: >= 0. 6.0 is the paper's. ``inf`` is plain int8 with a scale per row; ``0`` multiplies every column in
-            floating point, so only the weights are quantised.
+        threshold: >= 0. 6.0 is the paper's. ``inf`` is plain int8 with a scale per row; ``0`` multiplies every
+            column in floating point, so only the weights are quantised. (bitsandbytes writes plain int8 as 0.)
 
     Raises:
         ValueError: the threshold is negative, NaN or no number.

@@ -55,8 +55,9 @@ def _next(node: Node, bias_at: int, epilogue_at: int) -> tuple[Node, list] | Non
     activation, other, _ = args[epilogue_at:]
     if other is not None or not node.users:
         return None
+    _drop_clone(node)
     if activation == "none":
-        for name, pattern in _ACTIVATIONS.items():
+        for name, pattern in _ACTIVATIONS:
             root = _match_activation(node, pattern)
             if root is not None:
                 args[epilogue_at] = name
@@ -82,6 +83,14 @@ def _next(node: Node, bias_at: int, epilogue_at: int) -> tuple[Node, list] | Non
     return user, args
 
 
+def _drop_clone(node: Node) -> None:
+    """``clone(y)`` of a product with no other use is y: dropout in eval mode leaves one."""
+    user = next(iter(node.users))
+    if len(node.users) == 1 and user.target is aten.clone.default and user.meta["val"].is_contiguous():
+        user.replace_all_uses_with(node)
+        erase_dead(user)
+
+
 # ---- activations, as AOTAutograd writes them ------------------------------------------------------------------------
 # A pattern is (target, operand, ...); Y is the product's result, numbers match numbers.
 
@@ -89,13 +98,16 @@ Y = "y"
 _ERF = (aten.erf.default, (aten.mul.Tensor, Y, 0.7071067811865476))
 _CUBE = (aten.mul.Tensor, (aten.mul.Tensor, (aten.mul.Tensor, Y, Y), Y), 0.044715)
 _TANH = (aten.tanh.default, (aten.mul.Tensor, (aten.add.Tensor, Y, _CUBE), 0.7978845608028654))
+_POWER = (aten.mul.Tensor, (aten.pow.Tensor_Scalar, Y, 3), 0.044715)  # as GPT-2's own code writes it
+_POWER_TANH = (aten.tanh.default, (aten.mul.Tensor, (aten.add.Tensor, Y, _POWER), 0.7978845608028654))
 _HALF = (aten.mul.Tensor, Y, 0.5)
-_ACTIVATIONS = {
-    "relu": (aten.relu.default, Y),
-    "silu": (aten.div.Tensor, Y, (aten.add.Tensor, (aten.exp.default, (aten.neg.default, Y)), 1)),
-    "gelu": (aten.mul.Tensor, _HALF, (aten.add.Tensor, _ERF, 1)),
-    "gelu_tanh": (aten.mul.Tensor, _HALF, (aten.add.Tensor, _TANH, 1)),
-}
+_ACTIVATIONS = (
+    ("relu", (aten.relu.default, Y)),
+    ("silu", (aten.div.Tensor, Y, (aten.add.Tensor, (aten.exp.default, (aten.neg.default, Y)), 1))),
+    ("gelu", (aten.mul.Tensor, _HALF, (aten.add.Tensor, _ERF, 1))),
+    ("gelu_tanh", (aten.mul.Tensor, _HALF, (aten.add.Tensor, _TANH, 1))),
+    ("gelu_tanh", (aten.mul.Tensor, _HALF, (aten.add.Tensor, _POWER_TANH, 1))),
+)
 
 
 def _match_activation(y: Node, pattern: tuple) -> Node | None:

@@ -453,7 +453,8 @@ def call(graph: Graph, target: Callable, *args: object) -> Node:
     node = graph.call_function(target, args)
     inputs = node.all_input_nodes
     if inputs and all("val" in i.meta for i in inputs):
-        node.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
+        with torch.no_grad():
+            node.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
     return node
 
 
@@ -468,7 +469,7 @@ def emit(graph: Graph, product: Product, codes: Node, scale: Node, threshold: fl
     x = product.x
     if product.form == "left":
         x = _swap_last(graph, x)
-    elif product.form == "einsum":
+    elif product.form == "einsum" and product.x_order != tuple(range(len(product.x_order))):
         x = call(graph, aten.permute.default, x, list(product.x_order))
     bias = product.bias
     per_channel = bias is None or product.node.target in _LINEAR or _is_vector(bias, product)
@@ -497,8 +498,12 @@ def _is_vector(bias: Node, product: Product) -> bool:
 
 
 def erase_dead(node: object) -> None:
-    """Erases ``node`` and what only it used, as far as nothing else reads it."""
-    if isinstance(node, Node) and node.op != "placeholder" and not node.users and not node._erased:
+    """Erases ``node`` and what only it used, as far as nothing reads it; assertions about its metadata go with it."""
+    if not isinstance(node, Node) or node.op == "placeholder" or node._erased:
+        return
+    if all(user.target is aten._assert_tensor_metadata.default for user in node.users):
+        for user in list(node.users):
+            node.graph.erase_node(user)
         inputs = node.all_input_nodes
         node.graph.erase_node(node)
         for i in inputs:

@@ -1,0 +1,292 @@
+"""``convert``: chooses the weights of a model, packs them to int8 and has the rewriting passes run at compile time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .packing import PackedModule, PackedWeight, pack_module
+from .quantize import MAX_K, quantize_weight
+from .recipes import Recipe, embedding_forward, recipe_for
+from .schemes import LLMInt8, llm_int8
+from .selection import Names, Selection
+
+_LEFT = "int8fx_left"  # attribute of a converted model: layer name -> why it was left
+HEAD = "the output embeddings: left in 16 bits unless selected"
+
+
+@dataclass
+class Layer:
+    """One weight of a model: where it is and what becomes of it."""
+
+    name: str
+    module: nn.Module
+    parameter: str
+    layout: str | None
+    recipe: Recipe
+    reason: str | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module._parameters[self.parameter]  # type: ignore[return-value]
+
+    def oriented(self) -> Tensor:
+        """The weight as ``[..., N, K]``, a view."""
+        w = self.weight.detach()
+        w = w.flatten(w.dim() - self.recipe.kernel_dims - 1) if self.recipe.kernel_dims else w
+        return w.transpose(-1, -2) if self.layout == "KN" else w
+
+
+def convert(model: Any, scheme: LLMInt8 | None = None, *, select: Selection | None = None, skip: Selection = ()) -> Any:
+    """Packs ``model``'s weights to int8, in place, and returns ``model``.
+
+    Weights of linear layers, attention, fused experts and bare Parameters used in products become int8 codes and a float32
+    scale per output channel. ``torch.compile(model)`` then rewrites what is left of dequantised products: the passes are
+    appended to Inductor's list (`int8fx.passes.uninstall` takes them out).
+
+    Args:
+        model: an ``nn.Module``, a ``torch.fx.GraphModule`` or a ``torch.export.ExportedProgram``.
+        scheme: `llm_int8()` by default.
+        select: the layers to convert: names or patterns as in ``model.layers.*.q_proj`` or ``lm_head``, or a function
+            (name, module) -> bool. By default all but output embeddings and 1x1 convolutions; both can be selected.
+        skip: the layers to leave, in the same form.
+
+    Raises:
+        TypeError: ``model`` or an argument is of the wrong kind.
+        ValueError: a layer cannot be converted (already quantised, on meta, integer, complex or non-finite weights, K >
+            133,144), or a pattern matches nothing. The message names it; the model is as it was.
+
+    If it is interrupted, or memory runs out, some layers are converted and the others are not, each of them whole: the
+    model still works. ``convert(model, select=...)`` of the rest goes on.
+    """
+    scheme = llm_int8() if scheme is None else scheme
+    if not isinstance(scheme, LLMInt8):
+        raise TypeError(f"int8fx.convert: scheme is {scheme!r}; legal: int8fx.llm_int8(threshold=...)")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("int8fx.convert: the model is a ScriptModule; legal: the eager model it was made from")
+    if isinstance(model, (torch.fx.GraphModule, torch.export.ExportedProgram)):
+        from .convert_graph import convert_graph
+
+        converted = convert_graph(model, scheme, select, skip)
+    elif isinstance(model, nn.Module):
+        converted = _convert_module(model, scheme, select, skip)
+    else:
+        raise TypeError(
+            f"int8fx.convert: found {type(model).__name__}; legal: nn.Module, torch.fx.GraphModule, "
+            "torch.export.ExportedProgram"
+        )
+    if not converted:
+        warnings.warn("int8fx.convert: no layer was converted; int8fx.summary(model) says why", stacklevel=2)
+    from .passes import install
+
+    install()
+    return model
+
+
+def _convert_module(model: nn.Module, scheme: LLMInt8, select: Selection | None, skip: Selection) -> int:
+    layers = plan(model, select, skip)
+    chosen = [layer for layer in layers if layer.reason is None]
+    for layer in chosen:
+        check_weight(layer.name, layer.weight, layer.oriented().shape[-1])
+    leave_reasons(model, layers)
+    _leave_fast_paths(model, {id(layer.module) for layer in chosen})
+    pack_layers(chosen, scheme)
+    return len(chosen)
+
+
+def leave_reasons(model: nn.Module, layers: list[Layer]) -> None:
+    """Notes on the model, for `summary`, why layers were left."""
+    setattr(model, _LEFT, {layer.name: layer.reason for layer in layers if layer.reason is not None})
+
+
+def pack_layers(chosen: list[Layer], scheme: LLMInt8) -> None:
+    """Packs the weights of ``chosen``, module by module; float weights are freed as it goes."""
+    tied = dict(_groups(chosen))
+    packed: dict[int, tuple[Tensor, Tensor]] = {}
+    for module, own in _by_module(chosen):
+        weights = {}
+        for layer in own:
+            key = tied[id(layer)]
+            if key not in packed:
+                packed[key] = quantize_weight(layer.oriented())
+            assert layer.layout is not None
+            described = PackedWeight(layer.layout, layer.weight.dtype, scheme.threshold, layer.recipe.kernel_dims)
+            weights[layer.parameter] = (*packed[key], described)
+        recipe = own[0].recipe
+        pack_module(module, weights, recipe.forward if set(recipe.layouts) == set(weights) else _own_forward(recipe))
+
+
+def _own_forward(recipe: Recipe):
+    """Attention must leave its fused path even if only some of its weights are packed; the others run their own forward."""
+    from .recipes import attention_forward
+
+    return attention_forward if recipe.forward is attention_forward else None
+
+
+def plan(
+    model: nn.Module,
+    select: Selection | None = None,
+    skip: Selection = (),
+    candidates: Callable[[], Iterator[Layer]] | None = None,
+) -> list[Layer]:
+    """What `convert` would do with each weight of ``model``: `Layer.reason` is None for those it would convert.
+
+    Raises:
+        ValueError: the model is converted or quantised already, or a pattern matches nothing.
+    """
+    chosen = None if select is None else Names(select, "select")
+    skipped = Names(skip, "skip")
+    layers = list(walk(model) if candidates is None else candidates())
+    heads = _output_embeddings(model, layers)
+    for layer in layers:
+        selected = chosen is not None and chosen(layer.name, layer.module)
+        if skipped(layer.name, layer.module):
+            layer.reason = "skipped"
+        elif layer.layout is None:
+            layer.reason = layer.recipe.refused.get(layer.parameter, "not the weight of a product")
+        elif chosen is not None:
+            layer.reason = None if selected else "not selected"
+        elif id(layer.module) in heads:
+            layer.reason = HEAD
+        elif layer.recipe.on_request:
+            layer.reason = "a 1x1 convolution: converted if selected"
+    for name, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            for parameter in module.packed_weights:
+                full = _layer_name(name, parameter)
+                selected = chosen is None or chosen(full, module)
+                if selected and not skipped(full, module):
+                    raise ValueError(f"int8fx.convert: layer {full!r} is already converted by int8fx; legal: float weights")
+    names = [layer.name for layer in layers]
+    for selection in (chosen, skipped):
+        if selection is not None:
+            selection.check_all_used(names)
+    _leave_routers(layers, chosen)
+    _agree_on_ties(layers)
+    return layers
+
+
+def _layer_name(module: str, parameter: str) -> str:
+    return module if parameter == "weight" and module else f"{module}.{parameter}" if module else parameter
+
+
+def walk(model: nn.Module, prefix: str = "") -> Iterator[Layer]:
+    """Every Parameter of two or more dimensions of ``model``, with the recipe for it."""
+    for name, module in model.named_modules(prefix=prefix):
+        _refuse_quantised(name or type(model).__name__, module)
+        if isinstance(module, PackedModule):
+            names = [n for n, p in module._parameters.items() if p is not None and p.dim() >= 2]
+            recipe = Recipe(refused=dict.fromkeys(names, "its module is converted in part"))
+        else:
+            recipe = recipe_for(module)
+        for parameter, p in module._parameters.items():
+            if p is not None and p.dim() >= 2:
+                layout = recipe.layouts.get(parameter)
+                yield Layer(_layer_name(name, parameter), module, parameter, layout, recipe)
+
+
+def _refuse_quantised(name: str, module: nn.Module) -> None:
+    package = type(module).__module__.partition(".")[0]
+    weight = module._parameters.get("weight")
+    tensor_package = type(weight).__module__.partition(".")[0]
+    for found in (package, tensor_package):
+        if (found == "bitsandbytes" and package == "bitsandbytes") or (found == "torchao" and weight is not None):
+            raise ValueError(
+                f"int8fx.convert: layer {name!r} is already quantised by {found} ({type(module).__name__}, "
+                f"{type(weight).__name__}); legal: float weights"
+            )
+    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        raise ValueError(f"int8fx.convert: layer {name!r} has no weight yet; run the model once before converting")
+
+
+def check_weight(name: str, weight: Tensor, K: int) -> None:
+    """Raises ValueError, naming the layer, unless ``weight`` can be packed."""
+    from torch._subclasses import FakeTensor
+
+    def refuse(found: str, legal: str) -> None:
+        raise ValueError(f"int8fx.convert: layer {name!r} {found}; legal: {legal}")
+
+    if weight.is_meta:
+        refuse("is on the meta device", "a model with its weights loaded")
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        refuse(f"has {weight.dtype} weights", "float16, bfloat16, float32 or float64")
+    if type(weight) not in (nn.Parameter, Tensor) and not isinstance(weight, FakeTensor):
+        refuse(f"has a weight of type {type(weight).__name__}", "plain tensors")
+    if K > MAX_K:
+        refuse(f"has K = {K} input channels", f"K <= {MAX_K}, or int32 sums could overflow")
+    if weight.numel() and not isinstance(weight, FakeTensor):
+        low, high = weight.detach().aminmax()
+        if not (low.isfinite() and high.isfinite()):
+            refuse("has NaN or inf in its weight", "finite weights")
+
+
+def _output_embeddings(model: nn.Module, layers: list[Layer]) -> set[int]:
+    tables = {id(layer.weight) for layer in layers if isinstance(layer.module, nn.Embedding)}
+    heads = {id(layer.module) for layer in layers if id(layer.weight) in tables}
+    heads |= {id(layer.module) for layer in layers if layer.name.rpartition(".")[2] == "lm_head"}
+    if callable(getattr(model, "get_output_embeddings", None)):
+        heads.add(id(model.get_output_embeddings()))
+    return heads
+
+
+def _leave_routers(layers: list[Layer], chosen: Names | None) -> None:
+    """A router picks experts by small differences: bare router weights beside fused experts stay, unless selected."""
+    experts = {layer.name.rpartition(".")[0].rpartition(".")[0]: layer for layer in layers if layer.weight.dim() == 3}
+    for layer in layers:
+        block = experts.get(layer.name.rpartition(".")[0])
+        if chosen is None and block is not None and layer.reason is None and layer.recipe.forward is None:
+            if layer.weight.dim() == 2 and block.weight.shape[0] in layer.weight.shape:
+                layer.reason = "the router of experts: left in 16 bits unless selected"
+
+
+def _agree_on_ties(layers: list[Layer]) -> None:
+    """Layers that share a Parameter are converted together or not at all; a tied embedding follows its selected head."""
+    owners: dict[int, list[Layer]] = {}
+    for layer in layers:
+        owners.setdefault(id(layer.weight), []).append(layer)
+    for group in owners.values():
+        if len(group) == 1 or all(layer.reason is not None for layer in group):
+            continue
+        for layer in group:
+            plain = type(layer.module).forward is nn.Embedding.forward and layer.module.max_norm is None  # type: ignore[union-attr]
+            if plain and layer.reason is not None and layer.reason != "skipped":
+                layer.layout, layer.reason = "NK", None
+                layer.recipe = Recipe({layer.parameter: "NK"}, embedding_forward)
+        blocked = next((layer for layer in group if layer.reason is not None), None)
+        if blocked is None and len({layer.layout for layer in group}) > 1:
+            blocked = group[0]
+        if blocked is not None:
+            for layer in group:
+                layer.reason = layer.reason or f"tied to {blocked.name}, which stays as it is"
+
+
+def _groups(chosen: list[Layer]) -> Iterator[tuple[int, int]]:
+    """``id(layer)`` -> a number that layers with the same Parameter share."""
+    numbers: dict[int, int] = {}
+    for layer in chosen:
+        yield id(layer), numbers.setdefault(id(layer.weight), len(numbers))
+
+
+def _by_module(chosen: list[Layer]) -> Iterator[tuple[nn.Module, list[Layer]]]:
+    modules: dict[int, list[Layer]] = {}
+    for layer in chosen:
+        modules.setdefault(id(layer.module), []).append(layer)
+    for own in modules.values():
+        yield own[0].module, own
+
+
+def _leave_fast_paths(model: nn.Module, converted: set[int]) -> None:
+    """``nn.TransformerEncoder(Layer)``'s fused inference paths know float weights only: tells the layers not to take them."""
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and any(
+            id(m) in converted for m in module.modules()
+        ):
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0
+            else:
+                module.use_nested_tensor = False

@@ -1,0 +1,252 @@
+"""The demo: one model in float32, in bfloat16 and in int8, side by side."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, cycle
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import int8fx
+
+from . import cpu, metrics
+from .models import ModelError, load
+
+FLOAT32, BFLOAT16, INT8 = "float32", "bfloat16", "int8fx"
+COMPILED = (BFLOAT16, INT8)  # float32 is the reference for fidelity; compiling it too would take a minute more
+
+
+@dataclass
+class Result:
+    """What was measured of one model.
+
+    nbytes: of its parameters and buffers, tied ones once.
+    seconds: what was timed -> one entry per round.
+    fidelity: metric -> its mean over each window of text.
+    text: what it generated.
+    """
+
+    nbytes: int
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    fidelity: dict[str, list[float]] = field(default_factory=dict)
+    text: str = ""
+
+
+class Demo:
+    """One run over the model ``name``; ``quick`` takes shorter windows and fewer rounds, and compiles one LM graph of two.
+
+    Candidates are timed in turn, round by round, so that all of them meet the same state of the machine.
+    """
+
+    def __init__(self, name: str, threshold: float, prompt: str, tokens: int, quick: bool) -> None:
+        self.name, self.threshold, self.prompt, self.tokens, self.quick = name, threshold, prompt, tokens, quick
+        self.console = Console(highlight=False, markup=False)
+        self.begin = time.perf_counter()
+        self.results: dict[str, Result] = {}
+
+    def say(self, text: str) -> None:
+        self.console.print(f"{time.perf_counter() - self.begin:5.0f} s  {text}", soft_wrap=True)
+
+    def run(self) -> dict[str, Result]:
+        """Prints as it goes, and the table at the end.
+
+        Raises:
+            ModelError: the model cannot be had, or ``torch.compile`` refuses it.
+        """
+        self.console.print(machine(), soft_wrap=True)
+        self.load()
+        width = 128 if self.quick or self.kind == "encoder" else 512
+        width = min(width, getattr(self.models[FLOAT32].config, "max_position_embeddings", width))
+        windows = real_text(self.tokenizer, 1 if self.kind == "lm" else 4, width, 2)
+        try:
+            with torch.no_grad(), self.console.status("working", refresh_per_second=2):
+                self.forwards(windows)
+                if self.kind == "lm":
+                    self.decodes()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ModelError(f"torch.compile(fullgraph=True) refuses {self.name!r}: {reason}") from error
+        self.report(windows[0].numel())
+        return self.results
+
+    def load(self) -> None:
+        self.models: dict[str, Any] = {}
+        for label in (FLOAT32, BFLOAT16, INT8):
+            dtype = torch.float32 if label == FLOAT32 else torch.bfloat16
+            self.say(f"loading {self.name} in {dtype}" + (" to convert it to int8" if label == INT8 else ""))
+            self.models[label], self.tokenizer, self.kind = load(self.name, dtype)
+        int8fx.convert(self.models[INT8], int8fx.llm_int8(self.threshold))
+        summary = int8fx.summary(self.models[INT8])
+        left = "; ".join(f"{n} x {reason}" for reason, n in Counter(row.reason for row in summary.left).items())
+        self.say(f"int8: {len(summary.converted)} of {len(summary.rows)} weights; left as they were: {left or 'none'}")
+        self.results = {label: Result(count_bytes(model)) for label, model in self.models.items()}
+
+    def forwards(self, windows: list[Tensor]) -> None:
+        """Forwards over windows of text: eager ones of every model, compared with float32's, then compiled ones."""
+
+        def outputs(forward: Callable[..., Any]) -> Iterator[Tensor]:
+            for window in cycle(windows):
+                if self.kind == "lm":
+                    yield forward(input_ids=window, use_cache=False).logits
+                else:
+                    yield forward(input_ids=window).last_hidden_state.mean(1)
+
+        self.say(f"eager: {len(windows)} x {windows[0].numel()} tokens of Python's documentation, compared with float32")
+        work = {label: outputs(model) for label, model in self.models.items()}
+        for i, found in enumerate(self.interleave("forward, eager", work)):
+            for label, y in found.items() if i < len(windows) else ():
+                self.compare(label, found[FLOAT32], y)
+        if self.kind == "lm" and self.quick:
+            return
+        work = {label: outputs(self.compiled(label)) for label in COMPILED}
+        self.first_steps("compiling the forward", work)
+        for _ in self.interleave("forward, compiled", work):
+            pass
+
+    def compare(self, label: str, reference: Tensor, y: Tensor) -> None:
+        if self.kind == "lm":
+            found = {
+                "mean KL to float32, nats": metrics.kl_divergence(reference, y),
+                "top-1 agreement with float32": metrics.top1_agreement(reference, y),
+            }
+        else:
+            found = {"mean 1 - cosine to float32": metrics.cosine_distance(reference, y)}
+        for metric, values in found.items():
+            self.results[label].fidelity.setdefault(metric, []).append(values.double().mean().item())
+
+    def decodes(self) -> None:
+        """Greedy generation with a static cache, a token at a time: eager, then compiled, which is the text to show."""
+        prompt = self.tokenizer(self.prompt, return_tensors="pt").input_ids
+
+        self.say("eager: generating")
+        work = {label: greedy(model, model, prompt, self.tokens) for label, model in self.models.items()}
+        for steps in work.values():
+            next(steps)
+        for _ in self.interleave("decode, eager", work):
+            pass
+
+        work = {label: greedy(self.models[label], self.compiled(label), prompt, self.tokens) for label in COMPILED}
+        texts = {label: [next(steps)] for label, steps in work.items()}
+        found = [self.first_steps("compiling the decode step", work)]
+        self.say(f"compiled: generating {self.tokens} tokens")
+        found += self.interleave("decode, compiled", work, seconds=float("inf"))
+        for tokens in found:
+            for label, token in tokens.items():
+                texts[label].append(token)
+        for label, text in texts.items():
+            self.results[label].text = self.tokenizer.decode(text, skip_special_tokens=True)
+
+    def compiled(self, label: str) -> Callable[..., Any]:
+        return torch.compile(self.models[label], fullgraph=True, dynamic=False)
+
+    def first_steps(self, what: str, work: dict[str, Iterator[Any]]) -> dict[str, Any]:
+        """One step of each, which compiles it."""
+        found = {}
+        for label, steps in work.items():
+            self.say(f"{what} of {label} with fullgraph=True (minutes on a slow CPU)")
+            found[label] = next(steps)
+        return found
+
+    def interleave(self, what: str, work: dict[str, Iterator[Any]], seconds: float | None = None) -> Iterator[dict[str, Any]]:
+        """Rounds of one timed step each, at least two, until ``seconds`` have passed or the steps end."""
+        seconds = (1.0 if self.quick else 10.0) if seconds is None else seconds
+        begin, rounds = time.perf_counter(), 0
+        while rounds < 2 or time.perf_counter() - begin < seconds:
+            found = {}
+            for label, steps in work.items():
+                start = time.perf_counter()
+                try:
+                    found[label] = next(steps)
+                except StopIteration:
+                    return
+                self.results[label].seconds.setdefault(what, []).append(time.perf_counter() - start)
+            rounds += 1
+            yield found
+
+    def report(self, tokens: int) -> None:
+        base, ours = self.results[BFLOAT16], self.results[INT8]
+        table = Table(title=f"\n{self.name}, {tokens} tokens per forward")
+        table.add_column()
+        for label in (*self.results, f"{INT8} / {BFLOAT16}"):
+            table.add_column(label, justify="right")
+        row = [f"{r.nbytes / 1e6:,.1f}" for r in self.results.values()]
+        table.add_row("memory, MB", *row, f"{ours.nbytes / base.nbytes:.2f}")
+        for what in ours.seconds:
+            row = [milliseconds(r.seconds.get(what)) for r in self.results.values()]
+            table.add_row(f"{what}, ms", *row, f"{min(ours.seconds[what]) / min(base.seconds[what]):.2f}")
+        for metric in ours.fidelity:
+            share = metric.startswith("top-1")
+            row = [f"{mean(r.fidelity[metric]):{'.1%' if share else '.5f'}}" for r in self.results.values()]
+            table.add_row(metric, *row, "")
+        self.console.print(table)
+        self.console.print(
+            "Times are the best of interleaved rounds, medians in brackets. The last column is the quotient: below 1, "
+            "int8fx needs less."
+        )
+        for label, r in self.results.items():
+            if r.text:
+                self.console.print(f"\n{label}: {self.prompt} ...{r.text}", soft_wrap=True)
+
+
+def greedy(model: nn.Module, step: Callable[..., Any], prompt: Tensor, tokens: int) -> Iterator[int]:
+    """The ``tokens`` likeliest next tokens after ``prompt [1, P]``: one from the prompt's forward, the rest from ``step``.
+
+    ``step`` is ``model`` or its compiled form; it reads one token at a time beside a static cache.
+    """
+    from transformers import StaticCache
+
+    cache: Any = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + tokens)
+    forward: Callable[..., Any] = model
+    token = prompt
+    for _ in range(tokens):
+        token = forward(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        yield token.item()
+        forward = step
+
+
+def real_text(tokenizer: Any, batch: int, width: int, count: int) -> list[Tensor]:
+    """``count`` tensors ``[batch, width]`` of tokens from Python's own documentation, the same ones each time."""
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[key] for key in sorted(topics))
+    stride = len(text) // (batch * count)
+    pieces = [text[i * stride :][: 16 * width] for i in range(batch * count)]
+    ids = tokenizer(pieces, truncation=True, max_length=width, return_tensors="pt").input_ids
+    return list(ids.view(count, batch, width))
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Bytes of ``model``'s parameters and buffers; what is tied counts once."""
+    return sum(t.nbytes for t in chain(model.parameters(), model.buffers()))
+
+
+def milliseconds(rounds: list[float] | None) -> str:
+    return "" if rounds is None else f"{min(rounds) * 1e3:,.1f} ({median(rounds) * 1e3:,.1f})"
+
+
+def machine() -> str:
+    """The CPU, the versions, and what to know about this CPU before reading times."""
+    import transformers
+
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().split("\n") if line.startswith("model name")] if cpuinfo.exists() else []
+    line = (
+        f"{names[0] if names else platform.processor()} ({torch.backends.cpu.get_cpu_capability()}), "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"int8fx {int8fx.__version__}"
+    )
+    if not torch.cpu.get_capabilities().get("avx512_bf16"):
+        line += "\nThis CPU has no bfloat16 instructions: torch runs bfloat16 products slowly here."
+    if not cpu.has_fast_int_mm():
+        line += "\nThis CPU has no int8 instructions (AVX512-VNNI, AMX): memory and fidelity are as anywhere, speed is not."
+    return line

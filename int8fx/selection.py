@@ -1,0 +1,43 @@
+"""``select`` and ``skip``: which layers of a model a conversion is about."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+Selection = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+
+class Names:
+    """A selection of layers by name patterns or by a function of name and module.
+
+    A pattern matches a layer's whole dotted name (``*`` and ``?`` as in file names), or a run of whole parts of it:
+    ``lm_head``, ``layers.0``, ``mlp.down_proj``, ``model.layers.*.q_proj``.
+    """
+
+    def __init__(self, selection: Selection, argument: str) -> None:
+        self.argument = argument
+        self.function = selection if callable(selection) else None
+        self.patterns = [] if callable(selection) else [selection] if isinstance(selection, str) else list(selection)
+        for pattern in self.patterns:
+            if not isinstance(pattern, str):
+                raise TypeError(f"{argument} takes name patterns or a function (name, module) -> bool, found {pattern!r}")
+        self.unused = set(self.patterns)
+
+    def __call__(self, name: str, module: nn.Module) -> bool:
+        if self.function is not None:
+            return bool(self.function(name, module))
+        hits = [p for p in self.patterns if fnmatchcase(name, p) or f".{p}." in f".{name}."]
+        self.unused.difference_update(hits)
+        return bool(hits)
+
+    def check_all_used(self, names: Iterable[str]) -> None:
+        """Raises ValueError for patterns that matched none of ``names``: most likely a typing error."""
+        if self.unused:
+            pattern = min(self.unused)
+            close = difflib.get_close_matches(pattern, list(names), n=3, cutoff=0.4)
+            hint = f"; close: {', '.join(close)}" if close else ""
+            raise ValueError(f"{self.argument}: {pattern!r} matches no layer of this model{hint}")
