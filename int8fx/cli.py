@@ -23,7 +23,9 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--model", default="smollm2", help="smollm2, minilm, a directory, or a name of the hub")
-    demo.add_argument("--scheme-threshold", type=float, default=6.0, help="input columns from this size on stay in 16 bits")
+    demo.add_argument(
+        "--scheme-threshold", type=float, default=6.0, help="input columns from this size on stay in 16 bits"
+    )
     demo.add_argument("--prompt", default=PROMPT, help="what to continue")
     demo.add_argument("--tokens", type=int, default=32, help="how many tokens to generate")
     demo.add_argument("--quick", action="store_true", help="shorter text, fewer rounds, less to compile")
@@ -33,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.tokens < 4:
         demo.error(f"--tokens is {args.tokens}; legal: 4 or more")
+    if not args.prompt:
+        demo.error("--prompt is empty")
     try:
         llm_int8(args.scheme_threshold)
     except ValueError as error:

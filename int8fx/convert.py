@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 
 from .packing import PackedModule, PackedWeight, pack_module
 from .quantize import MAX_K, quantize_weight
-from .recipes import Recipe, embedding_forward, recipe_for
+from .recipes import Recipe, embedding_forward, matrices, recipe_for
 from .schemes import LLMInt8, llm_int8
 from .selection import Names, Selection
 
@@ -22,7 +24,7 @@ HEAD = "the output embeddings: left in 16 bits unless selected"
 
 @dataclass
 class Layer:
-    """One weight of a model: where it is and what becomes of it."""
+    """One weight of a model: where it is and what becomes of it; ``aliases`` are its other names in shared modules."""
 
     name: str
     module: nn.Module
@@ -30,6 +32,7 @@ class Layer:
     layout: str | None
     recipe: Recipe
     reason: str | None = None
+    aliases: tuple[str, ...] = ()
 
     @property
     def weight(self) -> Tensor:
@@ -89,10 +92,9 @@ def convert(model: Any, scheme: LLMInt8 | None = None, *, select: Selection | No
 
 
 def _convert_module(model: nn.Module, scheme: LLMInt8, select: Selection | None, skip: Selection) -> int:
+    check_modules(model)
     layers = plan(model, select, skip)
-    chosen = [layer for layer in layers if layer.reason is None]
-    for layer in chosen:
-        check_weight(layer.name, layer.weight, layer.oriented().shape[-1])
+    chosen = choose(layers)
     leave_reasons(model, layers)
     _leave_fast_paths(model, {id(layer.module) for layer in chosen})
     pack_layers(chosen, scheme)
@@ -105,20 +107,35 @@ def leave_reasons(model: nn.Module, layers: list[Layer]) -> None:
 
 
 def pack_layers(chosen: list[Layer], scheme: LLMInt8) -> None:
-    """Packs the weights of ``chosen``, module by module; float weights are freed as it goes."""
-    tied = dict(_groups(chosen))
-    packed: dict[int, tuple[Tensor, Tensor]] = {}
-    for module, own in _by_module(chosen):
-        weights = {}
-        for layer in own:
-            key = tied[id(layer)]
+    """Packs the weights of ``chosen``, module by module; float weights are freed as it goes.
+
+    Modules that share a weight are packed together: an interruption does not come between them.
+    """
+    for group in _together(chosen):
+        packed: dict[int, tuple[Tensor, Tensor]] = {}
+        for layer in group:
+            key = id(layer.weight)
             if key not in packed:
-                packed[key] = quantize_weight(layer.oriented())
-            assert layer.layout is not None
-            described = PackedWeight(layer.layout, layer.weight.dtype, scheme.threshold, layer.recipe.kernel_dims)
-            weights[layer.parameter] = (*packed[key], described)
-        recipe = own[0].recipe
-        pack_module(module, weights, recipe.forward if set(recipe.layouts) == set(weights) else _own_forward(recipe))
+                packed[key] = pack_weight(layer)
+        ready = []
+        for own in _grouped(group, lambda layer: id(layer.module)):
+            weights = {}
+            for layer in own:
+                assert layer.layout is not None
+                described = PackedWeight(layer.layout, layer.weight.dtype, scheme.threshold, layer.recipe.kernel_dims)
+                weights[layer.parameter] = (*packed[id(layer.weight)], described)
+            recipe = own[0].recipe
+            forward = recipe.forward if set(recipe.layouts) == set(weights) else _own_forward(recipe)
+            ready.append((own[0].module, weights, forward))
+        for module, weights, forward in ready:
+            pack_module(module, weights, forward)
+
+
+def pack_weight(layer: Layer) -> tuple[Tensor, Tensor]:
+    """``(codes [..., N, K], scale [..., N])`` of a layer: ordinary tensors in any grad mode, fake ones of a fake weight."""
+    weight = layer.oriented()
+    with torch.inference_mode(False), torch.no_grad(), detect_fake_mode(weight) or nullcontext():
+        return quantize_weight(weight)
 
 
 def _own_forward(recipe: Recipe):
@@ -144,8 +161,8 @@ def plan(
     layers = list(walk(model) if candidates is None else candidates())
     heads = _output_embeddings(model, layers)
     for layer in layers:
-        selected = chosen is not None and chosen(layer.name, layer.module)
-        if skipped(layer.name, layer.module):
+        selected = chosen is not None and _hit(chosen, layer.module, layer.name, *layer.aliases)
+        if _hit(skipped, layer.module, layer.name, *layer.aliases):
             layer.reason = "skipped"
         elif layer.layout is None:
             layer.reason = layer.recipe.refused.get(layer.parameter, "not the weight of a product")
@@ -155,14 +172,12 @@ def plan(
             layer.reason = HEAD
         elif layer.recipe.on_request:
             layer.reason = "a 1x1 convolution: converted if selected"
-    for name, module in model.named_modules():
-        if isinstance(module, PackedModule):
-            for parameter in module.packed_weights:
-                full = _layer_name(name, parameter)
-                selected = chosen is None or chosen(full, module)
-                if selected and not skipped(full, module):
-                    raise ValueError(f"int8fx.convert: layer {full!r} is already converted by int8fx; legal: float weights")
-    names = [layer.name for layer in layers]
+    names = [name for layer in layers for name in (layer.name, *layer.aliases)]
+    for full, module in packed_layers(model):
+        names.append(full)
+        left = skipped(full, module)
+        if (chosen is None or chosen(full, module)) and not left:
+            raise ValueError(f"int8fx.convert: layer {full!r} is already converted by int8fx; legal: float weights")
     for selection in (chosen, skipped):
         if selection is not None:
             selection.check_all_used(names)
@@ -171,37 +186,74 @@ def plan(
     return layers
 
 
+def _hit(selection: Names, module: nn.Module, *names: str) -> bool:
+    return any([selection(name, module) for name in names])  # a list: every pattern that matches counts as used
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The converted layers of ``model``: name and module that holds the codes."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            for parameter in module.packed_weights:
+                yield _layer_name(name, parameter), module
+
+
 def _layer_name(module: str, parameter: str) -> str:
     return module if parameter == "weight" and module else f"{module}.{parameter}" if module else parameter
 
 
 def walk(model: nn.Module, prefix: str = "") -> Iterator[Layer]:
     """Every Parameter of two or more dimensions of ``model``, with the recipe for it."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(prefix=prefix, remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
     for name, module in model.named_modules(prefix=prefix):
-        _refuse_quantised(name or type(model).__name__, module)
+        own = matrices(module)
+        package = _quantised_by(module)
         if isinstance(module, PackedModule):
-            names = [n for n, p in module._parameters.items() if p is not None and p.dim() >= 2]
-            recipe = Recipe(refused=dict.fromkeys(names, "its module is converted in part"))
+            recipe = Recipe(refused=dict.fromkeys(own, "its module is converted in part"))
+        elif package:
+            recipe = Recipe(refused=dict.fromkeys(own, f"already quantised by {package}"))
         else:
             recipe = recipe_for(module)
-        for parameter, p in module._parameters.items():
-            if p is not None and p.dim() >= 2:
-                layout = recipe.layouts.get(parameter)
-                yield Layer(_layer_name(name, parameter), module, parameter, layout, recipe)
+        for parameter in own:
+            aliases = tuple(_layer_name(n, parameter) for n in names[id(module)] if n != name)
+            layout = recipe.layouts.get(parameter)
+            yield Layer(_layer_name(name, parameter), module, parameter, layout, recipe, aliases=aliases)
 
 
-def _refuse_quantised(name: str, module: nn.Module) -> None:
-    package = type(module).__module__.partition(".")[0]
-    weight = module._parameters.get("weight")
-    tensor_package = type(weight).__module__.partition(".")[0]
-    for found in (package, tensor_package):
-        if (found == "bitsandbytes" and package == "bitsandbytes") or (found == "torchao" and weight is not None):
+def _quantised_by(module: nn.Module) -> str | None:
+    """The package that quantised ``module``'s own weight, if it is known."""
+    package, weight = _package(module), module._parameters.get("weight")
+    if package == "bitsandbytes" or weight is None:
+        return package if package == "bitsandbytes" else None
+    return "torchao" if "torchao" in (package, _package(weight)) else None
+
+
+def _package(value: object) -> str:
+    return type(value).__module__.partition(".")[0]
+
+
+def check_modules(model: nn.Module) -> None:
+    """Raises ValueError, naming the layer, if ``model`` is quantised already or has Parameters without a shape."""
+    for name, module in model.named_modules():
+        name, weight = name or type(model).__name__, module._parameters.get("weight")
+        package = _quantised_by(module)
+        if package:
             raise ValueError(
-                f"int8fx.convert: layer {name!r} is already quantised by {found} ({type(module).__name__}, "
+                f"int8fx.convert: layer {name!r} is already quantised by {package} ({type(module).__name__}, "
                 f"{type(weight).__name__}); legal: float weights"
             )
-    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
-        raise ValueError(f"int8fx.convert: layer {name!r} has no weight yet; run the model once before converting")
+        if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+            raise ValueError(f"int8fx.convert: layer {name!r} has no weight yet; run the model once before converting")
+
+
+def choose(layers: list[Layer]) -> list[Layer]:
+    """The layers to convert, each of them checked: raises ValueError, naming the layer, unless all can be packed."""
+    chosen = [layer for layer in layers if layer.reason is None]
+    for layer in chosen:
+        check_weight(layer.name, layer.weight, layer.oriented().shape[-1])
+    return chosen
 
 
 def check_weight(name: str, weight: Tensor, K: int) -> None:
@@ -211,6 +263,8 @@ def check_weight(name: str, weight: Tensor, K: int) -> None:
     def refuse(found: str, legal: str) -> None:
         raise ValueError(f"int8fx.convert: layer {name!r} {found}; legal: {legal}")
 
+    if weight.layout != torch.strided:
+        refuse(f"has a {str(weight.layout).removeprefix('torch.')} weight", "dense weights")
     if weight.is_meta:
         refuse("is on the meta device", "a model with its weights loaded")
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
@@ -229,27 +283,32 @@ def _output_embeddings(model: nn.Module, layers: list[Layer]) -> set[int]:
     tables = {id(layer.weight) for layer in layers if isinstance(layer.module, nn.Embedding)}
     heads = {id(layer.module) for layer in layers if id(layer.weight) in tables}
     heads |= {id(layer.module) for layer in layers if layer.name.rpartition(".")[2] == "lm_head"}
-    if callable(getattr(model, "get_output_embeddings", None)):
-        heads.add(id(model.get_output_embeddings()))
+    for module in model.modules():
+        if callable(getattr(module, "get_output_embeddings", None)):
+            with suppress(NotImplementedError, AttributeError):  # backbones have the method and no embeddings
+                heads.add(id(module.get_output_embeddings()))
     return heads
 
 
 def _leave_routers(layers: list[Layer], chosen: Names | None) -> None:
-    """A router picks experts by small differences: bare router weights beside fused experts stay, unless selected."""
-    experts = {layer.name.rpartition(".")[0].rpartition(".")[0]: layer for layer in layers if layer.weight.dim() == 3}
+    """A router picks experts by small differences: layers beside experts with an output for each stay, unless selected."""
+    if chosen is not None:
+        return
+    blocks = {}  # "mlp." of "mlp.experts.down_proj" -> the number of experts
     for layer in layers:
-        block = experts.get(layer.name.rpartition(".")[0])
-        if chosen is None and block is not None and layer.reason is None and layer.recipe.forward is None:
-            if layer.weight.dim() == 2 and block.weight.shape[0] in layer.weight.shape:
+        if layer.layout is not None and layer.weight.dim() == 3:
+            block = layer.name.rpartition(".")[0].rpartition(".")[0]
+            blocks[block + "." if block else ""] = layer.weight.shape[0]
+    for layer in layers:
+        if layer.reason is None and layer.weight.dim() == 2:
+            outputs = layer.oriented().shape[0]
+            if any(layer.name.startswith(block) and outputs == experts for block, experts in blocks.items()):
                 layer.reason = "the router of experts: left in 16 bits unless selected"
 
 
 def _agree_on_ties(layers: list[Layer]) -> None:
     """Layers that share a Parameter are converted together or not at all; a tied embedding follows its selected head."""
-    owners: dict[int, list[Layer]] = {}
-    for layer in layers:
-        owners.setdefault(id(layer.weight), []).append(layer)
-    for group in owners.values():
+    for group in _grouped(layers, lambda layer: id(layer.weight)):
         if len(group) == 1 or all(layer.reason is not None for layer in group):
             continue
         for layer in group:
@@ -258,26 +317,30 @@ def _agree_on_ties(layers: list[Layer]) -> None:
                 layer.layout, layer.reason = "NK", None
                 layer.recipe = Recipe({layer.parameter: "NK"}, embedding_forward)
         blocked = next((layer for layer in group if layer.reason is not None), None)
-        if blocked is None and len({layer.layout for layer in group}) > 1:
-            blocked = group[0]
-        if blocked is not None:
-            for layer in group:
+        for layer in group:
+            other = next((o for o in group if o.layout != layer.layout), None)
+            if blocked is not None:
                 layer.reason = layer.reason or f"tied to {blocked.name}, which stays as it is"
+            elif other is not None:
+                layer.reason = f"its weight is shared with {other.name}, which reads it the other way round"
 
 
-def _groups(chosen: list[Layer]) -> Iterator[tuple[int, int]]:
-    """``id(layer)`` -> a number that layers with the same Parameter share."""
-    numbers: dict[int, int] = {}
+def _grouped(layers: Iterable[Layer], key: Callable[[Layer], int]) -> list[list[Layer]]:
+    groups: dict[int, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(key(layer), []).append(layer)
+    return list(groups.values())
+
+
+def _together(chosen: list[Layer]) -> list[list[Layer]]:
+    """``chosen`` in groups: layers of one module, and of modules that share a weight, are in one."""
+    group_of: dict[int, list[Layer]] = {}  # by the id of a module or a weight
     for layer in chosen:
-        yield id(layer), numbers.setdefault(id(layer.weight), len(numbers))
-
-
-def _by_module(chosen: list[Layer]) -> Iterator[tuple[nn.Module, list[Layer]]]:
-    modules: dict[int, list[Layer]] = {}
-    for layer in chosen:
-        modules.setdefault(id(layer.module), []).append(layer)
-    for own in modules.values():
-        yield own[0].module, own
+        found = [group_of.get(key, []) for key in (id(layer.module), id(layer.weight))]
+        merged = [*found[0], *(found[1] if found[1] is not found[0] else []), layer]
+        for member in merged:
+            group_of[id(member.module)] = group_of[id(member.weight)] = merged
+    return list({id(group): group for group in group_of.values()}.values())
 
 
 def _leave_fast_paths(model: nn.Module, converted: set[int]) -> None:

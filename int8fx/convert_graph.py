@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node
 
-from .convert import Layer, check_weight, leave_reasons, pack_layers, plan, walk
+from .convert import Layer, choose, leave_reasons, pack_layers, pack_weight, plan, walk
 from .packing import SCALE
 from .passes.lower import lower
 from .passes.products import read_product

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, cycle
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -21,9 +21,10 @@ import int8fx
 
 from . import cpu, metrics
 from .models import ModelError, load
+from .passes import PASSES
 
 FLOAT32, BFLOAT16, INT8 = "float32", "bfloat16", "int8fx"
-COMPILED = (BFLOAT16, INT8)  # float32 is the reference for fidelity; compiling it too would take a minute more
+COMPILED = (BFLOAT16, INT8)  # float32 is there for fidelity; compiling it as well takes a minute or more
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Result:
 
     nbytes: of its parameters and buffers, tied ones once.
     seconds: what was timed -> one entry per round.
-    fidelity: metric -> its mean over each window of text.
+    fidelity: metric -> its mean over each window of text; empty for float32, the reference.
     text: what it generated.
     """
 
@@ -43,30 +44,30 @@ class Result:
 
 
 class Demo:
-    """One run over the model ``name``; ``quick`` takes shorter windows and fewer rounds, and compiles one LM graph of two.
+    """One run over the model ``name``: `run` prints what it does, and a table at the end.
 
-    Candidates are timed in turn, round by round, so that all of them meet the same state of the machine.
+    The models take turns, round by round, so that all of them meet the same state of the machine. ``quick`` reads
+    shorter windows, takes fewer rounds and, of a language model, compiles the decode step only.
     """
 
     def __init__(self, name: str, threshold: float, prompt: str, tokens: int, quick: bool) -> None:
         self.name, self.threshold, self.prompt, self.tokens, self.quick = name, threshold, prompt, tokens, quick
+        self.budget = 1.0 if quick else 10.0  # seconds of rounds, beyond the first two
         self.console = Console(highlight=False, markup=False)
         self.begin = time.perf_counter()
-        self.results: dict[str, Result] = {}
-
-    def say(self, text: str) -> None:
-        self.console.print(f"{time.perf_counter() - self.begin:5.0f} s  {text}", soft_wrap=True)
 
     def run(self) -> dict[str, Result]:
-        """Prints as it goes, and the table at the end.
+        """The results of float32, bfloat16 and int8fx.
 
         Raises:
             ModelError: the model cannot be had, or ``torch.compile`` refuses it.
         """
         self.console.print(machine(), soft_wrap=True)
         self.load()
-        width = 128 if self.quick or self.kind == "encoder" else 512
-        width = min(width, getattr(self.models[FLOAT32].config, "max_position_embeddings", width))
+        config = self.models[FLOAT32].config
+        width = min(
+            512 if self.kind == "lm" and not self.quick else 128, getattr(config, "max_position_embeddings", 512)
+        )
         windows = real_text(self.tokenizer, 1 if self.kind == "lm" else 4, width, 2)
         try:
             with torch.no_grad(), self.console.status("working", refresh_per_second=2):
@@ -75,15 +76,21 @@ class Demo:
                     self.decodes()
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().split("\n")[0]
-            raise ModelError(f"torch.compile(fullgraph=True) refuses {self.name!r}: {reason}") from error
+            raise ModelError(f"torch.compile(fullgraph=True) fails on {self.name!r}: {reason}") from error
         self.report(windows[0].numel())
         return self.results
+
+    def say(self, text: str) -> None:
+        self.console.print(f"{time.perf_counter() - self.begin:5.0f} s  {text}", soft_wrap=True)
 
     def load(self) -> None:
         self.models: dict[str, Any] = {}
         for label in (FLOAT32, BFLOAT16, INT8):
             dtype = torch.float32 if label == FLOAT32 else torch.bfloat16
-            self.say(f"loading {self.name} in {dtype}" + (" to convert it to int8" if label == INT8 else ""))
+            self.say(
+                f"loading {self.name} in {str(dtype).removeprefix('torch.')}"
+                + (" to convert it to int8" if label == INT8 else "")
+            )
             self.models[label], self.tokenizer, self.kind = load(self.name, dtype)
         int8fx.convert(self.models[INT8], int8fx.llm_int8(self.threshold))
         summary = int8fx.summary(self.models[INT8])
@@ -101,26 +108,28 @@ class Demo:
                 else:
                     yield forward(input_ids=window).last_hidden_state.mean(1)
 
-        self.say(f"eager: {len(windows)} x {windows[0].numel()} tokens of Python's documentation, compared with float32")
+        self.say(
+            f"eager: reading {len(windows)} x {windows[0].numel()} tokens of Python's documentation with each model"
+        )
         work = {label: outputs(model) for label, model in self.models.items()}
         for i, found in enumerate(self.interleave("forward, eager", work)):
-            for label, y in found.items() if i < len(windows) else ():
-                self.compare(label, found[FLOAT32], y)
-        if self.kind == "lm" and self.quick:
+            for label in COMPILED if i < len(windows) else ():
+                self.compare(label, found[FLOAT32], found[label])
+        if self.quick and self.kind == "lm":
             return
         work = {label: outputs(self.compiled(label)) for label in COMPILED}
-        self.first_steps("compiling the forward", work)
+        self.first_steps("forward", work)
         for _ in self.interleave("forward, compiled", work):
             pass
 
     def compare(self, label: str, reference: Tensor, y: Tensor) -> None:
         if self.kind == "lm":
             found = {
-                "mean KL to float32, nats": metrics.kl_divergence(reference, y),
-                "top-1 agreement with float32": metrics.top1_agreement(reference, y),
+                "KL to float32, nats": metrics.kl_divergence(reference, y),
+                "top-1 as in float32": metrics.top1_agreement(reference, y),
             }
         else:
-            found = {"mean 1 - cosine to float32": metrics.cosine_distance(reference, y)}
+            found = {"1 - cosine to float32": metrics.cosine_distance(reference, y)}
         for metric, values in found.items():
             self.results[label].fidelity.setdefault(metric, []).append(values.double().mean().item())
 
@@ -128,7 +137,7 @@ class Demo:
         """Greedy generation with a static cache, a token at a time: eager, then compiled, which is the text to show."""
         prompt = self.tokenizer(self.prompt, return_tensors="pt").input_ids
 
-        self.say("eager: generating")
+        self.say("eager: generating token by token with each model")
         work = {label: greedy(model, model, prompt, self.tokens) for label, model in self.models.items()}
         for steps in work.values():
             next(steps)
@@ -136,30 +145,34 @@ class Demo:
             pass
 
         work = {label: greedy(self.models[label], self.compiled(label), prompt, self.tokens) for label in COMPILED}
-        texts = {label: [next(steps)] for label, steps in work.items()}
-        found = [self.first_steps("compiling the decode step", work)]
-        self.say(f"compiled: generating {self.tokens} tokens")
-        found += self.interleave("decode, compiled", work, seconds=float("inf"))
-        for tokens in found:
-            for label, token in tokens.items():
-                texts[label].append(token)
-        for label, text in texts.items():
-            self.results[label].text = self.tokenizer.decode(text, skip_special_tokens=True)
+        rounds = [{label: next(steps) for label, steps in work.items()}, self.first_steps("decode step", work)]
+        self.say(f"compiled: generating {self.tokens} tokens with each model")
+        rounds += self.interleave("decode, compiled", work, seconds=float("inf"))
+        for label in COMPILED:
+            ids = [tokens[label] for tokens in rounds]
+            if self.tokenizer.eos_token_id in ids:
+                ids = ids[: ids.index(self.tokenizer.eos_token_id)]
+            self.results[label].text = self.tokenizer.decode(ids)
 
     def compiled(self, label: str) -> Callable[..., Any]:
         return torch.compile(self.models[label], fullgraph=True, dynamic=False)
 
     def first_steps(self, what: str, work: dict[str, Iterator[Any]]) -> dict[str, Any]:
         """One step of each, which compiles it."""
-        found = {}
+        found, known = {}, len(PASSES.reports)
         for label, steps in work.items():
-            self.say(f"{what} of {label} with fullgraph=True (minutes on a slow CPU)")
+            self.say(f"compiling the {what} of {label} (takes a minute or two when torch's compile cache is cold)")
             found[label] = next(steps)
+        report = PASSES.reports[-1] if len(PASSES.reports) > known else None
+        rewrite = "int8fx's graph came from torch's compile cache" if report is None else f"in int8fx's graph, {report}"
+        self.say(f"compiled whole, without a graph break; {rewrite}")
         return found
 
-    def interleave(self, what: str, work: dict[str, Iterator[Any]], seconds: float | None = None) -> Iterator[dict[str, Any]]:
+    def interleave(
+        self, what: str, work: dict[str, Iterator[Any]], seconds: float | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Rounds of one timed step each, at least two, until ``seconds`` have passed or the steps end."""
-        seconds = (1.0 if self.quick else 10.0) if seconds is None else seconds
+        seconds = self.budget if seconds is None else seconds
         begin, rounds = time.perf_counter(), 0
         while rounds < 2 or time.perf_counter() - begin < seconds:
             found = {}
@@ -175,31 +188,29 @@ class Demo:
 
     def report(self, tokens: int) -> None:
         base, ours = self.results[BFLOAT16], self.results[INT8]
-        table = Table(title=f"\n{self.name}, {tokens} tokens per forward")
-        table.add_column()
+        table = Table(title=f"{self.name}: a forward is {tokens} tokens, a decode step is 1", box=box.SIMPLE)
+        table.add_column(no_wrap=True)
         for label in (*self.results, f"{INT8} / {BFLOAT16}"):
             table.add_column(label, justify="right")
-        row = [f"{r.nbytes / 1e6:,.1f}" for r in self.results.values()]
-        table.add_row("memory, MB", *row, f"{ours.nbytes / base.nbytes:.2f}")
-        for what in ours.seconds:
-            row = [milliseconds(r.seconds.get(what)) for r in self.results.values()]
-            table.add_row(f"{what}, ms", *row, f"{min(ours.seconds[what]) / min(base.seconds[what]):.2f}")
+        megabytes = [f"{r.nbytes / 1e6:,.1f}" for r in self.results.values()]
+        table.add_row("memory, MB", *megabytes, f"{ours.nbytes / base.nbytes:.2f}")
+        for what, times in ours.seconds.items():
+            row = [f"{min(r.seconds[what]) * 1e3:,.1f}" if what in r.seconds else "" for r in self.results.values()]
+            table.add_row(f"{what}, ms", *row, f"{min(times) / min(base.seconds[what]):.2f}")
         for metric in ours.fidelity:
-            share = metric.startswith("top-1")
-            row = [f"{mean(r.fidelity[metric]):{'.1%' if share else '.5f'}}" for r in self.results.values()]
-            table.add_row(metric, *row, "")
+            form = ".1%" if metric.startswith("top-1") else ".5f"
+            row = [f"{mean(self.results[label].fidelity[metric]):{form}}" for label in COMPILED]
+            table.add_row(metric, "", *row, "")
+        noise = max(median(times) / min(times) for r in self.results.values() for times in r.seconds.values())
+        self.console.print()
         self.console.print(table)
-        self.console.print(
-            "Times are the best of interleaved rounds, medians in brackets. The last column is the quotient: below 1, "
-            "int8fx needs less."
-        )
-        for label, r in self.results.items():
-            if r.text:
-                self.console.print(f"\n{label}: {self.prompt} ...{r.text}", soft_wrap=True)
+        self.say(f"times are the best of interleaved rounds; medians are up to {noise:.1f} times as long")
+        for label in COMPILED if ours.text else ():
+            self.console.print(f"\n{label}: {self.prompt} ->{self.results[label].text}")
 
 
-def greedy(model: nn.Module, step: Callable[..., Any], prompt: Tensor, tokens: int) -> Iterator[int]:
-    """The ``tokens`` likeliest next tokens after ``prompt [1, P]``: one from the prompt's forward, the rest from ``step``.
+def greedy(model: Any, step: Callable[..., Any], prompt: Tensor, tokens: int) -> Iterator[int]:
+    """The ``tokens`` likeliest tokens after ``prompt [1, P]``: one from ``model(prompt)``, the rest from ``step``.
 
     ``step`` is ``model`` or its compiled form; it reads one token at a time beside a static cache.
     """
@@ -230,23 +241,18 @@ def count_bytes(model: nn.Module) -> int:
     return sum(t.nbytes for t in chain(model.parameters(), model.buffers()))
 
 
-def milliseconds(rounds: list[float] | None) -> str:
-    return "" if rounds is None else f"{min(rounds) * 1e3:,.1f} ({median(rounds) * 1e3:,.1f})"
-
-
 def machine() -> str:
-    """The CPU, the versions, and what to know about this CPU before reading times."""
+    """The CPU, the versions, and what to know of this CPU before reading times."""
     import transformers
 
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().split("\n") if line.startswith("model name")] if cpuinfo.exists() else []
+    known = torch.cpu.get_capabilities()
     line = (
-        f"{names[0] if names else platform.processor()} ({torch.backends.cpu.get_cpu_capability()}), "
+        f"{known.get('cpu_name') or platform.processor()} ({torch.backends.cpu.get_cpu_capability()}), "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"int8fx {int8fx.__version__}"
     )
-    if not torch.cpu.get_capabilities().get("avx512_bf16"):
-        line += "\nThis CPU has no bfloat16 instructions: torch runs bfloat16 products slowly here."
+    if not any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+        line += "\nThis CPU has no bfloat16 instructions: torch's bfloat16 is slow on it."
     if not cpu.has_fast_int_mm():
-        line += "\nThis CPU has no int8 instructions (AVX512-VNNI, AMX): memory and fidelity are as anywhere, speed is not."
+        line += "\nThis CPU has no AVX512-VNNI or AMX: int8fx's memory and fidelity show here, its speed does not."
     return line

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
-    """``KL(P || Q) = sum_v P[v] * (log P[v] - log Q[v])`` in nats, with ``P = softmax(reference)``, ``Q = softmax(logits)``.
+    """``KL(P || Q) = sum_v P[v] * (log P[v] - log Q[v])`` in nats; P is the reference's softmax, Q that of ``logits``.
 
     Args:
         reference: ``[..., V]`` logits, any float dtype; computed in float32.

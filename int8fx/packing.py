@@ -111,7 +111,7 @@ class PackedModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def __reduce_ex__(self, protocol):
-        reduced = super().__reduce_ex__(protocol)
+        reduced = super().__reduce_ex__(max(protocol, 2))  # 0 and 1 would name this class, which no module holds
         if reduced[0] is not copyreg.__newobj__ or reduced[1] != (type(self),):
             return reduced
         base = type(self).__mro__[2]

@@ -10,7 +10,7 @@ INT8_MAX = 127
 MAX_K = (2**31 - 1) // INT8_MAX**2
 """Longest inner dimension whose int32 sum cannot overflow: K * 127 * 127 <= 2**31 - 1, so 133,144."""
 
-_TINY = torch.finfo(torch.float32).tiny
+TINY = torch.finfo(torch.float32).tiny
 _CHUNK = 1 << 20  # weight elements held in float32 at once while packing
 
 
@@ -59,7 +59,7 @@ def quantize_rowwise(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Ten
         x = x.masked_fill(mask, 0)
     absmax = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
     absmax = absmax + (absmax - absmax)  # inf becomes NaN, so that 0 * scale cannot hide it
-    scale = (absmax / INT8_MAX).clamp_min(_TINY)
+    scale = (absmax / INT8_MAX).clamp_min(TINY)
     return (x / scale.unsqueeze(-1)).round().to(torch.int8), scale
 
 

@@ -30,10 +30,19 @@ class Recipe:
     refused: dict[str, str] = field(default_factory=dict)
 
 
+def matrices(module: nn.Module) -> list[str]:
+    """The names of ``module``'s own Parameters of two or more dimensions."""
+    known = {
+        name: p
+        for name, p in module._parameters.items()
+        if p is not None and not isinstance(p, nn.parameter.UninitializedTensorMixin)
+    }
+    return [name for name, p in known.items() if p.dim() >= 2]
+
+
 def recipe_for(module: nn.Module) -> Recipe:
-    """The recipe for ``module``'s own Parameters of two or more dimensions."""
-    forward = type(module).forward
-    names = [name for name, p in module._parameters.items() if p is not None and p.dim() >= 2]
+    """The recipe for ``module``'s own `matrices`."""
+    forward, names = type(module).forward, matrices(module)
     if forward is nn.Linear.forward and "weight" in names:
         return Recipe({"weight": "NK"}, linear_forward)
     if _is_conv1d(forward) and "weight" in names:

@@ -21,10 +21,13 @@ class Names:
     def __init__(self, selection: Selection, argument: str) -> None:
         self.argument = argument
         self.function = selection if callable(selection) else None
+        legal = f"{argument} takes name patterns or a function (name, module) -> bool"
+        if not isinstance(selection, Iterable) and not callable(selection):
+            raise TypeError(f"{legal}, found {selection!r}")
         self.patterns = [] if callable(selection) else [selection] if isinstance(selection, str) else list(selection)
         for pattern in self.patterns:
             if not isinstance(pattern, str):
-                raise TypeError(f"{argument} takes name patterns or a function (name, module) -> bool, found {pattern!r}")
+                raise TypeError(f"{legal}, found {pattern!r}")
         self.unused = set(self.patterns)
 
     def __call__(self, name: str, module: nn.Module) -> bool:
@@ -38,6 +41,16 @@ class Names:
         """Raises ValueError for patterns that matched none of ``names``: most likely a typing error."""
         if self.unused:
             pattern = min(self.unused)
-            close = difflib.get_close_matches(pattern, list(names), n=3, cutoff=0.4)
+            close = difflib.get_close_matches(pattern, _runs(names, pattern.count(".") + 1), n=3, cutoff=0.4)
             hint = f"; close: {', '.join(close)}" if close else ""
             raise ValueError(f"{self.argument}: {pattern!r} matches no layer of this model{hint}")
+
+
+def _runs(names: Iterable[str], length: int) -> list[str]:
+    """All runs of ``length`` parts of the dotted ``names``, and shorter names as they are, each once."""
+    runs: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        starts = range(max(1, len(parts) - length + 1))
+        runs.update((".".join(parts[i : i + length]), None) for i in starts)
+    return list(runs)

@@ -189,13 +189,15 @@ def test_the_longest_inner_dimension(fast):
     assert_within_budget(ops.linear(x, codes, scale, None, 6.0), x, codes, scale, None, 6.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_representable_inputs_give_the_exact_product(fast, dtype):
-    """Rows that are multiples of 1/127 of their maximum lose nothing to int8: only the sums round."""
-    g = generator(3)
-    x = torch.randint(-127, 128, (7, 65), generator=g).double()
+@pytest.mark.parametrize(
+    ("dtype", "K"),
+    [(torch.float16, 65), (torch.bfloat16, 65), (torch.float32, 65), (torch.float64, 65), (torch.float64, 4097)],
+)
+def test_representable_inputs_give_the_exact_product(fast, dtype, K):
+    """Rows that are multiples of 1/127 of their maximum lose nothing to int8: only the last rounding is left."""
+    x = torch.randint(100, 128, (7, K), generator=generator(3)).double()
     x[:, 0] = 127
-    weight, scale = codes(9, 65, seed=4), torch.exp2(-torch.arange(9.0))
+    weight, scale = codes(9, K, seed=4).abs(), torch.exp2(-torch.arange(9.0))
     y = ops.linear((x / 64).to(dtype), weight, scale, None, INF)
     assert torch.equal(y, oracle(x / 64, weight, scale).to(dtype))
 

@@ -81,7 +81,7 @@ def linear_samples():
 
 def linear_quantized_samples():
     for what, (x, weight, scale, bias, threshold, *rest) in linear_samples():
-        if weight.dim() == 2 and what not in ("relu", "gelu_tanh", "expanded", "broadcast"):
+        if weight.dim() == 2 and not what.startswith(("threshold", "only", "expanded", "broadcast", "relu", "gelu")):
             yield what, (x, *ops.quantize_rowwise(x.detach(), threshold), weight, scale, bias, *rest)
 
 
@@ -92,8 +92,8 @@ def quantize_rowwise_samples():
         yield f"x {(*lead, K)}", (_x(*lead), 6.0)
     for layout in LAYOUTS[1:]:
         yield layout, (_x(4, layout=layout), 6.0)
-    for threshold in (0.0, INF):
-        yield f"threshold {threshold}", (_x(5), threshold)
+        yield f"{layout}, no outliers", (_x(4, layout=layout), INF)
+    yield "threshold 0", (_x(5), 0.0)
 
 
 def grouped_linear_samples():

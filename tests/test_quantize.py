@@ -175,6 +175,13 @@ def test_weight_in_blocks_equals_weight_in_one(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(whole, quantize_weight(weight), strict=True))
 
 
+def test_codes_of_a_float64_weight_fit_the_scale_as_stored():
+    weight = torch.tensor([[127 * (1 + 2**-26), 0.5 + 2**-28]], dtype=torch.float64)
+    codes, scale = quantize_weight(weight)
+    assert scale.tolist() == [1.0]
+    assert codes.tolist() == [[127, 1]]  # 0 would be nearest for the scale before it was rounded to float32
+
+
 def test_a_batched_weight_is_quantised_like_its_parts():
     weight = torch.randn(2, 5, 7, generator=generator(1), dtype=torch.float64)
     codes, scale = quantize_weight(weight)

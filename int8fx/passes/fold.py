@@ -63,21 +63,21 @@ def _next(node: Node, bias_at: int, epilogue_at: int) -> tuple[Node, list] | Non
                 args[epilogue_at] = name
                 return root, args
     user = next(iter(node.users))
-    if len(node.users) != 1 or user.op != "call_function" or user.kwargs or len(user.args) != 2:
+    binary = {aten.add.Tensor: "add", aten.mul.Tensor: "mul"}.get(user.target)
+    if len(node.users) != 1 or binary is None or user.kwargs:
         return None
     operand = user.args[1] if user.args[0] is node else user.args[0]
     if not isinstance(operand, Node) or operand is node or not isinstance(operand.meta.get("val"), torch.Tensor):
         return None
     y, val = node.meta["val"], operand.meta["val"]
-    if val.device != y.device or user.meta["val"].dtype != y.dtype:
+    if val.device != y.device or not val.is_floating_point() or user.meta["val"].dtype != y.dtype:
         return None
-    if user.target is aten.add.Tensor and activation == "none" and args[bias_at] is None:
+    if binary == "add" and activation == "none" and args[bias_at] is None:
         weight = node.args[bias_at - 2].meta["val"]
         if weight.dim() == 2 and tuple(val.shape) == (weight.shape[0],) and y.dim() > 1:
             args[bias_at] = operand
             return user, args
-    binary = {aten.add.Tensor: "add", aten.mul.Tensor: "mul"}.get(user.target)
-    if binary is None or tuple(map(str, val.shape)) != tuple(map(str, y.shape)):
+    if tuple(map(str, val.shape)) != tuple(map(str, y.shape)):
         return None
     args[epilogue_at + 1 :] = [operand, binary]
     return user, args
@@ -134,6 +134,12 @@ def _cast_back(root: Node, y: Node) -> Node | None:
     return users[0] if back else None
 
 
+def _is_wider(cast: Node, y: Node) -> bool:
+    """Whether ``cast`` only adds digits: the epilogue computes in float32 and rounds once."""
+    new, old = cast.meta["val"], y.meta["val"]
+    return new.dtype.is_floating_point and torch.promote_types(new.dtype, old.dtype) == new.dtype and new.device == old.device
+
+
 def _depth(pattern: object) -> int:
     return 1 + max(map(_depth, pattern[1:])) if isinstance(pattern, tuple) else 0
 
@@ -146,7 +152,7 @@ def _matches(node: object, pattern: object, y: Node, inner: set[Node]) -> bool:
     if pattern is Y:
         if node is y:
             return True
-        if node.target in _CASTS and node.args[0] is y:
+        if node.target in _CASTS and node.args[0] is y and _is_wider(node, y):
             inner.add(node)
             return True
         return False

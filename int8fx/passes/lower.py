@@ -45,7 +45,7 @@ def lower(graph: Graph) -> int:
         if node.op not in ("call_function", "call_method") or node.target is dequantize:
             continue
         product = read_product(node, shape_of)
-        if product is None or product.layout != "NK":
+        if product is None or product.layout != "NK" or not product.fits():
             continue
         source = product.w.source
         codes, scale = source.args[:2]
@@ -70,10 +70,15 @@ def _without_views(graph: Graph, old: Node, new: Node) -> list[tuple[Node, Node]
     if x2d.op != "call_function" or x2d.target not in _VIEWS or x2d.meta["val"].dim() != 2 or not old.users:
         return None
     x = x2d.args[0]
-    wanted = (*x.meta["val"].shape[:-1], new.meta["val"].shape[-1])
-    if x.meta["val"].dim() < 2 or x.meta["val"].shape[-1] != x2d.meta["val"].shape[-1]:
+
+    def sizes(*shape: int | torch.SymInt) -> list[str]:  # to compare symbols themselves could add a guard
+        return [str(s) for s in shape]
+
+    *lead, K = x.meta["val"].shape
+    wanted = sizes(*lead, new.meta["val"].shape[-1])
+    if not lead or sizes(K) != sizes(x2d.meta["val"].shape[-1]):
         return None
-    if not all(user.target in _VIEWS and tuple(user.meta["val"].shape) == wanted for user in old.users):
+    if not all(user.target in _VIEWS and sizes(*user.meta["val"].shape) == wanted for user in old.users):
         return None
     with graph.inserting_before(new):
         whole = call(graph, new.target, x, *new.args[1:])

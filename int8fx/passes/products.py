@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -163,15 +164,16 @@ def _index(operand: Operand, indices: Sequence) -> Operand | None:
         return None
     return replace(
         operand,
-        sizes=(None, *operand.sizes[1:]),
+        sizes=(ids.shape[0] if isinstance(ids.shape[0], int) else None, *operand.sizes[1:]),
         selections=(*operand.selections, (aten.index.Tensor, 0, indices)),
     )
 
 
 def _getitem(operand: Operand, index: object) -> Operand | None:
     """``w[i]``, ``w[None]``, ``w[a:b]`` on a tensor."""
-    for i, item in enumerate(reversed(index if isinstance(index, tuple) else (index,))):
-        dim = len(index) - 1 - i if isinstance(index, tuple) else 0
+    items = index if isinstance(index, tuple) else (index,)
+    for i in reversed(range(len(items))):  # from the right, so that the dimensions to the left keep their places
+        item, dim = items[i], sum(before is not None for before in items[:i])
         if item is None:
             step: Operand | None = _unsqueeze(operand, dim)
         elif isinstance(item, slice):
@@ -186,21 +188,21 @@ def _getitem(operand: Operand, index: object) -> Operand | None:
     return operand
 
 
-def _cast(operand: Operand, *args: object) -> Operand | None:
-    def is_dtype(a: object) -> bool:
-        return isinstance(a, torch.dtype) or (isinstance(a, Node) and a.target is getattr and a.args[1] == "dtype")
+def _cast(operand: Operand, *args: object, dtype: object = None) -> Operand | None:
+    """A cast to another float dtype; to integers or to 8 bits would change the values for good."""
 
-    return operand if all(is_dtype(a) for a in args) else None
+    def is_float(a: object) -> bool:
+        if isinstance(a, torch.dtype):
+            return a.is_floating_point and a.itemsize > 1
+        return isinstance(a, Node) and a.target is getattr and a.args[1] == "dtype"
+
+    return operand if all(is_float(a) for a in (*args, *([] if dtype is None else [dtype]))) else None
 
 
-def _split(sizes: Callable[[int], Sequence[int]], operand: Operand, dim: int, which: int) -> Operand | None:
-    if operand.sizes[dim] is None:
-        return None
-    ends = [0]
-    for size in sizes(operand.sizes[dim]):
-        ends.append(ends[-1] + size)
-    which %= len(ends) - 1
-    return _slice(operand, dim, ends[which], ends[which + 1])
+def _split(operand: Operand, dim: int, sizes: Sequence[int], which: int) -> Operand | None:
+    ends = [0, *accumulate(sizes)]
+    which = which + len(sizes) if which < 0 else which
+    return _slice(operand, dim, ends[which], ends[which + 1]) if which < len(sizes) else None
 
 
 _VIEWS: dict[object, Callable[..., Operand | None]] = {}
@@ -236,15 +238,56 @@ def _target_of(node: Node) -> object:
     return node.target if node.op in ("call_function", "call_method") else None
 
 
-def _changed_in_place(node: Node) -> bool:
-    def writes(user: Node) -> bool:
-        if isinstance(user.target, torch._ops.OpOverload):
-            return user.target._schema.is_mutable
-        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-        in_place = name.endswith("_") and not name.endswith("__")
-        return in_place or name.startswith("__i") or name in ("setitem", "iadd", "imul", "isub") or "out" in user.kwargs
+_IN_PLACE = {"setitem", *(f"i{op}" for op in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"))}
+_OTHER_VIEWS = ("H", "mH", "data", "real", "imag")  # attributes
 
-    return any(user.op in ("call_function", "call_method") and writes(user) for user in node.users)
+
+def _first(node: Node) -> tuple:
+    """What ``node`` takes as ``self``: a tensor or several."""
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    return tuple(first) if isinstance(first, (list, tuple)) else (first,)
+
+
+def _name(node: Node) -> str:
+    target = _target_of(node)
+    return target if isinstance(target, str) else getattr(target, "__name__", "")
+
+
+def _writes(user: Node, node: Node) -> bool:
+    """Whether ``user`` changes its argument ``node`` in place."""
+    if isinstance(user.target, torch._ops.OpOverload):
+        return user.target._schema.is_mutable
+    if "out" in user.kwargs:
+        return True
+    name = _name(user).removeprefix("__").removesuffix("__")
+    if name in _IN_PLACE or name.endswith("_"):
+        return node in _first(user)
+    if user.op == "call_function" and "inplace" in getattr(getattr(user.target, "__code__", None), "co_varnames", ()):
+        return user.kwargs.get("inplace", False) is not False or any(a is True for a in user.args)
+    return False
+
+
+def _is_view(user: Node, node: Node) -> bool:
+    """Whether ``user`` may be a view of its argument ``node``."""
+    if node not in _first(user):
+        return False
+    target, name = _target_of(user), _name(user)
+    if target in _VIEWS or (user.target is getattr and name in _OTHER_VIEWS):
+        return True
+    if isinstance(target, torch._ops.OpOverload):
+        overloads = [target]
+    else:
+        packet = getattr(aten, name, None) if name else None
+        known = isinstance(packet, torch._ops.OpOverloadPacket)
+        overloads = [getattr(packet, overload) for overload in packet.overloads()] if known else []
+    returns = [r.alias_info for overload in overloads for r in overload._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in returns)
+
+
+def _changed_in_place(node: Node) -> bool:
+    """Whether anything writes to ``node`` or to a view of it."""
+    users = [user for user in node.users if user.op in ("call_function", "call_method")]
+    return any(_writes(user, node) or (_is_view(user, node) and _changed_in_place(user)) for user in users)
 
 
 def follow(node: object, shape_of: Callable[[Node], Shape | None]) -> Operand | None:
@@ -254,11 +297,11 @@ def follow(node: object, shape_of: Callable[[Node], Shape | None]) -> Operand | 
         node: an argument of a product.
         shape_of: the shape of a source node, None for any other node.
     """
-    if not isinstance(node, Node) or _changed_in_place(node):
+    if not isinstance(node, Node):
         return None
     shape = shape_of(node)
     if shape is not None:
-        return Operand(node, tuple(range(len(shape))), tuple(shape), len(shape))
+        return None if _changed_in_place(node) else Operand(node, tuple(range(len(shape))), tuple(shape), len(shape))
     target = _target_of(node)
     rule = _VIEWS.get(target)
     if rule is None or not node.args:
@@ -271,7 +314,7 @@ def follow(node: object, shape_of: Callable[[Node], Shape | None]) -> Operand | 
     if operand is None:
         return None
     args = node.args[1:] if node.target is not getattr else ()
-    kwargs = {k: v for k, v in node.kwargs.items() if k not in ("dtype", "memory_format", "layout", "pin_memory", "copy")}
+    kwargs = {k: v for k, v in node.kwargs.items() if k not in ("memory_format", "layout", "pin_memory", "copy")}
     if rule is _identity:
         return operand
     if kwargs.pop("device", None) is not None:
@@ -298,14 +341,13 @@ def _follow_split(node: Node, which: int, shape_of: Callable[[Node], Shape | Non
         return None
     size = node.args[1]
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-
-    def sizes(total: int) -> Sequence[int]:
-        if not isinstance(size, int):
-            return size
-        step = size if by_size else -(-total // size)
-        return [min(step, total - i) for i in range(0, total, step)]
-
-    return _split(sizes, operand, dim, which)
+    total = operand.sizes[dim] if isinstance(dim, int) else None
+    if isinstance(size, (list, tuple)) and all(isinstance(s, int) for s in size):
+        return _split(operand, dim, size, which)
+    if not isinstance(size, int) or size < 1 or not total:
+        return None
+    step = size if by_size else -(-total // size)
+    return _split(operand, dim, [min(step, total - i) for i in range(0, total, step)], which)
 
 
 # ---- products -------------------------------------------------------------------------------------------------------
@@ -331,6 +373,20 @@ class Product:
     offsets: Node | None = None
     x_order: tuple[int, ...] = ()
     y_order: tuple[int, ...] = ()
+
+    def fits(self) -> bool:
+        """Whether x has the shape that `int8fx::linear` takes, where ``matmul`` and ``einsum`` would broadcast it.
+
+        Without ``meta["val"]``, shapes are known as far as the operation tells.
+        """
+        x, y, sizes = self.x.meta.get("val"), self.node.meta.get("val"), dict(zip(self.w.dims, self.w.sizes, strict=True))
+        if self.node.target in _MATMUL and (len(self.w.dims) == 3 or (self.form == "left" and x is None)):
+            return x is not None and y is not None and x.dim() == 3 and str(x.shape[0]) == str(y.shape[0])
+        if self.form == "einsum" and x is not None:
+            x_sizes = [str(x.shape[i]) for i in self.x_order]
+            batch = [] if self.batch is None else [str(sizes[self.batch])]
+            return x_sizes[-1] == str(sizes[self.k]) and (batch in ([], ["None"]) or x_sizes[0] == batch[0])
+        return True
 
     @property
     def layout(self) -> str | None:
@@ -384,9 +440,10 @@ def read_product(node: Node, shape_of: Callable[[Node], Shape | None]) -> Produc
     if target in _EINSUM:
         return _einsum(node, shape_of)
     if target in _grouped_targets():
-        w = follow(args[1], shape_of)
-        offsets = node.kwargs.get("offs", args[2] if len(args) > 2 else None)
-        if w is None or w.dims != (0, 2, 1) and w.dims != (0, 1, 2) or node.kwargs.get("bias") is not None or offsets is None:
+        w = follow(args[1], shape_of) if len(args) > 1 else None
+        rest = dict(zip(("offs", "bias", "out_dtype"), args[2:], strict=False)) | node.kwargs
+        offsets = rest.pop("offs", None)
+        if w is None or w.dims not in ((0, 2, 1), (0, 1, 2)) or offsets is None or set(rest.values()) - {None}:
             return None
         return Product(node, args[0], w, w.dims[2], w.dims[1], 0, form="grouped", offsets=offsets)
     if target in _ADDMM or target in _BADDBMM:
@@ -448,13 +505,13 @@ def _einsum(node: Node, shape_of: Callable[[Node], Shape | None]) -> Product | N
 # ---- putting int8fx ops in a product's place ------------------------------------------------------------------------
 
 
-def call(graph: Graph, target: Callable, *args: object) -> Node:
+def call(graph: Graph, target: Callable, *args: object, **kwargs: object) -> Node:
     """A new node at the graph's insertion point, with ``meta["val"]`` computed from its arguments' if they have it."""
-    node = graph.call_function(target, args)
+    node = graph.call_function(target, args, kwargs)
     inputs = node.all_input_nodes
     if inputs and all("val" in i.meta for i in inputs):
         with torch.no_grad():
-            node.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
+            node.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)
     return node
 
 
@@ -472,14 +529,17 @@ def emit(graph: Graph, product: Product, codes: Node, scale: Node, threshold: fl
     elif product.form == "einsum" and product.x_order != tuple(range(len(product.x_order))):
         x = call(graph, aten.permute.default, x, list(product.x_order))
     bias = product.bias
-    per_channel = bias is None or product.node.target in _LINEAR or _is_vector(bias, product)
+    per_channel = bias is None or _is_vector(bias, product)
     y = call(graph, ops.linear.default, x, codes, scale, bias if per_channel else None, threshold)
     if not per_channel:  # addmm with a matrix: as an add, which `fold` takes into the epilogue
         y = call(graph, aten.add.Tensor, y, bias)
-    if product.form == "left":
+    swapped = product.form == "left"
+    if swapped:
         y = _swap_last(graph, y)
     elif product.form == "einsum" and product.y_order != tuple(range(len(product.y_order))):
-        y = call(graph, aten.permute.default, y, list(product.y_order))
+        y, swapped = call(graph, aten.permute.default, y, list(product.y_order)), True
+    if swapped:  # views of the product, in the graph or behind it, count on its strides
+        y = call(graph, aten.clone.default, y, memory_format=torch.contiguous_format)
     return y
 
 
@@ -493,8 +553,12 @@ def _swap_last(graph: Graph, x: Node) -> Node:
 
 
 def _is_vector(bias: Node, product: Product) -> bool:
+    """Whether ``bias`` is ``[N]`` and the weight is one: what `int8fx::linear` takes."""
     val = bias.meta.get("val")
-    return val is not None and val.dim() == 1 and val.shape[0] == product.w.sizes[product.w.dims.index(product.n)]
+    if val is None:
+        return product.node.target in _LINEAR
+    n = product.w.sizes[product.w.dims.index(product.n)]
+    return product.batch is None and val.dim() == 1 and str(val.shape[0]) == str(n)
 
 
 def erase_dead(node: object) -> None:

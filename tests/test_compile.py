@@ -1,0 +1,548 @@
+"""What a user sees under ``torch.compile``: one graph, no recompiles, the error of the eager model, generation, gradients.
+
+Each family of models is measured in a process of its own, in which compiling is the first thing that happens; the tests
+read what the process reports. Families marked ``inductor`` are compiled as users do; for the others Inductor stops
+before it writes C++: its graph, after AOTAutograd and all joint-graph passes, is run as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import activation, bound, generator, unit_roundoff
+from models import HIDDEN, Inputs
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import int8fx
+from int8fx import reference
+from int8fx.packing import PackedModule
+from int8fx.passes import PASSES, Report, count_ops, install, uninstall
+from int8fx.quantize import outlier_mask, quantize_weight
+
+LAYERS = 2
+LENGTHS = (7, 2, 3, 5, 8, 12, 16, 17, 31, 48)  # 1 is a graph of its own to Dynamo, as for every model
+PLANTED = (5, 17)  # columns that `variants` makes outliers
+VARIANTS = ("none", "appear", "move", "vanish")
+
+
+# ---- what is expected -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """int8fx ops in Dynamo's graph (``captured``) and after the passes (``rewritten``), and what the passes report.
+
+    lowered, shared, folded: as in `int8fx.passes.Report`.
+    inductor: whether the test compiles with Inductor's C++.
+    """
+
+    captured: dict[str, int]
+    rewritten: dict[str, int]
+    shared: int
+    folded: int
+    lowered: int = 0
+    inductor: bool = False
+
+
+FAMILIES = {
+    # q, k, v, o, gate, up, down; folds: the residual of o; silu and its product with up; the residual of down
+    "llama": Family(
+        captured={"linear": 7 * LAYERS},
+        rewritten={"quantize_rowwise": 2 * LAYERS, "linear_quantized": 5 * LAYERS, "linear": 2 * LAYERS},
+        shared=3 * LAYERS,
+        folded=4 * LAYERS,
+        inductor=True,
+    ),
+    # q, k, v, o and two grouped products; folds: the residual of o
+    "mixtral": Family(
+        captured={"linear": 4 * LAYERS, "grouped_linear": 2 * LAYERS},
+        rewritten={
+            "quantize_rowwise": LAYERS, "linear_quantized": 3 * LAYERS, "linear": LAYERS, "grouped_linear": 2 * LAYERS,
+        },
+        shared=2 * LAYERS,
+        folded=LAYERS,
+        inductor=True,
+    ),
+    # qkv, o, up, down; folds: gelu, two residuals
+    "gpt2": Family(captured={"linear": 4 * LAYERS}, rewritten={"linear": 4 * LAYERS}, shared=0, folded=3 * LAYERS),
+    # q, k, v, o, up, down, and the pooler; folds: gelu, two residuals
+    "bert": Family(
+        captured={"linear": 6 * LAYERS + 1},
+        rewritten={"quantize_rowwise": LAYERS, "linear_quantized": 3 * LAYERS, "linear": 3 * LAYERS + 1},
+        shared=2 * LAYERS,
+        folded=3 * LAYERS,
+    ),
+    "vit": Family(
+        captured={"linear": 6 * LAYERS + 1},
+        rewritten={"quantize_rowwise": LAYERS, "linear_quantized": 3 * LAYERS, "linear": 3 * LAYERS + 1},
+        shared=2 * LAYERS,
+        folded=3 * LAYERS,
+        inductor=True,
+    ),
+    # encoder: q, k, v, o, gate, up, down; decoder: 4 more. All decoder layers quantise the encoder's output once.
+    # Folds: 2 residuals and the gate in the encoder, 3 and the gate in the decoder, gelu in both
+    "t5": Family(
+        captured={"linear": 18 * LAYERS},
+        rewritten={
+            "quantize_rowwise": 4 * LAYERS + 1, "linear_quantized": 12 * LAYERS, "linear": 6 * LAYERS,
+        },
+        shared=8 * LAYERS - 1,
+        folded=9 * LAYERS,
+    ),
+    # Attention reads two weights dequantised. Encoder: qkv, o, up, down; decoder: qkv, o, q, kv, o, up, down. All decoder
+    # layers quantise the encoder's output once. Folds: relu and residual of each MLP, bias of each qkv, q, kv
+    "transformer": Family(
+        captured={"dequantize": 6 * LAYERS, "linear": 4 * LAYERS},
+        rewritten={"quantize_rowwise": 1, "linear_quantized": LAYERS, "linear": 10 * LAYERS},
+        shared=LAYERS - 1,
+        folded=8 * LAYERS,
+        lowered=7 * LAYERS,
+    ),
+}  # fmt: skip
+
+
+# ---- in the measuring process ---------------------------------------------------------------------------------------
+
+
+def _first(y: Any) -> Tensor:
+    return y if isinstance(y, Tensor) else y[0]
+
+
+def without_cpp(gm: torch.fx.GraphModule, example_inputs: list, **_: object) -> Callable:
+    """A backend: Inductor up to and with its joint-graph passes; then the graph runs as it is."""
+    from torch._inductor.compile_fx import compile_fx
+
+    def inner_compile(graph: torch.fx.GraphModule, *_: object, **__: object) -> Callable:
+        def run(args: list) -> Any:
+            taken = list(args)
+            args.clear()
+            return graph(*taken)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    return compile_fx(gm, example_inputs, inner_compile=inner_compile)
+
+
+def _plant(name: str, model: nn.Module) -> None:
+    """Undoes the outliers of every input to ``model``, and has those of `variants` reach its first layer."""
+    with torch.no_grad():
+        for module in model.modules():
+            if "norm" in type(module).__name__.lower() and module.weight.shape == (HIDDEN,):
+                module.weight.clamp_(max=1.5)
+        if name == "vit":
+            kernel = model.embeddings.patch_embeddings.projection.weight  # [HIDDEN, 3, 4, 4]
+            kernel -= kernel.mean((-1, -2), keepdim=True)
+            kernel[PLANTED[0], 0] = kernel[PLANTED[1], 2] = 1 / 16
+        elif name != "transformer":
+            table = model.get_input_embeddings().weight
+            for i, column in enumerate(PLANTED):
+                table[-1 - i, column] = 100.0
+
+
+def _inputs(name: str, length: int, seed: int = 0) -> Inputs:
+    """Inputs without outliers. An image's tokens cannot change in number: ``length`` is the size of its batch."""
+    _, inputs = models.ALL[name](length if name == "vit" else 2, *([] if name == "vit" else [length]), seed=seed)
+    if name == "t5":
+        inputs["decoder_input_ids"] = inputs["input_ids"].flip(0)
+    elif name == "transformer":
+        inputs["tgt"] = inputs["src"].flip(0)
+    for key in ("input_ids", "decoder_input_ids"):
+        if key in inputs:
+            inputs[key] = inputs[key].clamp(max=models.VOCAB - 1 - len(PLANTED))
+    return inputs
+
+
+def variants(name: str) -> dict[str, Inputs]:
+    """Inputs of one shape, for a model that `_plant` has prepared: no outliers, one, another one, none."""
+
+    def planted(which: int) -> Inputs:
+        inputs = _inputs(name, LENGTHS[0])
+        for key, x in inputs.items():
+            if key.endswith("_ids"):
+                x[0, 2] = models.VOCAB - 1 - which
+            elif name == "vit":
+                x[:, 2 * which] += 100
+            elif name == "transformer":
+                x[..., PLANTED[which]] += 100
+        return inputs
+
+    none, vanished = (_inputs(name, LENGTHS[0], seed=seed) for seed in (0, 1))
+    return dict(zip(VARIANTS, (none, planted(0), planted(1), vanished), strict=True))
+
+
+class _Captured:
+    """A joint-graph pass behind all others that notes which int8fx ops are left for code generation."""
+
+    def __init__(self) -> None:
+        self.counts: list[dict[str, int]] = []
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.counts.append(count_ops(graph))
+
+    def uuid(self) -> None:
+        return None
+
+
+def measure(name: str) -> dict[str, Any]:
+    """What a fresh process finds out about a family. Nothing runs before the first compiled call."""
+    import torch._inductor.config as config
+
+    model, _ = models.ALL[name](seed=0)
+    _plant(name, model)
+    twins = {dtype: copy.deepcopy(model).to(dtype) for dtype in (torch.float32, torch.float64)}
+    int8fx.convert(model)
+    config.joint_custom_post_pass = captured = _Captured()
+    options = {} if FAMILIES[name].inductor else {"backend": without_cpp}
+    compiled = torch.compile(model, fullgraph=True, **options)
+
+    found: dict[str, Any] = {"torch": torch.__version__, "frames": [], "errors": {}, "outliers": {}}
+    samples, outputs = variants(name), {}
+    for which, inputs in samples.items():
+        with torch.no_grad():
+            outputs[which] = _first(compiled(**inputs)).clone()
+        found["frames"].append(counters["stats"]["unique_graphs"])
+    found["rewritten"] = list(captured.counts)
+    found["reports"] = [vars(report) for report in PASSES.reports]
+    found["frames_by_length"] = []
+    for length in LENGTHS:
+        with torch.no_grad():
+            compiled(**_inputs(name, length))
+        found["frames_by_length"].append(counters["stats"]["unique_graphs"])
+    found["rewritten_dynamic"] = captured.counts[1:]
+
+    seen: list[Tensor] = []
+    first = next(module for module in model.modules() if isinstance(module, PackedModule))
+    hook = first.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    for which, inputs in samples.items():
+        with torch.no_grad():
+            exact = _first(twins[torch.float64](**_cast(inputs)))
+            results = {"compiled": outputs[which], "eager": _first(model(**inputs))}
+            results["float32"] = _first(twins[torch.float32](**inputs))
+            if FAMILIES[name].lowered:
+                results["scheme"] = _first(_with_reference_products(twins[torch.float32], inputs))
+        found["errors"][which] = {of: float((y.double() - exact).norm()) for of, y in results.items()}
+        found["outliers"][which] = outlier_mask(seen.pop(), 6.0).nonzero().flatten().tolist()
+    hook.remove()
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        explained = torch._dynamo.explain(model)(**samples["none"])
+    found["graphs"], found["breaks"] = explained.graph_count, explained.graph_break_count
+    found["captured"] = [count_ops(gm.graph) for gm in explained.graphs]
+    return found
+
+
+def _with_reference_products(model: nn.Module, inputs: Inputs) -> Any:
+    """What the float ``model`` gives if every product is the specification's."""
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return reference.linear(x, *quantize_weight(weight), bias, 6.0)
+
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with mock.patch.object(F, "linear", linear):
+            return model(**inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def _cast(inputs: Inputs) -> Inputs:
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+# ---- families -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def measured(request, tmp_path_factory) -> Callable[[str], dict[str, Any]]:
+    """``measured(family)``: what `measure` reports. The processes of all selected families start at once, two at a time."""
+    here = Path(__file__)
+    environment = os.environ | {
+        "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor")),
+    }  # fmt: skip
+
+    def run(name: str) -> dict[str, Any]:
+        code = f"import json, {here.stem} as t; print(json.dumps(t.measure({name!r})))"
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        done = subprocess.run(command, env=environment, cwd=here.parent, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    wanted = {p["family"] for p in parameters if p.get("family") in FAMILIES}
+    with ThreadPoolExecutor(2) as pool:
+        running: dict[str, Future] = {name: pool.submit(run, name) for name in FAMILIES if name in wanted}
+        yield lambda name: running[name].result()
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+def test_the_first_call_of_a_process_compiles_to_one_full_graph(measured, family):
+    found, expected = measured(family), FAMILIES[family]
+    assert found["frames"][0] == 1
+    assert (found["graphs"], found["breaks"]) == (1, 0)
+    assert found["captured"] == [expected.captured]
+
+
+def test_passes_rewrite_every_product(measured, family):
+    found, expected = measured(family), FAMILIES[family]
+    assert found["rewritten"] == [expected.rewritten]
+    products = sum(n for op, n in expected.rewritten.items() if op != "quantize_rowwise")
+    report = Report(expected.lowered, expected.shared, expected.folded, products, dequantized=0)
+    assert found["reports"] == [vars(report)]
+
+
+def test_outliers_that_appear_move_and_vanish_do_not_recompile(measured, family):
+    found = measured(family)
+    assert list(found["outliers"].values()) == [[], [PLANTED[0]], [PLANTED[1]], []]
+    assert found["frames"] == [1, 1, 1, 1]
+
+
+def test_ten_lengths_recompile_once_at_most(measured, family):
+    frames = measured(family)["frames_by_length"]
+    assert len(frames) == len(set(LENGTHS)) == 10
+    assert frames[0] == 1
+    assert frames[-1] <= 2
+
+
+def test_dynamic_shapes_are_rewritten_alike(measured, family):
+    found = measured(family)
+    assert found["rewritten_dynamic"] == [FAMILIES[family].rewritten] * (found["frames_by_length"][-1] - 1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiled_output_is_within_the_error_of_the_eager_one(measured, family, variant):
+    """Against float64. What a different order of operations may add is measured: it is what float32 itself is off by.
+
+    Products that eager mode makes with dequantised weights are more exact there than LLM.int8(); `lower` makes them int8.
+    """
+    error = measured(family)["errors"][variant]
+    allowed = error.get("scheme", error["eager"])
+    assert 0 < error["float32"] < error["eager"]
+    assert error["compiled"] <= 1.05 * allowed + error["float32"]
+
+
+# ---- in this process ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _from_scratch(request):
+    """Dynamo forgets what other tests compiled."""
+    torch._dynamo.reset()
+    counters.clear()
+    PASSES.reports.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def cold_cache(tmp_path, monkeypatch):
+    """An empty cache of compiled graphs, so that code generation and the passes run."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+
+def frames() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+BACKENDS = pytest.mark.parametrize("backend", [without_cpp, "inductor"], ids=["without_cpp", "inductor"])
+
+
+@pytest.mark.parametrize(
+    ("name", "products", "backend"),
+    [
+        ("llama", 7, without_cpp),
+        ("gpt2", 4, without_cpp),
+        ("mixtral", 6, without_cpp),
+        ("t5", 9, without_cpp),  # of the decoder; keys and values of the encoder's output are in the cache
+        ("llama", 7, "inductor"),
+    ],
+    ids=["llama", "gpt2", "mixtral", "t5", "llama-inductor"],
+)
+def test_generation_with_a_static_cache(name, products, backend, cold_cache):
+    from transformers.generation.configuration_utils import CompileConfig
+
+    model, inputs = models.ALL[name](seed=3)
+    int8fx.convert(model)
+    arguments = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    arguments |= {"input_ids": inputs["input_ids"], "attention_mask": torch.ones_like(inputs["input_ids"])}
+    eager = model.generate(**arguments)
+    assert frames() == 0
+    compilation = CompileConfig(fullgraph=True, backend=backend, mode=None, dynamic=False)
+    compilation._compile_all_devices = True  # transformers' own switch for tests: else only GPUs compile
+    tokens = model.generate(**arguments, cache_implementation="static", compile_config=compilation)
+    assert tokens.tolist() == eager.tolist()
+    assert frames() == 1  # the first token is made without compiling, the other seven by one graph
+    [report] = PASSES.reports
+    assert (report.linears, report.dequantized) == (products * LAYERS, 0)
+
+
+def test_bfloat16_code_of_inductor_is_within_the_error_of_eager(cold_cache):
+    model, inputs = models.llama(num_hidden_layers=1)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(**inputs).logits
+        rounded = copy.deepcopy(model).bfloat16()(**inputs).logits
+        int8fx.convert(model.bfloat16())
+        eager = model(**inputs).logits
+        compiled = torch.compile(model, fullgraph=True)(**inputs).logits
+    error, of_eager, of_rounding = (float((y.double() - exact).norm()) for y in (compiled, eager, rounded))
+    assert compiled.dtype == torch.bfloat16
+    assert 0 < error <= 1.05 * of_eager + of_rounding
+
+
+class Adapted(nn.Module):
+    """LoRA: a packed weight that is frozen and two small ones that train."""
+
+    def __init__(self, K: int = 40, N: int = 24, rank: int = 4) -> None:
+        super().__init__()
+        g = generator(0)
+        self.base = nn.Linear(K, N)
+        self.a = nn.Parameter(torch.randn(K, rank, generator=g))
+        self.b = nn.Parameter(torch.randn(rank, N, generator=g))
+        with torch.no_grad():
+            self.base.weight.copy_(torch.randn(N, K, generator=g))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.a @ self.b
+
+
+@BACKENDS
+def test_gradients_of_a_compiled_lora_layer(backend, cold_cache):
+    """Every gradient is a sum of products that no quantisation enters but the weight's: known in float64, with its bound."""
+    model = int8fx.convert(Adapted(), select="base")
+    x = activation(6, 40, outliers="column").requires_grad_()
+    grad = torch.randn(6, 24, generator=generator(1))
+    tensors = {"x": x, "a": model.a, "b": model.b, "bias": model.base.bias}
+
+    def exact(of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        w, a, b, x2, g = (of(t.detach().double()) for t in (model.base.weight, model.a, model.b, x, grad))
+        return {"x": g @ w + (g @ b.T) @ a.T, "a": x2.T @ (g @ b.T), "b": (x2 @ a).T @ g, "bias": g.sum(0)}
+
+    expected, magnitudes = exact(lambda t: t), exact(torch.abs)
+    n = (24 + 2) + (4 + 2)  # the longest chain of roundings: of two products and the sum of two of them
+    outputs = []
+    for run in (model, torch.compile(model, fullgraph=True, backend=backend)):
+        model.zero_grad()
+        x.grad = None
+        y = run(x)
+        (y * grad).sum().backward()
+        outputs.append(y.detach())
+        for name, t in tensors.items():
+            error = (t.grad.double() - expected[name]).abs()
+            assert (error <= n * unit_roundoff(torch.float32) * magnitudes[name]).all(), name
+    assert frames() == 1
+    [report] = PASSES.reports
+    assert report.linears == 1
+    terms = bound(x.detach(), model.base._buffers["weight"], model.base._buffers["weight_scale"], model.base.bias, 6.0)
+    assert ((outputs[0] - outputs[1]).abs() <= 2 * terms.sums + n * unit_roundoff(torch.float32) * terms.magnitude).all()
+
+
+@BACKENDS
+def test_training_through_folded_products(backend, cold_cache):
+    """The passes see forward and backward in one graph; what the backward needs stays."""
+    model, inputs = models.llama(num_hidden_layers=1)
+    embedded = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    labels = inputs["input_ids"]
+
+    def gradients(run: Callable, of: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+        x = embedded.to(dtype).requires_grad_()
+        loss = run(inputs_embeds=x, labels=labels, use_cache=False).loss
+        (grad,) = torch.autograd.grad(loss, (x,))
+        return grad.double()
+
+    twins = {dtype: copy.deepcopy(model).to(dtype) for dtype in (torch.float32, torch.float64)}
+    exact, rounded = (gradients(twins[dtype], twins[dtype], dtype) for dtype in (torch.float64, torch.float32))
+    int8fx.convert(model)
+    eager = gradients(model, model)
+    compiled = gradients(torch.compile(model, fullgraph=True, backend=backend), model)
+    error, of_eager, of_rounding = (float((g - exact).norm()) for g in (compiled, eager, rounded))
+    assert 0 < of_rounding < of_eager < float(exact.norm())
+    assert error <= 1.05 * of_eager + of_rounding
+    [report] = PASSES.reports
+    assert report.linears == 7
+    assert report.folded > 0
+
+
+def test_eight_threads_get_the_bits_that_one_gets():
+    """One compiled model, called for the first time by eight threads at once, each with its own outliers."""
+    model = int8fx.convert(nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)).eval())
+    xs = [activation(24, 64, outliers="column", seed=seed) for seed in range(8)]
+    compiled = torch.compile(model, fullgraph=True, backend=without_cpp)
+    barrier, found = threading.Barrier(8), [[] for _ in xs]
+
+    def work(i: int) -> None:
+        barrier.wait()
+        with torch.no_grad():
+            for _ in range(20):
+                found[i].append(compiled(xs[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert frames() == 1
+    with torch.no_grad():
+        expected = [compiled(x) for x in xs]
+    assert frames() == 1
+    for ys, y in zip(found, expected, strict=True):
+        assert len(ys) == 20
+        assert all(torch.equal(y, again) for again in ys)
+
+
+def test_threads_share_code_of_inductor(cold_cache):
+    model = int8fx.convert(nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64), nn.Sigmoid()).eval())
+    compiled = torch.compile(model, fullgraph=True)
+    xs = [activation(24, 64, outliers="column", seed=seed) for seed in range(8)]
+    with torch.no_grad():
+        expected = [compiled(x) for x in xs]
+
+    def work(x: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return [compiled(x) for _ in range(20)]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(work, xs))
+    assert frames() == 1
+    assert all(torch.equal(y, again) for y, ys in zip(expected, found, strict=True) for again in ys)
+
+
+def test_the_backend_named_int8fx_brings_the_passes_along(cold_cache):
+    model = int8fx.convert(models.BareProducts())
+    x = torch.randn(3, 5, HIDDEN, generator=generator(0))
+    uninstall()
+    try:
+        with torch.no_grad():
+            torch.compile(model, fullgraph=True)(x)
+            assert not PASSES.reports
+            torch._dynamo.reset()
+            compiled = torch.compile(model, fullgraph=True, backend="int8fx")(x)
+    finally:
+        install()
+    [report] = PASSES.reports
+    assert (report.lowered, report.linears, report.dequantized) == (len(model.OPERANDS), len(model.OPERANDS), 0)
+
+
+def test_graphs_are_cached_and_the_cache_knows_the_passes(cold_cache):
+    ...
