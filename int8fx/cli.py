@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from . import __version__, llm_int8
 
-PROMPT = "The three most important inventions in the history of computing are"
+PROMPT = "Photosynthesis is the process by which"
 DEMO_NEEDS = ("accelerate", "gguf", "platformdirs", "rich", "transformers")
 
 

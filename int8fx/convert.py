@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
-from .packing import PackedModule, PackedWeight, pack_module
+from .packing import PackedModule, PackedWeight, Packing, pack_modules
 from .quantize import MAX_K, quantize_weight
 from .recipes import Recipe, embedding_forward, matrices, recipe_for
 from .schemes import LLMInt8, llm_int8
 from .selection import Names, Selection
 
-_LEFT = "int8fx_left"  # attribute of a converted model: layer name -> why it was left
+LEFT = "int8fx_left"  # attribute of a converted model: layer name -> why it was left
 HEAD = "the output embeddings: left in 16 bits unless selected"
 
 
@@ -103,7 +103,7 @@ def _convert_module(model: nn.Module, scheme: LLMInt8, select: Selection | None,
 
 def leave_reasons(model: nn.Module, layers: list[Layer]) -> None:
     """Notes on the model, for `summary`, why layers were left."""
-    setattr(model, _LEFT, {layer.name: layer.reason for layer in layers if layer.reason is not None})
+    setattr(model, LEFT, {layer.name: layer.reason for layer in layers if layer.reason is not None})
 
 
 def pack_layers(chosen: list[Layer], scheme: LLMInt8) -> None:
@@ -126,9 +126,8 @@ def pack_layers(chosen: list[Layer], scheme: LLMInt8) -> None:
                 weights[layer.parameter] = (*packed[id(layer.weight)], described)
             recipe = own[0].recipe
             forward = recipe.forward if set(recipe.layouts) == set(weights) else _own_forward(recipe)
-            ready.append((own[0].module, weights, forward))
-        for module, weights, forward in ready:
-            pack_module(module, weights, forward)
+            ready.append(Packing(own[0].module, weights, forward))
+        pack_modules(ready)
 
 
 def pack_weight(layer: Layer) -> tuple[Tensor, Tensor]:
@@ -149,16 +148,19 @@ def plan(
     model: nn.Module,
     select: Selection | None = None,
     skip: Selection = (),
-    candidates: Callable[[], Iterator[Layer]] | None = None,
+    candidates: Iterable[Layer] | None = None,
+    packed: Iterable[tuple[str, nn.Module, str]] | None = None,
 ) -> list[Layer]:
     """What `convert` would do with each weight of ``model``: `Layer.reason` is None for those it would convert.
+
+    ``candidates`` and ``packed`` are what `walk` and `packed_layers` find, if they are not what a model consists of.
 
     Raises:
         ValueError: the model is converted or quantised already, or a pattern matches nothing.
     """
     chosen = None if select is None else Names(select, "select")
     skipped = Names(skip, "skip")
-    layers = list(walk(model) if candidates is None else candidates())
+    layers = list(walk(model) if candidates is None else candidates)
     heads = _output_embeddings(model, layers)
     for layer in layers:
         selected = chosen is not None and _hit(chosen, layer.module, layer.name, *layer.aliases)
@@ -171,9 +173,9 @@ def plan(
         elif id(layer.module) in heads:
             layer.reason = HEAD
         elif layer.recipe.on_request:
-            layer.reason = "a 1x1 convolution: converted if selected"
+            layer.reason = layer.recipe.on_request
     names = [name for layer in layers for name in (layer.name, *layer.aliases)]
-    for full, module in packed_layers(model):
+    for full, module, _ in packed_layers(model) if packed is None else packed:
         names.append(full)
         left = skipped(full, module)
         if (chosen is None or chosen(full, module)) and not left:
@@ -190,15 +192,16 @@ def _hit(selection: Names, module: nn.Module, *names: str) -> bool:
     return any([selection(name, module) for name in names])  # a list: every pattern that matches counts as used
 
 
-def packed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The converted layers of ``model``: name and module that holds the codes."""
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedModule, str]]:
+    """The packed weights of ``model``: layer name, module, name in the module."""
     for name, module in model.named_modules():
         if isinstance(module, PackedModule):
             for parameter in module.packed_weights:
-                yield _layer_name(name, parameter), module
+                yield layer_name(name, parameter), module, parameter
 
 
-def _layer_name(module: str, parameter: str) -> str:
+def layer_name(module: str, parameter: str) -> str:
+    """The name of a layer: that of its module, or of the Parameter if that is not called ``weight``."""
     return module if parameter == "weight" and module else f"{module}.{parameter}" if module else parameter
 
 
@@ -217,9 +220,9 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[Layer]:
         else:
             recipe = recipe_for(module)
         for parameter in own:
-            aliases = tuple(_layer_name(n, parameter) for n in names[id(module)] if n != name)
+            aliases = tuple(layer_name(n, parameter) for n in names[id(module)] if n != name)
             layout = recipe.layouts.get(parameter)
-            yield Layer(_layer_name(name, parameter), module, parameter, layout, recipe, aliases=aliases)
+            yield Layer(layer_name(name, parameter), module, parameter, layout, recipe, aliases=aliases)
 
 
 def _quantised_by(module: nn.Module) -> str | None:
@@ -312,10 +315,10 @@ def _agree_on_ties(layers: list[Layer]) -> None:
         if len(group) == 1 or all(layer.reason is not None for layer in group):
             continue
         for layer in group:
-            plain = type(layer.module).forward is nn.Embedding.forward and layer.module.max_norm is None  # type: ignore[union-attr]
-            if plain and layer.reason is not None and layer.reason != "skipped":
-                layer.layout, layer.reason = "NK", None
-                layer.recipe = Recipe({layer.parameter: "NK"}, embedding_forward)
+            table = layer.recipe.forward is embedding_forward
+            if table and layer.reason is not None and layer.reason != "skipped":
+                layer.layout, layer.reason = layer.layout or "NK", None
+                layer.recipe = Recipe({layer.parameter: layer.layout}, embedding_forward)
         blocked = next((layer for layer in group if layer.reason is not None), None)
         for layer in group:
             other = next((o for o in group if o.layout != layer.layout), None)

@@ -2,71 +2,196 @@
 
 For every packed Parameter ``w`` the graph gets two buffers, ``w`` (int8 codes ``[..., N, K]``) and ``w_scale``, and each
 of its uses becomes ``int8fx::dequantize`` (transposed for a ``[..., K, N]`` use); then `passes.lower` runs on it.
+An embedding takes rows of the codes. Layers have the names that they have in modules: ``lm_head`` for ``lm_head.weight``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node
 
-from .convert import Layer, choose, leave_reasons, pack_layers, pack_weight, plan, walk
-from .packing import SCALE
+from .convert import (
+    HEAD,
+    Layer,
+    check_modules,
+    choose,
+    layer_name,
+    leave_reasons,
+    pack_layers,
+    pack_weight,
+    packed_layers,
+    plan,
+    walk,
+)
+from .packing import SCALE, PackedModule, applied_to_packed, not_codes
+from .passes import count_ops
 from .passes.lower import lower
-from .passes.products import read_product
-from .quantize import quantize_weight
-from .recipes import Recipe
+from .passes.products import call, follow, read_product
+from .quantize import compute_dtype
+from .recipes import EMBEDDING, Recipe, embedding_forward
 from .schemes import LLMInt8
 from .selection import Selection
+
+aten = torch.ops.aten
+DTYPES = "int8fx_dtypes"  # in a graph module's meta: layer name -> the dtype that its weight had
 
 
 def convert_graph(
     model: GraphModule | ExportedProgram, scheme: LLMInt8, select: Selection | None, skip: Selection
 ) -> int:
     """`convert` for graphs; returns how many weights it converted."""
+    root = model.graph_module if isinstance(model, ExportedProgram) else model
+    check_modules(root)
+    layers = plan_graph(model, select, skip)
+    chosen = choose(layers)
+    leave_reasons(root, layers)
+    root.meta.setdefault(DTYPES, {}).update((layer.name, layer.weight.dtype) for layer in chosen)
+    count = len(chosen)
+    del layers  # they hold float weights
     if isinstance(model, ExportedProgram):
-        return _convert_exported(model, scheme, select, skip)
-    return _convert_graph_module(model, scheme, select, skip)
+        _pack_exported(model, chosen, scheme)
+    else:
+        _pack_graph_module(model, chosen, scheme)
+    return count
 
 
-def _layouts(graph: Graph, name_of: Callable[[Node], str | None], weights: dict[str, Tensor]) -> dict[str, str]:
-    """Parameter name -> the layout that the first product with it uses."""
+def plan_graph(
+    model: GraphModule | ExportedProgram, select: Selection | None = None, skip: Selection = ()
+) -> list[Layer]:
+    """`convert.plan` for graphs."""
+    if isinstance(model, ExportedProgram):
+        return plan(model.graph_module, select, skip, _exported_layers(model), packed_in_graph(model))
+    packed = [*packed_layers(model), *packed_in_graph(model)]
+    return plan(model, select, skip, _graph_module_layers(model), packed)
+
+
+def packed_in_graph(model: GraphModule | ExportedProgram) -> list[tuple[str, nn.Module, str]]:
+    """The packed weights that a graph reads: layer name, a module that holds codes and scale, the codes' name in it."""
+    if isinstance(model, ExportedProgram):
+        graph, holder = model.graph_module.graph, nn.Module()
+        holder._buffers.update(model.state_dict)
+    else:
+        graph, holder = model.graph, model
+    found = _codes(holder) if count_ops(graph) else []
+    return [(layer_name(*_split(_join(path, name))), owner, name) for path, owner, name in found]
+
+
+def _codes(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """The codes in buffers of a graph's modules: path and module, name; those of packed modules are their own affair."""
+    return [
+        (path, owner, name)
+        for path, owner in model.named_modules()
+        if not isinstance(owner, PackedModule)
+        for name, codes in owner._buffers.items()
+        if codes is not None and codes.dtype == torch.int8 and name + SCALE in owner._buffers
+    ]
+
+
+def _split(name: str) -> tuple[str, str]:
+    path, _, leaf = name.rpartition(".")
+    return path, leaf
+
+
+def _join(path: str, leaf: str) -> str:
+    return f"{path}.{leaf}" if path else leaf
+
+
+# ---- how a graph uses its weights -----------------------------------------------------------------------------------
+
+
+def _recipes(
+    graph: Graph, name_of: Callable[[Node], str | None], weights: Mapping[str, Tensor], written: set[str]
+) -> dict[str, Recipe]:
+    """Parameter name -> the recipe for it. Names of one tensor get the same: export gives all uses to one of them.
+
+    The layout is that of the first product with the weight. A weight that also is an embedding is an output embedding.
+    """
+    of = {name: id(weight) for name, weight in weights.items()}
+    layouts: dict[int, str] = {}
+    tables, inner, changed = set(), set(), {of[name] for name in written}
 
     def shape_of(node: Node) -> torch.Size | None:
         name = name_of(node)
         return weights[name].shape if name in weights else None
 
-    found: dict[str, str] = {}
     for node in graph.nodes:
+        name = name_of(node)
+        if name in weights and follow(node, shape_of) is None:
+            changed.add(of[name])
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            inner.update(of[n] for i in node.all_input_nodes if (n := name_of(i)) in weights)
+        if node.target is F.embedding and _embedding(node) is None:  # max_norm
+            changed.update(of[n] for i in node.all_input_nodes if (n := name_of(i)) in weights)
+        table = _embedding(node)
+        if table is not None and name_of(table[0]) in weights:
+            tables.add(of[name_of(table[0])])
         product = read_product(node, shape_of)
         if product is not None and product.layout is not None:
-            found.setdefault(name_of(product.w.source), product.layout)  # type: ignore[arg-type]
-    return found
+            layouts.setdefault(of[name_of(product.w.source)], product.layout)
+    recipes = {}
+    for name, key in of.items():
+        _, leaf = _split(name)
+        if key in changed:
+            recipes[name] = Recipe(refused={leaf: "written to by the program"})
+        elif key in inner:
+            recipes[name] = Recipe(refused={leaf: "read by a subgraph"})
+        elif key in layouts and key in tables:
+            recipes[name] = Recipe({leaf: layouts[key]}, embedding_forward, on_request=HEAD)
+        elif key in layouts:
+            recipes[name] = Recipe({leaf: layouts[key]})
+        else:
+            recipes[name] = Recipe(refused={leaf: EMBEDDING} if key in tables else {})
+    return recipes
 
 
-def _layer(name: str, owner: nn.Module, parameter: str, layout: str | None) -> Layer:
-    recipe = Recipe({parameter: layout} if layout else {})
-    return Layer(name, owner, parameter, layout, recipe)
+def _embedding(node: Node) -> tuple[Node, Node] | None:
+    """``(table, ids)`` if ``node`` takes rows of a table and leaves the table as it is."""
+    if node.op != "call_function" or node.target not in (aten.embedding.default, torch.embedding, F.embedding):
+        return None
+    if node.target is F.embedding:
+        names = ("input", "weight", "padding_idx", "max_norm")
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        table, ids = given.get("weight"), given.get("input")
+        if given.get("max_norm") is not None:
+            return None
+    else:
+        table, ids = (*node.args, None, None)[:2]
+    return (table, ids) if isinstance(table, Node) and isinstance(ids, Node) else None
 
 
-def _insert_dequantize(use: Node, codes: Node, scale: Node, layer: Layer, threshold: float) -> None:
+def _read_packed(use: Node, codes: Node, scale: Node, layer: Layer, threshold: float) -> None:
+    """Gives the users of the float weight ``use`` what they need of the codes; ``use`` stays, without users."""
     graph, weight = use.graph, layer.oriented()
-    with graph.inserting_after(scale if use.op == "placeholder" else use):
-        read = graph.call_function(torch.ops.int8fx.dequantize.default, (codes, scale, weight.dtype, threshold))
-        val = use.meta.get("val")
-        read.meta["val"] = (
+    for user in list(use.users):
+        table = _embedding(user)
+        if table is not None and table[0] is use and layer.layout == "NK":
+            with graph.inserting_before(user):
+                ct = compute_dtype(weight.dtype)
+                rows, scales = (call(graph, aten.index.Tensor, t, [table[1]]) for t in (codes, scale))
+                scales = call(graph, aten._to_copy.default, call(graph, aten.unsqueeze.default, scales, -1), dtype=ct)
+                rows = call(graph, aten.mul.Tensor, call(graph, aten._to_copy.default, rows, dtype=ct), scales)
+                user.replace_all_uses_with(call(graph, aten._to_copy.default, rows, dtype=weight.dtype))
+            graph.erase_node(user)
+    if not use.users:
+        return
+    first = next(node for node in graph.nodes if node in use.users)
+    val = use.meta.get("val")
+    with graph.inserting_before(first):
+        new = graph.call_function(torch.ops.int8fx.dequantize.default, (codes, scale, weight.dtype, threshold))
+        new.meta["val"] = (
             torch.empty(weight.shape, dtype=weight.dtype, device="meta") if val is None else val.new_empty(weight.shape)
         )
-    new = read
-    if layer.layout == "KN":
-        with graph.inserting_after(read):
-            order = [*range(weight.dim() - 2), weight.dim() - 1, weight.dim() - 2]
-            new = graph.call_function(torch.ops.aten.permute.default, (read, order))
+        if layer.layout == "KN":
+            read, order = new, [*range(weight.dim() - 2), weight.dim() - 1, weight.dim() - 2]
+            new = graph.call_function(aten.permute.default, (read, order))
             if val is not None:
                 new.meta["val"] = read.meta["val"].permute(order)
     use.replace_all_uses_with(new)
@@ -76,20 +201,30 @@ def _insert_dequantize(use: Node, codes: Node, scale: Node, layer: Layer, thresh
 
 
 class Int8GraphModule(GraphModule):
-    """Mixed into the class of a converted GraphModule: casts of it leave the scales of packed weights in float32."""
+    """Mixed into the class of a converted GraphModule: what `packing.PackedModule` is for other modules."""
 
     def _apply(self, fn, recurse: bool = True):
-        scales = {name: b for name, b in self.named_buffers() if name.endswith(SCALE)}
-        packed = {name: b for name, b in scales.items() if self.get_buffer(name[: -len(SCALE)]).dtype == torch.int8}
-        super()._apply(fn, recurse)
-        for name, scale in packed.items():
-            path, _, leaf = name.rpartition(".")
-            owner = self.get_submodule(path)
-            moved = owner._buffers[leaf]
-            assert moved is not None
-            if moved.dtype != scale.dtype:
-                owner._buffers[leaf] = scale.to(moved.device)
+        places = [(owner._buffers, key) for _, owner, name in _codes(self) for key in (name, name + SCALE)]
+        with applied_to_packed(places, fn):
+            super()._apply(fn, recurse)
         return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        for path, _, name in _codes(self):
+            key = prefix + _join(path, name)
+            if key in state_dict and state_dict[key].dtype != torch.int8:
+                errors.append(not_codes(key, state_dict.pop(key)))  # it would be cast to int8
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def __reduce__(self):
+        return _unpickle, super().__reduce__()[:2]
+
+
+def _unpickle(function: Callable[..., GraphModule], args: tuple) -> GraphModule:
+    model = function(*args)
+    _guard(model)
+    model.recompile()
+    return model
 
 
 @cache
@@ -97,7 +232,7 @@ def _int8_class(base: type[GraphModule]) -> type[GraphModule]:
     return type(f"Int8{base.__name__}", (Int8GraphModule, base), {})
 
 
-def _keep_scales(model: GraphModule) -> None:
+def _guard(model: GraphModule) -> None:
     """Gives ``model`` an `Int8GraphModule` class. Every GraphModule has a class of its own, known by its qualified name."""
     base = next(c for c in type(model).__mro__ if c.__qualname__.rpartition(".")[2] != "GraphModuleImpl")
     if not issubclass(base, Int8GraphModule):
@@ -106,122 +241,140 @@ def _keep_scales(model: GraphModule) -> None:
         model.__class__ = own
 
 
-def _convert_graph_module(model: GraphModule, scheme: LLMInt8, select: Selection | None, skip: Selection) -> int:
-    def name_of(node: Node) -> str | None:
-        return node.target if node.op == "get_attr" else None  # type: ignore[return-value]
+def _attribute(node: Node) -> str | None:
+    return node.target if node.op == "get_attr" else None  # type: ignore[return-value]
 
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    layouts = _layouts(model.graph, name_of, weights)
-    called = {node.target for node in model.graph.nodes if node.op == "call_module"}
-    read = {name_of(node) for node in model.graph.nodes}
 
-    def candidates() -> Iterator[Layer]:
-        for name, weight in weights.items():
-            if name in read and weight.dim() >= 2:
-                path, _, leaf = name.rpartition(".")
-                yield _layer(name, model.get_submodule(path), leaf, layouts.get(name))
-        modules = dict(model.named_modules())
-        for target in sorted(called):
-            yield from walk(modules[target], target)
+def _graph_module_layers(model: GraphModule) -> Iterator[Layer]:
+    weights = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.dim() >= 2}
+    called = sorted({node.target for node in model.graph.nodes if node.op == "call_module"})
+    in_calls = {id(p) for target in called for p in model.get_submodule(target).parameters()}
+    read = {id(weights[name]) for node in model.graph.nodes if (name := _attribute(node)) in weights}
+    recipes = _recipes(model.graph, _attribute, weights, set())
+    for name, weight in weights.items():
+        path, leaf = _split(name)
+        if id(weight) in read:
+            recipe = recipes[name]
+            if id(weight) in in_calls:
+                recipe = Recipe(refused={leaf: "read by the graph and by a module that it calls"})
+            yield Layer(layer_name(path, leaf), model.get_submodule(path), leaf, recipe.layouts.get(leaf), recipe)
+    for target in called:
+        for layer in walk(model.get_submodule(target), target):
+            if id(layer.weight) not in read:
+                yield layer
 
-    layers = plan(model, select, skip, candidates)
-    chosen = [layer for layer in layers if layer.reason is None]
-    for layer in chosen:
-        check_weight(layer.name, layer.weight, layer.oriented().shape[-1])
-    leave_reasons(model, layers)
-    in_graph = [layer for layer in chosen if layer.name in read]
-    pack_layers([layer for layer in chosen if layer.name not in read], scheme)
-    if in_graph:
-        _keep_scales(model)
+
+def _pack_graph_module(model: GraphModule, chosen: list[Layer], scheme: LLMInt8) -> None:
+    in_calls = {id(m) for n in model.graph.nodes if n.op == "call_module" for m in model.get_submodule(n.target).modules()}
+    pack_layers([layer for layer in chosen if id(layer.module) in in_calls], scheme)
+    in_graph = [layer for layer in chosen if id(layer.module) not in in_calls]
+    if not in_graph:
+        return
+    _guard(model)
+    names = {id(module): path for path, module in model.named_modules()}
+    vals = [node.meta.get("val") for node in model.graph.nodes if node.op in ("placeholder", "get_attr")]
+    one_mode = len({id(detect_fake_mode([val])) for val in vals}) == 1  # make_fx has one per tensor
+    tied: dict[int, list[Layer]] = {}
+    for layer in in_graph:
+        tied.setdefault(id(layer.weight), []).append(layer)
     try:
-        for layer in in_graph:
-            codes, scale = quantize_weight(layer.oriented())
-            for use in model.graph.find_nodes(op="get_attr", target=layer.name):
-                with model.graph.inserting_before(use):
-                    nodes = [model.graph.create_node("get_attr", layer.name + suffix) for suffix in ("", SCALE)]
-                _insert_dequantize(use, *nodes, layer, scheme.threshold)
-                model.graph.erase_node(use)
-            del layer.module._parameters[layer.parameter]
-            layer.module._buffers[layer.parameter] = codes
-            layer.module._buffers[layer.parameter + SCALE] = scale
+        for group in tied.values():
+            codes, scale = pack_weight(group[0])
+            for layer in group:
+                name = _join(names[id(layer.module)], layer.parameter)
+                for use in model.graph.find_nodes(op="get_attr", target=name):
+                    nodes = _get_attrs(use, name, codes, scale, with_val=one_mode)
+                    _read_packed(use, *nodes, layer, scheme.threshold)
+                    model.graph.erase_node(use)
+                del layer.module._parameters[layer.parameter]
+                layer.module._buffers.update({layer.parameter: codes, layer.parameter + SCALE: scale})
     finally:
-        lower(model.graph)
-        model.graph.lint()
-        model.recompile()
-    return len(chosen)
+        try:
+            lower(model.graph)
+        finally:
+            model.graph.lint()
+            model.recompile()
+
+
+def _get_attrs(use: Node, name: str, *tensors: Tensor, with_val: bool) -> list[Node]:
+    """Nodes that read a weight's codes and scale, in front of ``use``."""
+    nodes = []
+    with use.graph.inserting_before(use):
+        for suffix, tensor in zip(("", SCALE), tensors, strict=True):
+            node = use.graph.create_node("get_attr", name + suffix)
+            if with_val and "val" in use.meta:
+                node.meta["val"] = use.meta["val"].new_empty(tensor.shape, dtype=tensor.dtype)
+            nodes.append(node)
+    return nodes
 
 
 # ---- torch.export.ExportedProgram -----------------------------------------------------------------------------------
 
 
-def _convert_exported(program: ExportedProgram, scheme: LLMInt8, select: Selection | None, skip: Selection) -> int:
-    graph = program.graph_module.graph
+def _exported_layers(program: ExportedProgram) -> Iterator[Layer]:
     signature = program.graph_signature
     names = dict(signature.inputs_to_parameters)  # placeholder name -> Parameter name
-    weights = {name: program.state_dict[name] for name in names.values()}
+    weights = {name: program.state_dict[name] for name in names.values() if program.state_dict[name].dim() >= 2}
 
     def name_of(node: Node) -> str | None:
         return names.get(node.name) if node.op == "placeholder" else None
 
-    layouts = _layouts(graph, name_of, weights)
+    written = {*signature.buffers_to_mutate.values(), *signature.parameters_to_mutate.values()} & weights.keys()
+    recipes = _recipes(program.graph_module.graph, name_of, weights, written)
+    for name, weight in weights.items():
+        path, leaf = _split(name)
+        owner = nn.Module()
+        owner._parameters[leaf] = weight  # type: ignore[assignment]
+        yield Layer(layer_name(path, leaf), owner, leaf, recipes[name].layouts.get(leaf), recipes[name])
 
-    def candidates() -> Iterator[Layer]:
-        for name, weight in weights.items():
-            if weight.dim() >= 2:
-                owner = nn.Module()
-                owner._parameters["weight"] = weight
-                yield _layer(name, owner, "weight", layouts.get(name))
 
-    converted = [n for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == "int8fx"]
-    if converted and not layouts:
-        raise ValueError("int8fx.convert: the program is already converted by int8fx; legal: float weights")
-    layers = plan(program.graph_module, select, skip, candidates)
-    chosen = [layer for layer in layers if layer.reason is None]
+def _pack_exported(program: ExportedProgram, chosen: list[Layer], scheme: LLMInt8) -> None:
+    graph = program.graph_module.graph
+    uses = {program.graph_signature.inputs_to_parameters.get(n.name): n for n in graph.nodes if n.op == "placeholder"}
+    tied: dict[int, list[Layer]] = {}
     for layer in chosen:
-        check_weight(layer.name, layer.weight, layer.oriented().shape[-1])
-    mutated = set(signature.buffers_to_mutate.values()) | set(getattr(signature, "parameters_to_mutate", {}).values())
-    placeholders = {name_of(node): node for node in graph.nodes if node.op == "placeholder"}
-    for layer in chosen:
-        if layer.name in mutated:
-            raise ValueError(f"int8fx.convert: layer {layer.name!r} is written to by the program; legal: constant weights")
+        tied.setdefault(id(layer.weight), []).append(layer)
+    chosen.clear()
     try:
-        for layer in chosen:
-            _pack_placeholder(program, graph, placeholders[layer.name], layer, scheme.threshold)
+        while tied:
+            _pack_placeholders(program, uses, tied.pop(next(iter(tied))), scheme.threshold)
     finally:
-        lower(graph)
-        for spec, value in zip(program.graph_signature.output_specs, graph.output_node().args[0], strict=True):
-            if isinstance(value, Node):  # a rewritten product may be an output
-                spec.arg.name = value.name
-        program.graph_module.recompile()
+        try:
+            lower(graph)
+        finally:
+            for spec, value in zip(program.graph_signature.output_specs, graph.output_node().args[0], strict=True):
+                if isinstance(value, Node):  # a rewritten product may be an output
+                    spec.arg.name = value.name
+            program.graph_module.recompile()
         program.validate()
-    return len(chosen)
 
 
-def _pack_placeholder(program: ExportedProgram, graph: Graph, use: Node, layer: Layer, threshold: float) -> None:
+def _pack_placeholders(program: ExportedProgram, uses: dict, group: list[Layer], threshold: float) -> None:
+    """Packs the weight that the layers of ``group`` share."""
+    codes, scale = pack_weight(group[0])
+    for layer in group:
+        name = f"{layer.name}.weight" if layer.parameter == "weight" and layer.name != "weight" else layer.name
+        _pack_placeholder(program, uses[name], name, layer, codes, scale, threshold)
+
+
+def _pack_placeholder(
+    program: ExportedProgram, use: Node, name: str, layer: Layer, codes: Tensor, scale: Tensor, threshold: float
+) -> None:
     """Replaces one Parameter of the program by its codes and scale: nodes, signature and state dict together."""
-    codes, scale = quantize_weight(layer.oriented())
-    mode = use.meta["val"].fake_mode
-    nodes = []
+    graph, mode, nodes = use.graph, use.meta["val"].fake_mode, []
     with graph.inserting_before(use):
         for suffix, tensor in (("", codes), (SCALE, scale)):
             node = graph.placeholder(f"{use.name}_int8{suffix}")
             node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
             nodes.append(node)
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    with graph.inserting_after(last):
-        marker = graph.call_function(torch.ops.aten.alias.default, (use,))
-    marker.meta["val"] = use.meta["val"]
-    use.replace_all_uses_with(marker, delete_user_cb=lambda user: user is not marker)
-    _insert_dequantize(marker, *nodes, layer, threshold)
-    graph.erase_node(marker)
+    _read_packed(use, *nodes, layer, threshold)
     specs = []
     for spec in program.graph_signature.input_specs:
         if spec.arg.name != use.name:
             specs.append(spec)
             continue
         for node, suffix in zip(nodes, ("", SCALE), strict=True):
-            specs.append(InputSpec(InputKind.BUFFER, TensorArgument(node.name), layer.name + suffix, persistent=True))
+            specs.append(InputSpec(InputKind.BUFFER, TensorArgument(node.name), name + suffix, persistent=True))
     graph.erase_node(use)
     program._graph_signature = ExportGraphSignature(specs, program.graph_signature.output_specs)
-    state = program._state_dict
-    state[layer.name], state[layer.name + SCALE] = codes, scale  # type: ignore[assignment]
+    program._state_dict.update({name: codes, name + SCALE: scale})  # type: ignore[dict-item]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -44,8 +45,9 @@ def int8_matmul(codes: Tensor, weight: Tensor, dtype: torch.dtype = torch.float3
     x = codes.to(dtype)
     step = max(1, _BLOCK // max(K, 1))
     exact = _EXACT_K if dtype == torch.float32 else max(K, 1)
+    widened = torch.empty(min(step, N), K, dtype=dtype)  # one buffer: a fresh one per block costs its page faults
     for n in range(0, N, step):
-        block = weight[n : n + step].to(dtype)
+        block = widened[: min(step, N - n)].copy_(weight[n : n + step])
         out = y[:, n : n + step] if step < N else y
         torch.mm(x[:, :exact], block[:, :exact].t(), out=out)
         for k in range(exact, K, exact):
@@ -94,7 +96,7 @@ def linear_quantized(
     return y.to(x.dtype)
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
     "silu": lambda y: F.silu(y, inplace=True),
     "gelu": torch.ops.aten.gelu_,
@@ -117,9 +119,8 @@ def linear(
         return linear_quantized(x, *quantized, weight, weight_scale, bias, activation, other, binary)
     y = x.new_empty(*x.shape[:-1], weight.shape[-2])
     for e in range(weight.shape[0]):
-        parts = (t if t is None else t[e] for t in (x, weight, weight_scale, bias, other))
-        x_e, weight_e, scale_e, bias_e, other_e = parts
-        y[e] = linear(x_e, weight_e, scale_e, bias_e, threshold, activation, other_e, binary)
+        bias_e, other_e = (None if t is None else t[e] for t in (bias, other))
+        y[e] = linear(x[e], weight[e], weight_scale[e], bias_e, threshold, activation, other_e, binary)
     return y
 
 

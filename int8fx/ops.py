@@ -5,8 +5,12 @@ No output's shape depends on data: the number of outlier columns never leaves an
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NoReturn
+
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from . import cpu, reference
 from .quantize import MAX_K, compute_dtype
@@ -41,70 +45,59 @@ dequantize = torch.ops.int8fx.dequantize
 _X_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _need(op: str, ok: bool, found: str, legal: str) -> None:
-    if not ok:
-        raise ValueError(f"int8fx::{op}: {found}; legal: {legal}")
+def _refuse(op: str, found: str, legal: str) -> NoReturn:
+    raise ValueError(f"int8fx::{op}: {found}; legal: {legal}")
+
+
+def _of(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}, dtype {tensor.dtype}"
 
 
 def _check_x(op: str, x: Tensor) -> None:
-    _need(op, x.dtype in _X_DTYPES, f"x has dtype {x.dtype}", "float16, bfloat16, float32 or float64")
-    _need(op, x.dim() > 0, "x has 0 dimensions", "[..., K]")
+    if x.dtype not in _X_DTYPES:
+        _refuse(op, f"x has dtype {x.dtype}", "float16, bfloat16, float32 or float64")
+    if x.dim() == 0:
+        _refuse(op, "x has 0 dimensions", "[..., K]")
 
 
 def _check_codes(op: str, weight: Tensor, weight_scale: Tensor) -> None:
-    _need(op, weight.dtype == torch.int8, f"weight has dtype {weight.dtype}", "int8 codes")
-    _need(
-        op,
-        weight_scale.is_floating_point() and weight_scale.shape == weight.shape[:-1],
-        f"weight_scale has shape {tuple(weight_scale.shape)}, dtype {weight_scale.dtype} for a weight "
-        f"{tuple(weight.shape)}",
-        "one float scale per output channel",
-    )
+    if weight.dtype != torch.int8:
+        _refuse(op, f"weight has dtype {weight.dtype}", "int8 codes")
+    if not weight_scale.is_floating_point() or weight_scale.shape != weight.shape[:-1]:
+        found = f"weight_scale has {_of(weight_scale)} for a weight {tuple(weight.shape)}"
+        _refuse(op, found, "one float scale per output channel")
 
 
 def _check_weight(
     op: str, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dims: tuple[int, ...]
 ) -> None:
     _check_x(op, x)
-    _need(op, weight.dim() in dims, f"weight has {weight.dim()} dimensions", " or ".join(map(str, dims)))
+    if weight.dim() not in dims:
+        _refuse(op, f"weight has {weight.dim()} dimensions", " or ".join(map(str, dims)))
     _check_codes(op, weight, weight_scale)
     K = weight.shape[-1]
-    _need(op, K <= MAX_K, f"K = {K}", f"K <= {MAX_K}, or int32 sums could overflow")
-    _need(op, x.shape[-1] == K, f"x has shape {tuple(x.shape)}", f"[..., {K}] for K = {K}")
-    if bias is not None:
-        _need(
-            op,
-            bias.is_floating_point() and bias.shape == weight.shape[:-1],
-            f"bias has shape {tuple(bias.shape)}, dtype {bias.dtype}",
-            f"one float value per output channel, {tuple(weight.shape[:-1])}",
-        )
+    if K > MAX_K:
+        _refuse(op, f"K = {K}", f"K <= {MAX_K}, or int32 sums could overflow")
+    if x.shape[-1] != K:
+        _refuse(op, f"x has shape {tuple(x.shape)}", f"[..., {K}] for K = {K}")
+    if bias is not None and (not bias.is_floating_point() or bias.shape != weight.shape[:-1]):
+        _refuse(op, f"bias has {_of(bias)}", f"one float value per output channel, {tuple(weight.shape[:-1])}")
 
 
 def _check_epilogue(op: str, shape: tuple, activation: str, other: Tensor | None, binary: str) -> None:
-    _need(op, activation in reference.ACTIVATIONS, f"activation {activation!r}", ", ".join(reference.ACTIVATIONS))
-    _need(
-        op,
-        binary in reference.BINARIES and (binary == "none") == (other is None),
-        f"binary {binary!r} {'without' if other is None else 'with'} other",
-        "add or mul with other, none without",
-    )
-    if other is not None:
-        _need(
-            op,
-            other.is_floating_point() and other.shape == shape,
-            f"other has shape {tuple(other.shape)}, dtype {other.dtype}",
-            f"float values in the shape of y, {tuple(shape)}",
-        )
+    if activation not in reference.ACTIVATIONS:
+        _refuse(op, f"activation {activation!r}", ", ".join(reference.ACTIVATIONS))
+    if binary not in reference.BINARIES or (binary == "none") != (other is None):
+        found = f"binary {binary!r} {'without' if other is None else 'with'} other"
+        _refuse(op, found, "add or mul with other, none without")
+    if other is not None and (not other.is_floating_point() or other.shape != shape):
+        _refuse(op, f"other has {_of(other)}", f"float values in the shape of y, {tuple(shape)}")
 
 
 def _check_linear(op, x, weight, weight_scale, bias, activation, other, binary):
     _check_weight(op, x, weight, weight_scale, bias, (2, 3))
-    _need(
-        op,
-        weight.dim() == 2 or (x.dim() == 3 and x.shape[0] == weight.shape[0]),
-        f"x has shape {tuple(x.shape)}",
-        f"[{weight.shape[0]}, M, K] for a 3-D weight",
-    )
+    if weight.dim() == 3 and (x.dim() != 3 or x.shape[0] != weight.shape[0]):
+        _refuse(op, f"x has shape {tuple(x.shape)}", f"[{weight.shape[0]}, M, K] for a 3-D weight")
     shape = (*x.shape[:-1], weight.shape[-2])
     _check_epilogue(op, shape, activation, other, binary)
     return shape
@@ -122,16 +115,23 @@ def _linear_fake(x, weight, weight_scale, bias, threshold, activation="none", ot
     return x.new_empty(_check_linear("linear", x, weight, weight_scale, bias, activation, other, binary))
 
 
-def _setup_backward(op, ctx, weight, weight_scale, bias, activation, other):
+def _setup_backward(op, ctx, output, weight, weight_scale, bias, activation, other):
+    ctx.refused = None
     if activation != "none" or other is not None:
-        raise RuntimeError(f"int8fx::{op} has no gradient through its epilogue (activation, other); the fold pass "
-                           "makes such calls only in graphs whose backward has been traced")  # fmt: skip
+        ctx.refused = RuntimeError(
+            f"int8fx::{op} has no gradient through its epilogue (activation, other); the fold pass makes such calls only in "
+            "graphs whose backward has been traced"
+        )
+        if not isinstance(output, FakeTensor):  # AOTInductor calls folded products on fakes, with gradients enabled
+            raise ctx.refused
     ctx.save_for_backward(weight, weight_scale)
     ctx.bias = None if bias is None else (bias.shape, bias.dtype)
 
 
 def _backward(ctx, grad, bias_at):
     """The gradients of x, through the dequantised weight, and of the bias."""
+    if ctx.refused is not None:
+        raise ctx.refused
     weight, weight_scale = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
@@ -145,7 +145,7 @@ def _backward(ctx, grad, bias_at):
 
 def _linear_setup_context(ctx, inputs, output):
     _, weight, weight_scale, bias, _, activation, other, _ = inputs
-    _setup_backward("linear", ctx, weight, weight_scale, bias, activation, other)
+    _setup_backward("linear", ctx, output, weight, weight_scale, bias, activation, other)
 
 
 def _linear_backward(ctx, grad):
@@ -195,12 +195,8 @@ def _check_linear_quantized(x, codes, x_scale, outlier_mask, weight, weight_scal
         ("x_scale", x_scale, (M,), compute_dtype(x.dtype)),
         ("outlier_mask", outlier_mask, (K,), torch.bool),
     ):
-        _need(
-            op,
-            tensor.shape == shape and tensor.dtype == dtype,
-            f"{name} has shape {tuple(tensor.shape)}, dtype {tensor.dtype}",
-            f"{tuple(shape)}, {dtype}: what quantize_rowwise(x) returns",
-        )
+        if tensor.shape != shape or tensor.dtype != dtype:
+            _refuse(op, f"{name} has {_of(tensor)}", f"{tuple(shape)}, {dtype}: what quantize_rowwise(x) returns")
     shape = (*x.shape[:-1], weight.shape[0])
     _check_epilogue(op, shape, activation, other, binary)
     return shape
@@ -224,7 +220,7 @@ def _linear_quantized_fake(
 
 def _linear_quantized_setup_context(ctx, inputs, output):
     _, _, _, _, weight, weight_scale, bias, activation, other, _ = inputs
-    _setup_backward("linear_quantized", ctx, weight, weight_scale, bias, activation, other)
+    _setup_backward("linear_quantized", ctx, output, weight, weight_scale, bias, activation, other)
 
 
 def _linear_quantized_backward(ctx, grad):
@@ -238,12 +234,9 @@ def _linear_quantized_backward(ctx, grad):
 def _check_grouped(x, weight, weight_scale, bias, offsets):
     op = "grouped_linear"
     _check_weight(op, x, weight, weight_scale, bias, (3,))
-    _need(
-        op,
-        x.dim() == 2 and offsets.shape == weight.shape[:1] and offsets.dtype in (torch.int32, torch.int64),
-        f"x has shape {tuple(x.shape)}, offsets {tuple(offsets.shape)}, dtype {offsets.dtype}",
-        f"[S, K] and one integer end per group, [{weight.shape[0]}]",
-    )
+    if x.dim() != 2 or offsets.shape != weight.shape[:1] or offsets.dtype not in (torch.int32, torch.int64):
+        found = f"x has shape {tuple(x.shape)}, offsets {tuple(offsets.shape)}, dtype {offsets.dtype}"
+        _refuse(op, found, f"[S, K] and one integer end per group, [{weight.shape[0]}]")
 
 
 def _grouped_linear_cpu(x, weight, weight_scale, bias, offsets, threshold):
@@ -286,7 +279,8 @@ def _grouped_backward(ctx, grad):
 
 def _check_dequantize(weight, weight_scale, dtype):
     _check_codes("dequantize", weight, weight_scale)
-    _need("dequantize", dtype in _X_DTYPES, f"dtype {dtype}", "float16, bfloat16, float32 or float64")
+    if dtype not in _X_DTYPES:
+        _refuse("dequantize", f"dtype {dtype}", "float16, bfloat16, float32 or float64")
 
 
 def _dequantize_kernel(weight, weight_scale, dtype, threshold=6.0):
@@ -307,13 +301,14 @@ _LIB.impl("quantize_rowwise", _quantize_rowwise_cpu, "CPU")
 _LIB.impl("grouped_linear", _grouped_linear_cpu, "CPU")
 _LIB.impl("dequantize", _dequantize_kernel, "CompositeExplicitAutograd")
 
-for _name, _fake in {
+_FAKES: dict[str, Callable] = {
     "linear": _linear_fake,
     "linear_quantized": _linear_quantized_fake,
     "quantize_rowwise": _quantize_rowwise_fake,
     "grouped_linear": _grouped_linear_fake,
     "dequantize": _dequantize_fake,
-}.items():
+}
+for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"int8fx::{_name}", _fake, lib=_LIB)
 
 for _name, _formula, _setup in (

@@ -13,7 +13,8 @@ dtype that the module expects, so code that knows nothing of int8fx stays right.
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -76,25 +77,10 @@ class PackedModule(nn.Module):
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        # Device moves reach codes and scales, casts do not; tied tensors stay tied, as nn.Module does for Parameters.
-        keys = [key for name in self.packed_weights for key in (name, name + SCALE)]
-        held = {key: self._buffers[key] for key in keys}
-        for key in keys:
-            self._buffers[key] = None
-        try:
+        with applied_to_packed([(self._buffers, key) for n in self.packed_weights for key in (n, n + SCALE)], fn):
             super()._apply(fn, recurse)
-        finally:
-            self._buffers.update(held)
-        for key, tensor in held.items():
-            moved = fn(tensor)
-            if moved.dtype != tensor.dtype:
-                moved = tensor.to(moved.device)
-            if torch._has_compatible_shallow_copy_type(tensor, moved):
-                tensor.data = moved
-            else:
-                self._buffers[key] = moved
         self.packed_weights = {
-            name: replace(packed, dtype=fn(torch.empty(0, dtype=packed.dtype, device=held[name].device)).dtype)
+            name: replace(packed, dtype=fn(torch.empty(0, dtype=packed.dtype, device=self._buffers[name].device)).dtype)
             for name, packed in self.packed_weights.items()
         }
         return self
@@ -103,10 +89,7 @@ class PackedModule(nn.Module):
         for name in self.packed_weights:
             found = state_dict.get(prefix + name)
             if found is not None and found.dtype != torch.int8:
-                errors.append(
-                    f'"{prefix}{name}" is packed and takes int8 codes, found {found.dtype}; load float weights '
-                    "before int8fx.convert"
-                )
+                errors.append(not_codes(prefix + name, found))
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
@@ -120,6 +103,30 @@ class PackedModule(nn.Module):
     def extra_repr(self) -> str:
         packed = ", ".join(f"{name}: int8 {tuple(self._buffers[name].shape)}" for name in self.packed_weights)
         return ", ".join(part for part in (super().extra_repr(), packed) if part)
+
+
+@contextmanager
+def applied_to_packed(places: list[tuple[dict[str, Any], str]], fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Takes the codes and scales at ``places`` out of the way of an ``nn.Module._apply(fn)``, then applies ``fn`` to them.
+
+    Moves to a device reach them, casts do not. Tied tensors stay tied, as ``nn.Module`` has it for Parameters.
+    """
+    held = [buffers[key] for buffers, key in places]
+    for buffers, key in places:
+        buffers[key] = None
+    try:
+        yield
+    finally:
+        for (buffers, key), tensor in zip(places, held, strict=True):
+            buffers[key] = tensor
+    for (buffers, key), tensor in zip(places, held, strict=True):
+        moved = fn(tensor)
+        if moved.dtype != tensor.dtype:
+            moved = tensor.to(moved.device)
+        if torch._has_compatible_shallow_copy_type(tensor, moved):
+            tensor.data = moved
+        else:
+            buffers[key] = moved
 
 
 @cache
@@ -141,34 +148,50 @@ def _new_packed(base: type[nn.Module], names: tuple[str, ...], forward: Callable
     return cls.__new__(cls)
 
 
-def pack_module(
-    module: nn.Module,
-    weights: dict[str, tuple[Tensor, Tensor, PackedWeight]],
-    forward: Callable | None = None,
-) -> None:
-    """Turns ``module`` into a packed one in place: all of ``weights`` or, if anything raises, none.
+@dataclass(frozen=True)
+class Packing:
+    """What turns ``module`` into a packed one.
 
-    Args:
-        module: owns a Parameter under each name.
-        weights: name -> (codes ``[..., N, K]`` int8, scale ``[..., N]`` float32, how the module reads it).
-        forward: replaces the class's forward; a module-level function, so that the module can be pickled.
+    module: owns a Parameter under each name.
+    weights: name -> (codes ``[..., N, K]`` int8, scale ``[..., N]`` float32, how the module reads it).
+    forward: replaces the class's forward; a module-level function, so that the module can be pickled.
     """
-    base, before = type(module), dict(module.__dict__)
-    after = dict(before)
-    after["_parameters"] = {k: v for k, v in module._parameters.items() if k not in weights}
-    after["_buffers"] = dict(module._buffers)
-    after["packed_weights"] = {name: packed for name, (_, _, packed) in weights.items()}
-    for name, (codes, scale, _) in weights.items():
-        after["_buffers"][name], after["_buffers"][name + SCALE] = codes, scale
-    cls = packed_class(base, tuple(weights), forward)
+
+    module: nn.Module
+    weights: dict[str, tuple[Tensor, Tensor, PackedWeight]]
+    forward: Callable | None = None
+
+
+def pack_modules(packings: Sequence[Packing]) -> None:
+    """Packs modules in place: all of them, with all of their weights, or, if anything raises, none."""
+    before = [(type(p.module), dict(p.module.__dict__)) for p in packings]
     try:
-        module.__dict__.update(after)
-        module.__class__ = cls
+        for packing in packings:
+            _pack(packing)
     except BaseException:
-        module.__dict__.update(before)
-        module.__dict__.pop("packed_weights", None)
-        module.__class__ = base
+        for packing, (cls, attributes) in zip(packings, before, strict=True):
+            object.__setattr__(packing.module, "__class__", cls)
+            packing.module.__dict__.clear()
+            packing.module.__dict__.update(attributes)
         raise
+
+
+def _pack(packing: Packing) -> None:
+    module, weights = packing.module, packing.weights
+    cls = packed_class(type(module), tuple(weights), packing.forward)
+    codes = {name: codes for name, (codes, _, _) in weights.items()}
+    scales = {name + SCALE: scale for name, (_, scale, _) in weights.items()}
+    module.__dict__.update(
+        _parameters={k: v for k, v in module._parameters.items() if k not in weights},
+        _buffers={**module._buffers, **codes, **scales},
+        packed_weights={name: packed for name, (_, _, packed) in weights.items()},
+    )
+    object.__setattr__(module, "__class__", cls)
+
+
+def not_codes(name: str, found: Tensor) -> str:
+    """What a packed weight answers to a state dict with a float tensor under its name."""
+    return f'"{name}" is packed and takes int8 codes, found {found.dtype}; load float weights before int8fx.convert'
 
 
 def is_packed(module: nn.Module) -> bool:

@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .packing import SCALE
+from .quantize import dequantize
+
+
+EMBEDDING = "an embedding: a table of rows, not a product"
+CONVOLUTION = "a 1x1 convolution: converted if selected"
 
 
 @dataclass(frozen=True)
@@ -19,14 +24,14 @@ class Recipe:
     layouts: Parameter name -> ``NK`` or ``KN``, as `packing.PackedWeight` has it.
     forward: what the packed module runs when all of these weights are packed; None for its own forward, which then
         reads them dequantised.
-    on_request: converted only if the selection names it.
+    on_request: why it is left unless the selection names it.
     refused: Parameter name -> why it stays as it is.
     """
 
     layouts: dict[str, str] = field(default_factory=dict)
     forward: Callable | None = None
     kernel_dims: int = 0
-    on_request: bool = False
+    on_request: str | None = None
     refused: dict[str, str] = field(default_factory=dict)
 
 
@@ -57,7 +62,8 @@ def recipe_for(module: nn.Module) -> Recipe:
         layout = "KN" if module.is_transposed else "NK"
         return Recipe(dict.fromkeys((first, "down_proj"), layout), experts_forward)
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return Recipe(refused=dict.fromkeys(names, "an embedding: a table of rows, not a product"))
+        plain = forward is nn.Embedding.forward and module.max_norm is None
+        return Recipe(forward=embedding_forward if plain else None, refused=dict.fromkeys(names, EMBEDDING))
     if not names:
         return Recipe()
     return _by_usage(module, names)
@@ -72,7 +78,7 @@ def _convolution(module: nn.Module) -> Recipe:
     padded = module.padding == "same" or (module.padding != "valid" and any(module.padding))
     if not plain or any(k != 1 for k in module.kernel_size) or module.groups != 1 or (padded and module.padding != "same"):
         return Recipe(refused={"weight": "a convolution; only 1x1 convolutions without groups or padding are products"})
-    return Recipe({"weight": "NK"}, convolution_forward, kernel_dims=len(module.kernel_size), on_request=True)
+    return Recipe({"weight": "NK"}, convolution_forward, kernel_dims=len(module.kernel_size), on_request=CONVOLUTION)
 
 
 def _is_fused_experts(module: nn.Module) -> bool:
@@ -108,9 +114,9 @@ def convolution_forward(self, x: Tensor) -> Tensor:
 
 
 def embedding_forward(self, ids: Tensor) -> Tensor:
+    """Rows of the table, not by ``int8fx::dequantize``: they are activations, and no product's weight."""
     codes, scale = self._buffers["weight"], self._buffers["weight" + SCALE]
-    packed = self.packed_weights["weight"]
-    return torch.ops.int8fx.dequantize.default(codes[ids], scale[ids], packed.dtype, packed.threshold)
+    return dequantize(codes[ids], scale[ids], self.packed_weights["weight"].dtype)
 
 
 def attention_forward(

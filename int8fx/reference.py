@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +11,14 @@ from torch import Tensor
 
 from .quantize import compute_dtype, dequantize, outlier_mask, quantize_rowwise
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "none": lambda y: y,
     "relu": F.relu,
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
 }
-BINARIES = {"none": lambda y, other: y, "add": torch.add, "mul": torch.mul}
+BINARIES: dict[str, Callable[..., Tensor]] = {"none": lambda y, other: y, "add": torch.add, "mul": torch.mul}
 
 
 def linear(
@@ -73,9 +74,8 @@ def linear(
     if weight.dim() == 3:
         y = x.new_empty(*x.shape[:-1], weight.shape[1])
         for e in range(weight.shape[0]):
-            part = (t if t is None else t[e] for t in (x, weight, weight_scale, bias, other))
-            x_e, weight_e, scale_e, bias_e, other_e = part
-            y[e] = linear(x_e, weight_e, scale_e, bias_e, threshold, activation, other_e, binary)
+            bias_e, other_e = (None if t is None else t[e] for t in (bias, other))
+            y[e] = linear(x[e], weight[e], weight_scale[e], bias_e, threshold, activation, other_e, binary)
         return y
     ct = compute_dtype(x.dtype)
     x2d = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(ct)

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
-from .convert import _LEFT, _layer_name, plan
+from .convert import LEFT, Layer, packed_layers, plan
 from .packing import SCALE, PackedModule
 
 
@@ -79,46 +81,67 @@ class Summary:
         return table
 
 
-def summary(model: nn.Module) -> Summary:
+def summary(model: Any) -> Summary:
     """What `convert` did to each weight of ``model``, or would do if it is not converted.
+
+    Args:
+        model: what `convert` takes; also a model that is quantised already, or on meta.
 
     Returns:
         A `Summary`: ``print`` gives text, ``rich.print`` a table; ``rows`` has the numbers (bytes, shapes as stored).
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``.
+        TypeError: ``model`` is none of these.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"int8fx.summary: found {type(model).__name__}; legal: an nn.Module")
-    return Summary(tuple(_rows(model)))
+    if isinstance(model, (GraphModule, ExportedProgram)):
+        from .convert_graph import DTYPES, packed_in_graph, plan_graph
 
-
-def _rows(model: nn.Module) -> Iterator[Row]:
-    converted = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedModule)]
+        root = model.graph_module if isinstance(model, ExportedProgram) else model
+        in_graph = packed_in_graph(model)
+        layers = plan_graph(model, skip=_is_converted)
+    elif isinstance(model, nn.Module):
+        root, in_graph, layers = model, [], plan(model, skip=_is_converted)
+    else:
+        raise TypeError(
+            f"int8fx.summary: found {type(model).__name__}; legal: nn.Module, torch.fx.GraphModule, "
+            "torch.export.ExportedProgram"
+        )
     seen: set[int] = set()
-    for name, module in converted:
-        for parameter, packed in module.packed_weights.items():
-            codes, scale = module._buffers[parameter], module._buffers[parameter + SCALE]
-            assert codes is not None and scale is not None
-            first = id(codes) not in seen
-            seen.add(id(codes))
-            before = codes.numel() * packed.dtype.itemsize if first else 0
-            after = codes.nbytes + scale.nbytes if first else 0
-            kind = type(module).__mro__[2].__name__
-            yield Row(_layer_name(name, parameter), kind, tuple(codes.shape), True, "", before, after)
-    reasons = getattr(model, _LEFT, {})
-    layers = plan(model, skip=lambda name, module: isinstance(module, PackedModule))
-    for layer in layers:
-        size = layer.weight.nbytes if id(layer.weight) not in seen else 0
-        seen.add(id(layer.weight))
-        reason = reasons.get(layer.name) or layer.reason
-        if converted and reason is None:
-            reason = "not converted"
-        if not converted and reason is None:
-            codes, scale = layer.weight.numel(), layer.oriented().shape[:-1].numel() * torch.float32.itemsize
-            yield Row(
-                layer.name, type(layer.module).__name__, tuple(layer.oriented().shape), False, "float (not converted yet)",
-                size, size if not size else codes + scale,
-            )  # fmt: skip
-        else:
-            yield Row(layer.name, type(layer.module).__name__, tuple(layer.weight.shape), False, reason or "", size, size)
+    rows = []
+    for name, module, parameter in packed_layers(root):
+        kind = type(module).__mro__[2].__name__
+        rows.append(_converted(name, kind, module, parameter, module.packed_weights[parameter].dtype, seen))
+    for name, module, parameter in in_graph:
+        rows.append(_converted(name, "graph", module, parameter, root.meta.get(DTYPES, {}).get(name, torch.float32), seen))
+    reasons = getattr(root, LEFT, {})
+    rows.extend(_left(layer, reasons.get(layer.name) or layer.reason, bool(rows), seen) for layer in layers)
+    return Summary(tuple(rows))
+
+
+def _is_converted(name: str, module: nn.Module) -> bool:
+    return isinstance(module, PackedModule) or any(
+        b is not None and b.dtype == torch.int8 and n + SCALE in module._buffers for n, b in module._buffers.items()
+    )
+
+
+def _converted(
+    name: str, kind: str, module: nn.Module, parameter: str, dtype: torch.dtype, seen: set[int]
+) -> Row:
+    codes, scale = module._buffers[parameter], module._buffers[parameter + SCALE]
+    assert codes is not None and scale is not None
+    shape = tuple(codes.shape)
+    if id(codes) in seen:
+        return Row(name, kind, shape, True, "", 0, 0)
+    seen.add(id(codes))
+    return Row(name, kind, shape, True, "", codes.numel() * dtype.itemsize, codes.nbytes + scale.nbytes)
+
+
+def _left(layer: Layer, reason: str | None, is_converted: bool, seen: set[int]) -> Row:
+    kind, weight = type(layer.module).__name__, layer.weight
+    size = weight.numel() * weight.element_size() if id(weight) not in seen else 0
+    seen.add(id(weight))
+    if reason is not None or is_converted:
+        return Row(layer.name, kind, tuple(weight.shape), False, reason or "not converted", size, size)
+    oriented = layer.oriented().shape
+    after = (oriented.numel() + oriented[:-1].numel() * torch.float32.itemsize) if size else 0
+    return Row(layer.name, kind, tuple(oriented), False, "float (not converted yet)", size, after)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from functorch.compile import make_boxed_func
 from helpers import half_subnormal, unit_roundoff
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -31,6 +31,9 @@ PRODUCTS = (
 INT8_PRODUCTS = (ops.linear.default, ops.linear_quantized.default, ops.grouped_linear.default)
 
 
+Pass = Callable[[Graph], int]
+
+
 def count_nodes(graph: Graph, *targets: object) -> int:
     return sum(len(graph.find_nodes(op="call_function", target=target)) for target in targets)
 
@@ -48,14 +51,16 @@ class GraphBackend:
     counts: what the passes returned, for every compilation.
     """
 
-    passes: Sequence[Callable[[Graph], int]]
+    passes: Sequence[Pass]
     before: list[Graph] = field(default_factory=list)
     after: list[Graph] = field(default_factory=list)
     counts: list[tuple[int, ...]] = field(default_factory=list)
 
     def _rewrite(self, gm: GraphModule) -> None:
         canonicalize_aten_ir_passes(gm)
-        self.before.append(copy.deepcopy(gm.graph))
+        before = Graph()
+        before.output(before.graph_copy(gm.graph, {}))
+        self.before.append(before)
         self.counts.append(tuple(rewrite(gm.graph) for rewrite in self.passes))
         gm.graph.lint()
         gm.recompile()
@@ -64,14 +69,14 @@ class GraphBackend:
     def __call__(self, gm: GraphModule, example_inputs: list) -> Callable:
         def inference(gm: GraphModule, _: list) -> Callable:
             self._rewrite(gm)
-            return gm.forward
+            return make_boxed_func(gm.forward)
 
         def partition(gm: GraphModule, joint_inputs: list, **kwargs: object) -> tuple:
             self._rewrite(gm)
             return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
         compiler = aot_autograd(
-            fw_compiler=lambda gm, _: gm.forward,
+            fw_compiler=lambda gm, _: make_boxed_func(gm.forward),
             inference_compiler=inference,
             partition_fn=partition,
             decompositions=select_decomp_table,
@@ -80,7 +85,7 @@ class GraphBackend:
         return compiler(gm, example_inputs)
 
 
-def compiled(f: Callable, *passes: Callable[[Graph], int], dynamic: bool | None = None) -> tuple[Callable, GraphBackend]:
+def compiled(f: Callable, *passes: Pass, dynamic: bool | None = None) -> tuple[Callable, GraphBackend]:
     torch._dynamo.reset()
     backend = GraphBackend(passes)
     return torch.compile(f, backend=backend, fullgraph=True, dynamic=dynamic), backend
@@ -130,7 +135,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-# ---- same answer, count, old op gone, new op there ---------------------------------------------------------------------
+# ---- same answer, count, old op gone, new op there -------------------------------------------------------------------
 
 
 @dataclass
@@ -144,7 +149,7 @@ class Case:
     threshold: float = 0.0
     rounding: torch.dtype | None = None  # the coarsest dtype on the way, if that is not x's
 
-    def compile(self, *passes: Callable[[Graph], int], dynamic: bool | None = None) -> tuple[Callable, GraphBackend]:
+    def compile(self, *passes: Pass, dynamic: bool | None = None) -> tuple[Callable, GraphBackend]:
         """A function of x and extra tensors."""
         f, dtype, threshold = self.f, self.x.dtype, self.threshold
 

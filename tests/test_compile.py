@@ -95,10 +95,10 @@ FAMILIES = {
         folded=3 * LAYERS,
         inductor=True,
     ),
-    # encoder: q, k, v, o, gate, up, down; decoder: 4 more. All decoder layers quantise the encoder's output once.
-    # Folds: 2 residuals and the gate in the encoder, 3 and the gate in the decoder, gelu in both
+    # encoder: q, k, v, o, gate, up, down; decoder: 4 more; T5 asks for the dtype of down's weight, twice per layer. All
+    # decoder layers quantise the encoder's output once. Folds: 2 residuals in the encoder, 3 in the decoder, gelu and gate
     "t5": Family(
-        captured={"linear": 18 * LAYERS},
+        captured={"linear": 18 * LAYERS, "dequantize": 4 * LAYERS},
         rewritten={
             "quantize_rowwise": 4 * LAYERS + 1, "linear_quantized": 12 * LAYERS, "linear": 6 * LAYERS,
         },
@@ -275,7 +275,7 @@ def measured(request, tmp_path_factory) -> Callable[[str], dict[str, Any]]:
     """``measured(family)``: what `measure` reports. The processes of all selected families start at once, two at a time."""
     here = Path(__file__)
     environment = os.environ | {
-        "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor")),
     }  # fmt: skip
 
@@ -458,18 +458,33 @@ def test_gradients_of_a_compiled_lora_layer(backend, cold_cache):
     assert ((outputs[0] - outputs[1]).abs() <= 2 * terms.sums + n * unit_roundoff(torch.float32) * terms.magnitude).all()
 
 
+class Block(nn.Module):
+    """What `fold` takes up: a bias that is added by itself, an activation, a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.bias = nn.LayerNorm(HIDDEN), nn.Parameter(torch.ones(96))
+        self.up, self.gate, self.down = (nn.Linear(*size, bias=False) for size in ((HIDDEN, 96), (HIDDEN, 96), (96, HIDDEN)))
+        g = generator(0)
+        with torch.no_grad():
+            for layer in (self.up, self.gate, self.down):
+                layer.weight.copy_(torch.randn(layer.weight.shape, generator=g) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.down(F.gelu(self.gate(h)) * (self.up(h) + self.bias))
+
+
 @BACKENDS
 def test_training_through_folded_products(backend, cold_cache):
     """The passes see forward and backward in one graph; what the backward needs stays."""
-    model, inputs = models.llama(num_hidden_layers=1)
-    embedded = model.get_input_embeddings()(inputs["input_ids"]).detach()
-    labels = inputs["input_ids"]
+    model = Block()
+    values, grad = activation(20, HIDDEN, outliers="some"), torch.randn(20, HIDDEN, generator=generator(1))
 
     def gradients(run: Callable, of: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
-        x = embedded.to(dtype).requires_grad_()
-        loss = run(inputs_embeds=x, labels=labels, use_cache=False).loss
-        (grad,) = torch.autograd.grad(loss, (x,))
-        return grad.double()
+        x = values.to(dtype).requires_grad_()
+        grads = torch.autograd.grad(run(x), (x, of.bias), grad.to(dtype))
+        return torch.cat([g.double().flatten() for g in grads])
 
     twins = {dtype: copy.deepcopy(model).to(dtype) for dtype in (torch.float32, torch.float64)}
     exact, rounded = (gradients(twins[dtype], twins[dtype], dtype) for dtype in (torch.float64, torch.float32))
@@ -477,10 +492,10 @@ def test_training_through_folded_products(backend, cold_cache):
     eager = gradients(model, model)
     compiled = gradients(torch.compile(model, fullgraph=True, backend=backend), model)
     error, of_eager, of_rounding = (float((g - exact).norm()) for g in (compiled, eager, rounded))
-    assert 0 < of_rounding < of_eager < float(exact.norm())
+    assert 0 < of_rounding < of_eager < float(exact.norm()) / 10
     assert error <= 1.05 * of_eager + of_rounding
     [report] = PASSES.reports
-    assert report.linears == 7
+    assert (report.linears, report.shared) == (3, 1)
     assert report.folded > 0
 
 
@@ -502,10 +517,12 @@ def test_eight_threads_get_the_bits_that_one_gets():
         thread.start()
     for thread in threads:
         thread.join()
-    assert frames() == 1
+    raced = frames()  # Dynamo has every thread compile that came before the first was done
     with torch.no_grad():
         expected = [compiled(x) for x in xs]
-    assert frames() == 1
+    assert frames() == raced
+    assert len(PASSES.reports) == raced
+    assert {report.linears for report in PASSES.reports} == {2}
     for ys, y in zip(found, expected, strict=True):
         assert len(ys) == 20
         assert all(torch.equal(y, again) for again in ys)
@@ -544,5 +561,39 @@ def test_the_backend_named_int8fx_brings_the_passes_along(cold_cache):
     assert (report.lowered, report.linears, report.dequantized) == (len(model.OPERANDS), len(model.OPERANDS), 0)
 
 
-def test_graphs_are_cached_and_the_cache_knows_the_passes(cold_cache):
-    ...
+def test_graphs_are_cached_until_a_pass_changes(cold_cache, monkeypatch):
+    model = int8fx.convert(nn.Sequential(nn.Linear(HIDDEN, 24), nn.Sigmoid()).eval())
+    x = torch.randn(3, HIDDEN, generator=generator(0))
+
+    def compiled() -> Tensor:
+        torch._dynamo.reset()
+        with torch.no_grad():
+            return torch.compile(model, fullgraph=True)(x)
+
+    y = compiled()
+    assert len(PASSES.reports) == 1
+    assert torch.equal(compiled(), y)
+    assert len(PASSES.reports) == 1, "compiled twice"
+    monkeypatch.setattr(type(PASSES), "uuid", lambda self: "another version")
+    assert torch.equal(compiled(), y)
+    assert len(PASSES.reports) == 2, "a graph of other passes came out of the cache"
+
+
+# ---- the models of the demo -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "products"), [("smollm2", 30 * 7), ("minilm", 6 * 6 + 1)])
+def test_models_of_the_demo_are_one_graph(name, products):
+    """Dynamo only; the demo's own test runs them through Inductor."""
+    from int8fx.models import ModelError, load
+
+    try:
+        model, tokenizer, _ = load(name)
+    except ModelError as error:
+        pytest.skip(str(error))
+    int8fx.convert(model)
+    inputs = tokenizer("One graph.", return_tensors="pt")
+    with torch.no_grad():
+        explained = torch._dynamo.explain(model)(**inputs)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+    assert [count_ops(gm.graph) for gm in explained.graphs] == [{"linear": products}]

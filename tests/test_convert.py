@@ -11,6 +11,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from helpers import DTYPES, activation, assert_within_budget, generator
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -880,15 +881,19 @@ class TestTies:
         assert_within_budget(model.lm_head(x), x, *codes_of(model.lm_head), None, 6.0)
 
     def test_heads_of_any_name_and_depth_stay(self):
-        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+        from transformers import RobertaConfig, RobertaForMaskedLM
 
-        config = GPTNeoXConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-        )
-        inner = GPTNeoXForCausalLM(config)
-        for model, prefix in ((copy.deepcopy(inner), ""), (nn.ModuleDict({"inner": nn.ModuleDict({"lm": inner})}), "inner.lm.")):
+        config = RobertaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            tie_word_embeddings=False,
+        )  # fmt: skip
+        inner = RobertaForMaskedLM(config)
+        assert inner.lm_head.decoder.weight is not inner.get_input_embeddings().weight
+        wrapped = nn.ModuleDict({"inner": nn.ModuleDict({"lm": copy.deepcopy(inner)})})
+        for model, prefix in ((inner, ""), (wrapped, "inner.lm.")):
             int8fx.convert(model)
-            assert reasons(model)[f"{prefix}embed_out"] == "the output embeddings: left in 16 bits unless selected"
+            assert reasons(model)[f"{prefix}lm_head.decoder"] == "the output embeddings: left in 16 bits unless selected"
+            assert f"{prefix}lm_head.dense" in converted_names(model)
 
     def test_one_parameter_under_two_names_of_a_module(self):
         class Twice(nn.Module):
@@ -995,7 +1000,7 @@ REFUSED = {
     "nan": (lambda: _with(lambda: torch.full((8, 8), float("nan"))), "has NaN or inf in its weight"),
     "inf": (lambda: _with(lambda: torch.eye(8) / (1 - torch.eye(8))), "has NaN or inf in its weight"),
     "long": (lambda: _with(lambda: torch.zeros(1, MAX_K + 1)), f"has K = {MAX_K + 1} input channels"),
-    "sparse": (lambda: _with(lambda: torch.eye(8).to_sparse()), "has a sparse weight"),
+    "sparse": (lambda: _with(lambda: torch.eye(8).to_sparse()), "has a sparse_coo weight"),
     "bitsandbytes": (_bitsandbytes, "is already quantised by bitsandbytes"),
     "bitsandbytes 4 bit": (_bitsandbytes_4bit, "is already quantised by bitsandbytes"),
     "torchao": (_torchao, "is already quantised by torchao"),

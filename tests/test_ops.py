@@ -325,6 +325,18 @@ def test_no_gradient_through_an_epilogue(name, grad_of, activation_name, binary)
         overload(name)(*args)
 
 
+@pytest.mark.parametrize("name", ["linear", "linear_quantized"])
+def test_no_gradient_through_an_epilogue_of_fakes(name):
+    x, between, after = _x(5, grad=True), (), (6.0,)
+    if name == "linear_quantized":
+        between, after = ops.quantize_rowwise(x.detach(), 6.0), ()
+    args = (x, *between, *packed_weight(N, K, seed=2), None, *after, "silu", None, "none")
+    mode = FakeTensorMode()
+    fakes = tree_map_only(torch.Tensor, mode.from_tensor, args)
+    with mode, pytest.raises(RuntimeError, match="no gradient through its epilogue"):
+        overload(name)(*fakes).sum().backward()
+
+
 @given(
     st.lists(st.integers(0, 5), min_size=1, max_size=4),
     st.integers(0, 3),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 import int8fx
-from int8fx.packing import PackedModule, PackedWeight, pack_module, packed_class
+from int8fx.packing import PackedModule, PackedWeight, Packing, pack_modules, packed_class
 from int8fx.quantize import dequantize, quantize_weight
 from int8fx.recipes import linear_forward
 
@@ -95,7 +95,7 @@ def test_layouts_and_kernel_dims_read_in_the_module_s_own_shape():
         "kn": (*kn, PackedWeight("KN", torch.float32, 6.0)),
         "conv": (*conv, PackedWeight("NK", torch.bfloat16, 6.0, kernel_dims=2)),
     }
-    pack_module(module, weights)
+    pack_modules([Packing(module, weights)])
     assert {name: getattr(module, name).shape for name in shapes} == shapes
     assert torch.equal(module.kn, dequantize(*kn).transpose(-1, -2))
     assert torch.equal(module.conv, dequantize(*conv, torch.bfloat16)[:, :, None, None])
@@ -117,25 +117,27 @@ def test_the_class_is_a_subclass_made_once():
     assert not int8fx.is_packed(nn.Sequential(first))
 
 
-def test_packs_all_weights_of_a_module_or_none():
-    class Fixed(nn.Linear):
-        def __setattr__(self, name, value):
-            if name == "__class__":
-                raise RuntimeError("no other class")
-            super().__setattr__(name, value)
-
-    module = Fixed(8, 4)
-    before, attributes = dict(module.__dict__), set(module.__dict__)
-    x = torch.randn(3, 8)
-    y = module(x)
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_packs_all_modules_or_none(failing, monkeypatch):
+    modules = [linear(seed=i) for i in range(3)]
+    modules[1].note = "kept"
+    before = [(type(m), dict(vars(m))) for m in modules]
+    x = torch.randn(3, 40)
+    y = [m(x) for m in modules]
     described = PackedWeight("NK", torch.float32, 6.0)
-    object.__setattr__(module, "mark", None)
-    with pytest.raises(RuntimeError, match="no other class"):
-        pack_module(module, {"weight": (*quantize_weight(module.weight.detach()), described)}, linear_forward)
-    assert type(module) is Fixed
-    assert set(module.__dict__) == attributes | {"mark"}
-    assert all(module.__dict__[k] is v for k, v in before.items())
-    assert torch.equal(module(x), y)
+    packings = [Packing(m, {"weight": (*quantize_weight(m.weight.detach()), described)}, linear_forward) for m in modules]
+    classes = iter([int if i == failing else packed_class(nn.Linear, ("weight",), linear_forward) for i in range(3)])
+    with monkeypatch.context() as patch:  # int is no class that a module could take
+        patch.setattr("int8fx.packing.packed_class", lambda *_: next(classes))
+        with pytest.raises(TypeError, match="__class__"):
+            pack_modules(packings)
+    for module, (cls, attributes) in zip(modules, before, strict=True):
+        assert type(module) is cls
+        assert vars(module).keys() == attributes.keys()
+        assert all(vars(module)[k] is v for k, v in attributes.items())
+    assert all(torch.equal(m(x), z) for m, z in zip(modules, y, strict=True))
+    pack_modules(packings)
+    assert all(isinstance(m, PackedModule) for m in modules)
 
 
 def test_float_weights_are_freed():

@@ -72,12 +72,13 @@ def _next(node: Node, bias_at: int, epilogue_at: int) -> tuple[Node, list] | Non
     y, val = node.meta["val"], operand.meta["val"]
     if val.device != y.device or not val.is_floating_point() or user.meta["val"].dtype != y.dtype:
         return None
+    found, expected = ([str(s) for s in t.shape] for t in (val, y))  # to compare symbols themselves could add a guard
     if binary == "add" and activation == "none" and args[bias_at] is None:
         weight = node.args[bias_at - 2].meta["val"]
-        if weight.dim() == 2 and tuple(val.shape) == (weight.shape[0],) and y.dim() > 1:
+        if weight.dim() == 2 and y.dim() > 1 and found == expected[-1:]:
             args[bias_at] = operand
             return user, args
-    if tuple(map(str, val.shape)) != tuple(map(str, y.shape)):
+    if found != expected:
         return None
     args[epilogue_at + 1 :] = [operand, binary]
     return user, args
@@ -86,7 +87,7 @@ def _next(node: Node, bias_at: int, epilogue_at: int) -> tuple[Node, list] | Non
 def _drop_clone(node: Node) -> None:
     """``clone(y)`` of a product with no other use is y: dropout in eval mode leaves one."""
     user = next(iter(node.users))
-    if len(node.users) == 1 and user.target is aten.clone.default and user.meta["val"].is_contiguous():
+    if len(node.users) == 1 and user.target is aten.clone.default and user.users and user.meta["val"].is_contiguous():
         user.replace_all_uses_with(node)
         erase_dead(user)
 

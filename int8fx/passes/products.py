@@ -29,7 +29,7 @@ class Operand:
 
     dims: for each dimension of the operand the dimension of the (selected) source it is; None if it has size 1 or is
         a broadcast.
-    sizes: the operand's shape; None where it is not known.
+    sizes: the operand's shape; None where it is not known. Rules look at numbers only: to compare a SymInt adds a guard.
     rank: of the source after the selections.
     selections: ``(op, dim, *args)`` applied to the source: experts taken, rows split off; never along its last dimension.
     """
@@ -82,9 +82,13 @@ def _drop(operand: Operand, dim: int) -> Operand:
 
 
 def _squeeze(operand: Operand, dim: int | None = None) -> Operand | None:
-    if dim is None or operand.sizes[dim] != 1:
+    if dim is None or not _is_one(operand.sizes[dim]):
         return None
     return _drop(operand, dim)
+
+
+def _is_one(size: object) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 def _view(operand: Operand, *shape: int | Sequence[int]) -> Operand | None:
@@ -113,9 +117,9 @@ def _expand(operand: Operand, *shape: int | Node | Sequence) -> Operand | None:
     new = len(shape) - len(operand.dims)
     dims, sizes = [None] * new + list(operand.dims), [1] * new + list(operand.sizes)
     for i, s in enumerate(shape):
-        kept = isinstance(s, int) and s in (-1, sizes[i])
+        kept = isinstance(s, int) and (s == -1 or (isinstance(sizes[i], int) and s == sizes[i]))
         if not kept:
-            if sizes[i] != 1:
+            if not _is_one(sizes[i]):
                 return None
             dims[i], sizes[i] = None, s if isinstance(s, int) else None
     return replace(operand, dims=tuple(dims), sizes=tuple(sizes))
@@ -139,7 +143,7 @@ def _slice(operand: Operand, dim: int = 0, start: int | None = None, end: int | 
     dim %= len(operand.dims)
     size, source_dim = operand.sizes[dim], operand.dims[dim]
     bounds = [b for b in (start, end) if b is not None]
-    if size is None or not all(isinstance(b, int) for b in bounds):
+    if not all(isinstance(b, int) for b in (size, step, *bounds)):
         return None
     begin, stop, step = slice(start, end, step).indices(size)
     if (begin, stop, step) == (0, size, 1):
@@ -256,7 +260,10 @@ def _name(node: Node) -> str:
 def _writes(user: Node, node: Node) -> bool:
     """Whether ``user`` changes its argument ``node`` in place."""
     if isinstance(user.target, torch._ops.OpOverload):
-        return user.target._schema.is_mutable
+        arguments = user.target._schema.arguments
+        given = [*zip(arguments, user.args, strict=False), *((a, user.kwargs.get(a.name)) for a in arguments)]
+        written = [v for a, v in given if a.alias_info is not None and a.alias_info.is_write]
+        return any(v is node or (isinstance(v, (list, tuple)) and node in v) for v in written)
     if "out" in user.kwargs:
         return True
     name = _name(user).removeprefix("__").removesuffix("__")
@@ -344,7 +351,7 @@ def _follow_split(node: Node, which: int, shape_of: Callable[[Node], Shape | Non
     total = operand.sizes[dim] if isinstance(dim, int) else None
     if isinstance(size, (list, tuple)) and all(isinstance(s, int) for s in size):
         return _split(operand, dim, size, which)
-    if not isinstance(size, int) or size < 1 or not total:
+    if not isinstance(size, int) or size < 1 or not isinstance(total, int) or not total:
         return None
     step = size if by_size else -(-total // size)
     return _split(operand, dim, [min(step, total - i) for i in range(0, total, step)], which)
@@ -377,7 +384,8 @@ class Product:
     def fits(self) -> bool:
         """Whether x has the shape that `int8fx::linear` takes, where ``matmul`` and ``einsum`` would broadcast it.
 
-        Without ``meta["val"]``, shapes are known as far as the operation tells.
+        Without ``meta["val"]``, shapes are known as far as the operation tells; an einsum's label is taken to have one
+        size, though torch would broadcast a 1.
         """
         x, y, sizes = self.x.meta.get("val"), self.node.meta.get("val"), dict(zip(self.w.dims, self.w.sizes, strict=True))
         if self.node.target in _MATMUL and (len(self.w.dims) == 3 or (self.form == "left" and x is None)):
@@ -553,19 +561,27 @@ def _swap_last(graph: Graph, x: Node) -> Node:
 
 
 def _is_vector(bias: Node, product: Product) -> bool:
-    """Whether ``bias`` is ``[N]`` and the weight is one: what `int8fx::linear` takes."""
+    """Whether ``bias`` is known to be ``[N]``, for one weight: what `int8fx::linear` takes."""
     val = bias.meta.get("val")
-    if val is None:
-        return product.node.target in _LINEAR
+    if val is None and bias.op == "get_attr" and bias.graph.owning_module is not None:
+        val = operator.attrgetter(bias.target)(bias.graph.owning_module)
     n = product.w.sizes[product.w.dims.index(product.n)]
-    return product.batch is None and val.dim() == 1 and str(val.shape[0]) == str(n)
+    return val is not None and product.batch is None and val.dim() == 1 and str(val.shape[0]) == str(n)
 
 
 def erase_dead(node: object) -> None:
-    """Erases ``node`` and what only it used, as far as nothing reads it; assertions about its metadata go with it."""
+    """Erases ``node`` and what only it used, as far as nothing reads it.
+
+    Assertions about its metadata go with it, and parts of it that nothing reads.
+    """
+
+    def reads_nothing(user: Node) -> bool:
+        dead_part = user.target is operator.getitem and not user.users
+        return dead_part or user.target is aten._assert_tensor_metadata.default
+
     if not isinstance(node, Node) or node.op == "placeholder" or node._erased:
         return
-    if all(user.target is aten._assert_tensor_metadata.default for user in node.users):
+    if all(map(reads_nothing, node.users)):
         for user in list(node.users):
             node.graph.erase_node(user)
         inputs = node.all_input_nodes

@@ -1,0 +1,91 @@
+"""``import int8fx`` needs torch and nothing else, and loads nothing that is slow to load."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+HIDDEN = (
+    "triton", "torchao", "bitsandbytes", "transformers", "accelerate", "safetensors", "gguf", "rich", "platformdirs",
+    "numpy", "hypothesis", "pytest",
+)  # fmt: skip
+_HIDE = f"""
+import json, sys
+from importlib.machinery import PathFinder
+
+find_spec = PathFinder.find_spec
+
+def find_others(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] in {HIDDEN!r} else find_spec(name, path, target)
+
+PathFinder.find_spec = classmethod(find_others)
+"""
+
+
+def run(code: str, directory) -> Any:
+    """What ``code`` leaves in ``result``, in a process that has torch only."""
+    command = [sys.executable, "-W", "ignore", "-c", _HIDE + code + "\nprint(json.dumps(result))"]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_other_packages_are_hidden(tmp_path):
+    code = """
+result = []
+for name in ("numpy", "transformers", "hypothesis"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError as error:
+        result.append(str(error))
+"""
+    assert run(code, tmp_path) == [f"No module named {name!r}" for name in ("numpy", "transformers", "hypothesis")]
+
+
+def test_import_loads_int8fx_only(tmp_path):
+    """Its time is a matter of what it loads: modules of its own and of Python, no part of torch that torch did not load."""
+    found = run(
+        """
+import torch
+before = set(sys.modules)
+import int8fx
+result = sorted(set(sys.modules) - before)
+""",
+        tmp_path,
+    )
+    assert "int8fx" in found
+    foreign = [name for name in found if name.partition(".")[0] not in {"int8fx", *sys.stdlib_module_names}]
+    assert not foreign
+    own = {name for name in found if name.startswith("int8fx.")}
+    assert not own & {"int8fx.passes", "int8fx.backend", "int8fx.models", "int8fx.cli", "int8fx.triton_kernels"}
+
+
+def test_compilers_are_not_loaded(tmp_path):
+    found = run(
+        """
+import int8fx
+result = [name for name in ("torch._dynamo", "torch._inductor", "triton") if name in sys.modules]
+""",
+        tmp_path,
+    )
+    assert found == []
+
+
+def test_public_names_are_there_with_torch_alone(tmp_path):
+    found = run(
+        """
+import int8fx, torch
+model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+x = torch.arange(16.0).view(2, 8)
+y = model(x)
+int8fx.convert(model)
+error = (model(x) - y).abs().max() / y.abs().max()
+missing = [name for name in int8fx.__all__ if not hasattr(int8fx, name)]
+result = [missing, int8fx.is_packed(model[0]), len(int8fx.summary(model).converted), float(error), int8fx.__version__]
+""",
+        tmp_path,
+    )
+    missing, packed, converted, error, version = found
+    assert (missing, packed, converted) == ([], True, 1)
+    assert error < 2 / 127
+    assert version.count(".") == 2

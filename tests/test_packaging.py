@@ -1,0 +1,207 @@
+"""What a wheel and an sdist hold, and that each way to install int8fx gives one import name.
+
+Builds run the hooks that pip and ``python -m build`` call, on a copy of the repository, without network.
+"""
+
+from __future__ import annotations
+
+import email
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from configparser import ConfigParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import int8fx
+
+REPOSITORY = Path(__file__).parents[1]
+SOURCES = {"int8fx": "int8fx", "triton_kernels": "int8fx/triton_kernels"}  # folder -> where it is installed
+DIST_INFO = f"int8fx-{int8fx.__version__}.dist-info"
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def build(hook: str, tree: Path, directory: Path) -> Path:
+    """Runs a PEP 517 hook of the backend that pyproject.toml names."""
+    directory.mkdir(exist_ok=True)
+    code = f"from setuptools import build_meta; print(build_meta.{hook}({str(directory)!r}))"
+    return directory / run("-c", code, cwd=tree).splitlines()[-1]
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
+
+
+def sources(tree: Path) -> dict[str, bytes]:
+    """The files that belong into a wheel, by the path they are installed at."""
+    return {
+        f"{installed}/{path.relative_to(tree / folder).as_posix()}": path.read_bytes()
+        for folder, installed in SOURCES.items()
+        for path in (tree / folder).rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A copy of the repository without what git ignores."""
+    copy = tmp_path_factory.mktemp("source") / "tree"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "*.so")
+    return shutil.copytree(REPOSITORY, copy, ignore=ignored)
+
+
+@pytest.fixture(scope="module")
+def wheel(tree, tmp_path_factory) -> Path:
+    return build("build_wheel", tree, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def sdist(tree, tmp_path_factory) -> Path:
+    return build("build_sdist", tree, tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """A folder that holds the installed wheel and nothing else."""
+    target = tmp_path_factory.mktemp("installed")
+    run("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target, wheel, cwd=target)
+    return target
+
+
+def asked(code: str, cwd: Path, **environment: str) -> Any:
+    """What ``code`` leaves in ``result``, in another process."""
+    return json.loads(run("-W", "ignore", "-c", f"import json\n{code}\nprint(json.dumps(result))", cwd=cwd, **environment))
+
+
+# ---- the files ------------------------------------------------------------------------------------------------------
+
+
+def test_wheel_has_one_import_name(wheel):
+    files = contents(wheel)
+    assert {name.partition("/")[0] for name in files} == {"int8fx", DIST_INFO}
+    assert files[f"{DIST_INFO}/top_level.txt"].split() == [b"int8fx"]
+    assert wheel.name == f"int8fx-{int8fx.__version__}-py3-none-any.whl"
+
+
+def test_wheel_has_every_source_file(tree, wheel):
+    expected = sources(tree)
+    assert {"int8fx/py.typed", "int8fx/__init__.py", "int8fx/triton_kernels/__init__.py"} <= set(expected)
+    found = {name: data for name, data in contents(wheel).items() if not name.startswith(DIST_INFO)}
+    assert sorted(found) == sorted(expected)
+    assert found == expected
+
+
+def test_wheel_describes_itself(tree, wheel):
+    files = contents(wheel)
+    assert files[f"{DIST_INFO}/licenses/LICENSE"] == (tree / "LICENSE").read_bytes()
+    metadata = email.message_from_bytes(files[f"{DIST_INFO}/METADATA"])
+    assert (metadata["Name"], metadata["Version"]) == ("int8fx", int8fx.__version__)
+    assert metadata["License-Expression"] == "Apache-2.0"
+    needed = [requirement for requirement in metadata.get_all("Requires-Dist") if "extra ==" not in requirement]
+    assert [requirement.partition(">")[0] for requirement in needed] == ["torch"]
+    assert metadata.get_payload().strip(), "no README"
+    entry_points = ConfigParser()
+    entry_points.read_string(files[f"{DIST_INFO}/entry_points.txt"].decode())
+    assert dict(entry_points["torch_dynamo_backends"]) == {"int8fx": "int8fx.backend:int8fx"}
+    assert dict(entry_points["console_scripts"]) == {"int8fx": "int8fx.cli:main"}
+
+
+def test_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
+    with tarfile.open(sdist) as archive:
+        names = archive.getnames()
+        archive.extractall(tmp_path, filter="data")
+    [root] = {name.partition("/")[0] for name in names}
+    assert root == f"int8fx-{int8fx.__version__}"
+    assert {f"{root}/{name}" for name in ("LICENSE", "README.md", "pyproject.toml")} <= set(names)
+    assert not [name for name in names if name.endswith((".pyc", ".so")) or "__pycache__" in name]
+    again = contents(build("build_wheel", tmp_path / root, tmp_path / "wheel"))
+    assert again == contents(wheel)
+
+
+# ---- installed ------------------------------------------------------------------------------------------------------
+
+
+def test_installed_wheel_imports_outside_the_repository(installed, tmp_path):
+    code = """
+import int8fx, int8fx.passes, int8fx.triton_kernels, torch
+model = int8fx.convert(torch.nn.Linear(8, 4))
+result = [int8fx.__file__, int8fx.passes.__file__, int8fx.triton_kernels.__file__, list(model(torch.ones(2, 8)).shape)]
+"""
+    *files, shape = asked(code, tmp_path, PYTHONPATH=str(installed))
+    folders = ("int8fx", "int8fx/passes", "int8fx/triton_kernels")
+    assert files == [str(installed / folder / "__init__.py") for folder in folders]
+    assert shape == [2, 4]
+
+
+def test_installed_wheel_registers_the_backend(installed, tmp_path):
+    code = """
+import torch
+from torch._dynamo.backends.registry import lookup_backend
+backend = lookup_backend("int8fx")
+result = ["int8fx" in torch._dynamo.list_backends(), backend.__module__, backend.__code__.co_filename]
+"""
+    listed, module, file = asked(code, tmp_path, PYTHONPATH=str(installed))
+    assert (listed, module) == (True, "int8fx.backend")
+    assert file == str(installed / "int8fx" / "backend.py")
+
+
+def _import_error(name: str, cwd: Path, **environment: str) -> list[str]:
+    code = f"""
+try:
+    import {name}
+    result = ["imported", {name}.__file__]
+except ImportError as error:
+    result = [type(error).__name__, str(error)]
+"""
+    return asked(code, cwd, **environment)
+
+
+def test_bare_triton_kernels_is_not_ours(installed, tree, tmp_path):
+    kind, message = _import_error("triton_kernels", tree)
+    assert kind == "ImportError"
+    assert "import int8fx.triton_kernels" in message
+    kind, _ = _import_error("triton_kernels", tmp_path, PYTHONPATH=str(installed))
+    assert kind == "ModuleNotFoundError"
+
+
+def test_editable_install_imports_the_sources(tree, tmp_path):
+    """Without site-packages' own .pth files: they hold the editable install that this test runs in."""
+    editable, target = build("build_editable", tree, tmp_path / "wheel"), tmp_path / "target"
+    run("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target, editable, cwd=tmp_path)
+    site_packages = Path(torch.__file__).parents[1]
+    code = f"""
+import site, sys
+site.addsitedir({str(target)!r})
+sys.path.append({str(site_packages)!r})
+import int8fx, int8fx.passes, int8fx.triton_kernels
+result = [int8fx.__file__, int8fx.passes.__file__, int8fx.triton_kernels.__file__]
+"""
+    found = json.loads(run("-S", "-W", "ignore", "-c", f"import json\n{code}\nprint(json.dumps(result))", cwd=tmp_path))
+    assert found == [str(tree / folder / "__init__.py") for folder in ("int8fx", "int8fx/passes", "triton_kernels")]
+
+
+def test_this_install_has_one_import_name():
+    from importlib.metadata import distribution, entry_points, packages_distributions
+
+    assert [name for name, owners in packages_distributions().items() if "int8fx" in owners] in (
+        ["int8fx"],
+        ["int8fx", "__editable___int8fx_0_1_0_finder"],
+    )
+    assert distribution("int8fx").version == int8fx.__version__
+    [backend] = entry_points(group="torch_dynamo_backends", name="int8fx")
+    assert backend.value == "int8fx.backend:int8fx"
