@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
-from .packing import PackedModule, PackedWeight, Packing, pack_modules
+from .packing import PackedModule, PackedWeight, Packing, clash, pack_modules
 from .quantize import MAX_K, quantize_weight
-from .recipes import Recipe, embedding_forward, matrices, recipe_for
+from .recipes import Recipe, attention_forward, embedding_forward, matrices, recipe_for, uninitialized
 from .schemes import LLMInt8, llm_int8
 from .selection import Names, Selection
 
@@ -48,9 +48,9 @@ class Layer:
 def convert(model: Any, scheme: LLMInt8 | None = None, *, select: Selection | None = None, skip: Selection = ()) -> Any:
     """Packs ``model``'s weights to int8, in place, and returns ``model``.
 
-    Weights of linear layers, attention, fused experts and bare Parameters used in products become int8 codes and a float32
-    scale per output channel. ``torch.compile(model)`` then rewrites what is left of dequantised products: the passes are
-    appended to Inductor's list (`int8fx.passes.uninstall` takes them out).
+    Weights of linear layers, attention, fused experts and bare Parameters used in products become int8 codes and a
+    float32 scale per output channel. ``torch.compile(model)`` then rewrites what is left of dequantised products: the
+    passes are appended to Inductor's list (`int8fx.passes.uninstall` takes them out).
 
     Args:
         model: an ``nn.Module``, a ``torch.fx.GraphModule`` or a ``torch.export.ExportedProgram``.
@@ -131,16 +131,14 @@ def pack_layers(chosen: list[Layer], scheme: LLMInt8) -> None:
 
 
 def pack_weight(layer: Layer) -> tuple[Tensor, Tensor]:
-    """``(codes [..., N, K], scale [..., N])`` of a layer: ordinary tensors in any grad mode, fake ones of a fake weight."""
+    """``(codes [..., N, K], scale [..., N])``: ordinary tensors in any grad mode, fake ones of a fake weight."""
     weight = layer.oriented()
     with torch.inference_mode(False), torch.no_grad(), detect_fake_mode(weight) or nullcontext():
         return quantize_weight(weight)
 
 
 def _own_forward(recipe: Recipe):
-    """Attention must leave its fused path even if only some of its weights are packed; the others run their own forward."""
-    from .recipes import attention_forward
-
+    """Attention leaves its fused path even if only some of its weights are packed; others run their own forward."""
     return attention_forward if recipe.forward is attention_forward else None
 
 
@@ -168,6 +166,8 @@ def plan(
             layer.reason = "skipped"
         elif layer.layout is None:
             layer.reason = layer.recipe.refused.get(layer.parameter, "not the weight of a product")
+        elif (taken := clash(layer.module, layer.parameter)) is not None:
+            layer.reason = f"its module has a {taken!r} of its own"
         elif chosen is not None:
             layer.reason = None if selected else "not selected"
         elif id(layer.module) in heads:
@@ -189,7 +189,8 @@ def plan(
 
 
 def _hit(selection: Names, module: nn.Module, *names: str) -> bool:
-    return any([selection(name, module) for name in names])  # a list: every pattern that matches counts as used
+    hits = [selection(name, module) for name in names]  # all of them: every pattern that matches counts as used
+    return any(hits)
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedModule, str]]:
@@ -247,7 +248,7 @@ def check_modules(model: nn.Module) -> None:
                 f"int8fx.convert: layer {name!r} is already quantised by {package} ({type(module).__name__}, "
                 f"{type(weight).__name__}); legal: float weights"
             )
-        if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        if uninitialized(weight):
             raise ValueError(f"int8fx.convert: layer {name!r} has no weight yet; run the model once before converting")
 
 
@@ -287,14 +288,15 @@ def _output_embeddings(model: nn.Module, layers: list[Layer]) -> set[int]:
     heads = {id(layer.module) for layer in layers if id(layer.weight) in tables}
     heads |= {id(layer.module) for layer in layers if layer.name.rpartition(".")[2] == "lm_head"}
     for module in model.modules():
-        if callable(getattr(module, "get_output_embeddings", None)):
+        get: Any = getattr(module, "get_output_embeddings", None)
+        if callable(get):
             with suppress(NotImplementedError, AttributeError):  # backbones have the method and no embeddings
-                heads.add(id(module.get_output_embeddings()))
+                heads.add(id(get()))
     return heads
 
 
 def _leave_routers(layers: list[Layer], chosen: Names | None) -> None:
-    """A router picks experts by small differences: layers beside experts with an output for each stay, unless selected."""
+    """A router picks experts by small differences: layers beside experts, an output for each, stay unless selected."""
     if chosen is not None:
         return
     blocks = {}  # "mlp." of "mlp.experts.down_proj" -> the number of experts
@@ -310,7 +312,7 @@ def _leave_routers(layers: list[Layer], chosen: Names | None) -> None:
 
 
 def _agree_on_ties(layers: list[Layer]) -> None:
-    """Layers that share a Parameter are converted together or not at all; a tied embedding follows its selected head."""
+    """Layers with one Parameter are converted together or not at all; a tied embedding follows its selected head."""
     for group in _grouped(layers, lambda layer: id(layer.weight)):
         if len(group) == 1 or all(layer.reason is not None for layer in group):
             continue
@@ -347,7 +349,7 @@ def _together(chosen: list[Layer]) -> list[list[Layer]]:
 
 
 def _leave_fast_paths(model: nn.Module, converted: set[int]) -> None:
-    """``nn.TransformerEncoder(Layer)``'s fused inference paths know float weights only: tells the layers not to take them."""
+    """Turns off the fused inference paths of ``nn.TransformerEncoder(Layer)``, which know float weights only."""
     for module in model.modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and any(
             id(m) in converted for m in module.modules()

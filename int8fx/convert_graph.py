@@ -1,8 +1,8 @@
 """Conversion of graphs: packs the Parameters that a graph's products use, and rewrites the products.
 
-For every packed Parameter ``w`` the graph gets two buffers, ``w`` (int8 codes ``[..., N, K]``) and ``w_scale``, and each
-of its uses becomes ``int8fx::dequantize`` (transposed for a ``[..., K, N]`` use); then `passes.lower` runs on it.
-An embedding takes rows of the codes. Layers have the names that they have in modules: ``lm_head`` for ``lm_head.weight``.
+For every packed Parameter ``w`` the graph gets two buffers, ``w`` (int8 codes ``[..., N, K]``) and ``w_scale``, and
+each of its uses becomes ``int8fx::dequantize`` (transposed for a ``[..., K, N]`` use); then `passes.lower` runs on it.
+An embedding takes rows of the codes. Layers have the names that modules have: ``lm_head`` for ``lm_head.weight``.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def packed_in_graph(model: GraphModule | ExportedProgram) -> list[tuple[str, nn.
 
 
 def _codes(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """The codes in buffers of a graph's modules: path and module, name; those of packed modules are their own affair."""
+    """Codes in buffers of a graph's modules: path and module, name. Those of packed modules are their own affair."""
     return [
         (path, owner, name)
         for path, owner in model.named_modules()
@@ -116,7 +116,9 @@ def _recipes(
     """
     of = {name: id(weight) for name, weight in weights.items()}
     layouts: dict[int, str] = {}
-    tables, inner, changed = set(), set(), {of[name] for name in written}
+    tables: set[int] = set()
+    inner: set[int] = set()  # read by graphs inside this one
+    changed = {of[name] for name in written}
 
     def shape_of(node: Node) -> torch.Size | None:
         name = name_of(node)
@@ -167,9 +169,9 @@ def _embedding(node: Node) -> tuple[Node, Node] | None:
     return (table, ids) if isinstance(table, Node) and isinstance(ids, Node) else None
 
 
-def _read_packed(use: Node, codes: Node, scale: Node, layer: Layer, threshold: float) -> None:
-    """Gives the users of the float weight ``use`` what they need of the codes; ``use`` stays, without users."""
-    graph, weight = use.graph, layer.oriented()
+def _read_packed(use: Node, packed: list[Node], layer: Layer, threshold: float) -> None:
+    """Gives the users of the float weight ``use`` what they need of codes and scale; ``use`` stays, without users."""
+    graph, weight, (codes, scale) = use.graph, layer.oriented(), packed
     for user in list(use.users):
         table = _embedding(user)
         if table is not None and table[0] is use and layer.layout == "NK":
@@ -233,7 +235,7 @@ def _int8_class(base: type[GraphModule]) -> type[GraphModule]:
 
 
 def _guard(model: GraphModule) -> None:
-    """Gives ``model`` an `Int8GraphModule` class. Every GraphModule has a class of its own, known by its qualified name."""
+    """Gives ``model`` an `Int8GraphModule` class; every GraphModule has one of its own, known by its qualified name."""
     base = next(c for c in type(model).__mro__ if c.__qualname__.rpartition(".")[2] != "GraphModuleImpl")
     if not issubclass(base, Int8GraphModule):
         own = type("GraphModuleImpl", (_int8_class(base),), {})
@@ -247,7 +249,7 @@ def _attribute(node: Node) -> str | None:
 
 def _graph_module_layers(model: GraphModule) -> Iterator[Layer]:
     weights = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.dim() >= 2}
-    called = sorted({node.target for node in model.graph.nodes if node.op == "call_module"})
+    called = sorted({node.target for node in model.graph.find_nodes(op="call_module")})
     in_calls = {id(p) for target in called for p in model.get_submodule(target).parameters()}
     read = {id(weights[name]) for node in model.graph.nodes if (name := _attribute(node)) in weights}
     recipes = _recipes(model.graph, _attribute, weights, set())
@@ -265,7 +267,8 @@ def _graph_module_layers(model: GraphModule) -> Iterator[Layer]:
 
 
 def _pack_graph_module(model: GraphModule, chosen: list[Layer], scheme: LLMInt8) -> None:
-    in_calls = {id(m) for n in model.graph.nodes if n.op == "call_module" for m in model.get_submodule(n.target).modules()}
+    calls = [model.get_submodule(node.target) for node in model.graph.find_nodes(op="call_module")]
+    in_calls = {id(module) for called in calls for module in called.modules()}
     pack_layers([layer for layer in chosen if id(layer.module) in in_calls], scheme)
     in_graph = [layer for layer in chosen if id(layer.module) not in in_calls]
     if not in_graph:
@@ -283,8 +286,8 @@ def _pack_graph_module(model: GraphModule, chosen: list[Layer], scheme: LLMInt8)
             for layer in group:
                 name = _join(names[id(layer.module)], layer.parameter)
                 for use in model.graph.find_nodes(op="get_attr", target=name):
-                    nodes = _get_attrs(use, name, codes, scale, with_val=one_mode)
-                    _read_packed(use, *nodes, layer, scheme.threshold)
+                    reads = _get_attrs(use, name, codes, scale, with_val=one_mode)
+                    _read_packed(use, reads, layer, scheme.threshold)
                     model.graph.erase_node(use)
                 del layer.module._parameters[layer.parameter]
                 layer.module._buffers.update({layer.parameter: codes, layer.parameter + SCALE: scale})
@@ -324,7 +327,7 @@ def _exported_layers(program: ExportedProgram) -> Iterator[Layer]:
     for name, weight in weights.items():
         path, leaf = _split(name)
         owner = nn.Module()
-        owner._parameters[leaf] = weight  # type: ignore[assignment]
+        owner._parameters[leaf] = weight
         yield Layer(layer_name(path, leaf), owner, leaf, recipes[name].layouts.get(leaf), recipes[name])
 
 
@@ -367,7 +370,7 @@ def _pack_placeholder(
             node = graph.placeholder(f"{use.name}_int8{suffix}")
             node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
             nodes.append(node)
-    _read_packed(use, *nodes, layer, threshold)
+    _read_packed(use, nodes, layer, threshold)
     specs = []
     for spec in program.graph_signature.input_specs:
         if spec.arg.name != use.name:
@@ -377,4 +380,4 @@ def _pack_placeholder(
             specs.append(InputSpec(InputKind.BUFFER, TensorArgument(node.name), name + suffix, persistent=True))
     graph.erase_node(use)
     program._graph_signature = ExportGraphSignature(specs, program.graph_signature.output_specs)
-    program._state_dict.update({name: codes, name + SCALE: scale})  # type: ignore[dict-item]
+    program._state_dict.update({name: codes, name + SCALE: scale})

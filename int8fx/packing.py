@@ -71,9 +71,8 @@ class PackedModule(nn.Module):
             expected = self._buffers[name]
             if not isinstance(value, Tensor) or value.dtype != torch.int8 or value.shape != expected.shape:
                 found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(
-                    f"{type(self).__name__}.{name} is packed: it takes int8 codes {tuple(expected.shape)}, found {found}"
-                )
+                legal = f"int8 codes {tuple(expected.shape)}"
+                raise TypeError(f"{type(self).__name__}.{name} is packed: it takes {legal}, found {found}")
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
@@ -105,11 +104,20 @@ class PackedModule(nn.Module):
         return ", ".join(part for part in (super().extra_repr(), packed) if part)
 
 
+def clash(module: nn.Module, parameter: str) -> str | None:
+    """A name that ``module`` would need to be packed and uses for something else."""
+    scale = parameter + SCALE
+    if any(scale in names for names in (module._parameters, module._buffers, module._modules)):
+        return scale
+    return next((n for n in ("packed_weights", "packed_linear", "dequantize") if hasattr(module, n)), None)
+
+
 @contextmanager
 def applied_to_packed(places: list[tuple[dict[str, Any], str]], fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Takes the codes and scales at ``places`` out of the way of an ``nn.Module._apply(fn)``, then applies ``fn`` to them.
+    """Keeps the codes and scales at ``places`` from an ``nn.Module._apply(fn)`` in this context, then moves them.
 
-    Moves to a device reach them, casts do not. Tied tensors stay tied, as ``nn.Module`` has it for Parameters.
+    What ``fn`` does to a tensor's device reaches them, what it does to its dtype does not. Tied tensors stay tied, as
+    ``nn.Module`` has it for Parameters.
     """
     held = [buffers[key] for buffers, key in places]
     for buffers, key in places:

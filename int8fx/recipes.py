@@ -1,4 +1,4 @@
-"""What int8fx knows of module types: which of their Parameters are product weights, and how to run the packed module."""
+"""What int8fx knows of module types: which of their Parameters are product weights, and how packed modules run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .packing import SCALE
 from .quantize import dequantize
-
 
 EMBEDDING = "an embedding: a table of rows, not a product"
 CONVOLUTION = "a 1x1 convolution: converted if selected"
@@ -37,12 +36,13 @@ class Recipe:
 
 def matrices(module: nn.Module) -> list[str]:
     """The names of ``module``'s own Parameters of two or more dimensions."""
-    known = {
-        name: p
-        for name, p in module._parameters.items()
-        if p is not None and not isinstance(p, nn.parameter.UninitializedTensorMixin)
-    }
-    return [name for name, p in known.items() if p.dim() >= 2]
+    own = module._parameters.items()
+    return [name for name, p in own if p is not None and not uninitialized(p) and p.dim() >= 2]
+
+
+def uninitialized(p: object) -> bool:
+    """Whether ``p`` is a Parameter of a lazy module that has not run."""
+    return isinstance(p, (nn.UninitializedParameter, nn.UninitializedBuffer))
 
 
 def recipe_for(module: nn.Module) -> Recipe:
@@ -73,10 +73,10 @@ def _is_conv1d(forward: Callable) -> bool:
     return forward.__qualname__ == "Conv1D.forward" and forward.__module__ == "transformers.pytorch_utils"
 
 
-def _convolution(module: nn.Module) -> Recipe:
+def _convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Recipe:
     plain = type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-    padded = module.padding == "same" or (module.padding != "valid" and any(module.padding))
-    if not plain or any(k != 1 for k in module.kernel_size) or module.groups != 1 or (padded and module.padding != "same"):
+    padded = not isinstance(module.padding, str) and any(module.padding)
+    if not plain or any(k != 1 for k in module.kernel_size) or module.groups != 1 or padded:
         return Recipe(refused={"weight": "a convolution; only 1x1 convolutions without groups or padding are products"})
     return Recipe({"weight": "NK"}, convolution_forward, kernel_dims=len(module.kernel_size), on_request=CONVOLUTION)
 
@@ -109,7 +109,7 @@ def linear_forward(self, x: Tensor) -> Tensor:
 def convolution_forward(self, x: Tensor) -> Tensor:
     n = self.packed_weights["weight"].kernel_dims
     if any(s != 1 for s in self.stride):
-        x = x[(..., *(slice(None, None, s) for s in self.stride))]
+        x = x[(Ellipsis, *[slice(None, None, s) for s in self.stride])]
     return self.packed_linear(x.movedim(-n - 1, -1), "weight", self.bias).movedim(-1, -n - 1)
 
 
@@ -131,6 +131,8 @@ def attention_forward(
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """``nn.MultiheadAttention`` without its fused inference path, which knows float weights only."""
+    if query.is_nested:
+        raise ValueError("int8fx: attention found a nested tensor; convert the nn.TransformerEncoder with its layers")
     batch_first = self.batch_first and query.dim() == 3
     if batch_first:  # the same tensor must stay the same: self-attention is one product with q, k and v together
         swapped = {id(t): t.transpose(0, 1) for t in (query, key, value)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
@@ -109,12 +109,15 @@ def summary(model: Any) -> Summary:
     seen: set[int] = set()
     rows = []
     for name, module, parameter in packed_layers(root):
-        kind = type(module).__mro__[2].__name__
-        rows.append(_converted(name, kind, module, parameter, module.packed_weights[parameter].dtype, seen))
-    for name, module, parameter in in_graph:
-        rows.append(_converted(name, "graph", module, parameter, root.meta.get(DTYPES, {}).get(name, torch.float32), seen))
+        kind, dtype = type(module).__mro__[2].__name__, module.packed_weights[parameter].dtype
+        rows.append(_converted(name, kind, module, parameter, dtype, seen))
+    for name, owner, parameter in in_graph:
+        dtype = root.meta.get(DTYPES, {}).get(name, torch.float32)
+        rows.append(_converted(name, "graph", owner, parameter, dtype, seen))
     reasons = getattr(root, LEFT, {})
-    rows.extend(_left(layer, reasons.get(layer.name) or layer.reason, bool(rows), seen) for layer in layers)
+    is_converted = bool(rows)
+    for layer in layers:
+        rows.append(_left(layer, reasons.get(layer.name) or layer.reason, is_converted, seen))
     return Summary(tuple(rows))
 
 
@@ -124,11 +127,9 @@ def _is_converted(name: str, module: nn.Module) -> bool:
     )
 
 
-def _converted(
-    name: str, kind: str, module: nn.Module, parameter: str, dtype: torch.dtype, seen: set[int]
-) -> Row:
-    codes, scale = module._buffers[parameter], module._buffers[parameter + SCALE]
-    assert codes is not None and scale is not None
+def _converted(name: str, kind: str, module: nn.Module, parameter: str, dtype: torch.dtype, seen: set[int]) -> Row:
+    codes: Tensor = module._buffers[parameter]  # type: ignore[assignment]
+    scale: Tensor = module._buffers[parameter + SCALE]  # type: ignore[assignment]
     shape = tuple(codes.shape)
     if id(codes) in seen:
         return Row(name, kind, shape, True, "", 0, 0)

@@ -1,83 +1,100 @@
-"""How a module uses its bare Parameters, read from a symbolic trace of its ``forward``."""
+"""How a module uses its bare Parameters, read from a symbolic run of its ``forward``."""
 
 from __future__ import annotations
 
 import copy
-import threading
+import inspect
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node, Tracer
+from torch.fx import Graph, Node
+from torch.fx.proxy import GraphAppendingTracer
 
 from .passes.products import read_product
 
 
-class _OneModule(Tracer):
-    """Traces the forward of one module; its children stay calls. Buffers are copied when the forward reads them.
-
-    While it runs, torch.fx replaces methods of ``nn.Module`` for the whole process: what other threads do passes through.
-    """
-
-    lock = threading.Lock()
+class _Recorder(GraphAppendingTracer):
+    """Records what is done with proxies. Unlike ``torch.fx.Tracer`` it patches nothing: other threads go on undisturbed."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.copies: dict[int, tuple[Tensor, Tensor]] = {}
-        self.thread = threading.get_ident()
+        super().__init__(Graph())
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        if threading.get_ident() != self.thread:
-            return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
-        if threading.get_ident() != self.thread:
-            return attr_val
-        if isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
-            return self.copies.setdefault(id(attr_val), (attr_val, attr_val.detach().clone()))[1]
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor):  # a buffer, or a Parameter of a child: some value that is not looked at
+            return self.graph.get_attr("tensor")
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:  # an object that only the call itself understands
+            return None
 
 
-def _twin(value: Any, made: dict[int, Any], inside_object: bool = False) -> Any:
-    """A copy of what a forward may write to: modules, containers, tensors, plain objects; Parameters are shared.
+class _Buffers(dict):
+    """The buffers of a module, each of which is copied when it is read."""
 
-    ``made`` holds the copies by ``id``. Objects inside objects that are no modules are shared.
+    def __init__(self, buffers: dict[str, Tensor | None]) -> None:
+        super().__init__(buffers)
+        self.copied: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor | None:
+        buffer = super().__getitem__(name)
+        if name not in self.copied and buffer is not None:
+            self.copied.add(name)
+            self[name] = buffer = buffer.detach().clone()
+        return buffer
+
+    def __setitem__(self, name: str, buffer: Tensor | None) -> None:
+        self.copied.add(name)
+        super().__setitem__(name, buffer)
+
+
+class _Twins:
+    """Copies of what a forward may write to: modules, containers, tensors, plain objects. Parameters are shared.
+
+    The copy of a module records calls of it, instead of running its forward.
     """
-    if id(value) in made:
-        return made[id(value)]
-    kind = type(value)
-    if isinstance(value, MethodType):
-        return MethodType(value.__func__, _twin(value.__self__, made, inside_object))
-    if kind is tuple:
-        return tuple(_twin(v, made, inside_object) for v in value)
-    if isinstance(value, nn.Module) and not isinstance(value, torch.jit.ScriptModule):
-        twin = made[id(value)] = nn.Module.__new__(kind)
-        vars(twin).update((k, v if k == "_buffers" else _twin(v, made)) for k, v in vars(value).items())
-        vars(twin)["_buffers"] = dict(value._buffers)
-    elif kind in (dict, OrderedDict, defaultdict):
-        twin = made[id(value)] = copy.copy(value)
-        twin.update((k, _twin(v, made, inside_object)) for k, v in value.items())
-    elif kind in (list, deque):
-        twin = made[id(value)] = copy.copy(value)
-        twin.clear()
-        twin.extend(_twin(v, made, inside_object) for v in value)
-    elif kind in (set, bytearray):
-        twin = made[id(value)] = copy.copy(value)
-    elif kind is Tensor:
-        twin = made[id(value)] = value.detach().clone()
-    elif _is_plain(value) and not inside_object:
-        twin = made[id(value)] = object.__new__(kind)
-        vars(twin).update((k, _twin(v, made, True)) for k, v in vars(value).items())
-    else:
-        return value
-    return twin
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self.recorder = recorder
+        self.made: dict[int, Any] = {}
+
+    def of(self, value: Any, inside_object: bool = False) -> Any:
+        """``inside_object``: of an object that is no module; objects within it are shared."""
+        if id(value) in self.made:
+            return self.made[id(value)]
+        kind = type(value)
+        if isinstance(value, MethodType):
+            return MethodType(value.__func__, self.of(value.__self__, inside_object))
+        if kind is tuple:
+            return tuple(self.of(v, inside_object) for v in value)
+        if isinstance(value, nn.Module) and not isinstance(value, torch.jit.ScriptModule):
+            twin = self.made[id(value)] = nn.Module.__new__(kind)
+            own = {k: v for k, v in vars(value).items() if k != "_buffers" and not k.endswith("_hooks")}
+            vars(twin).update({k: self.of(v) for k, v in own.items()}, _buffers=_Buffers(value._buffers))
+            vars(twin).update((k, type(v)()) for k, v in vars(value).items() if k.endswith("_hooks"))
+            vars(twin)["forward"] = self._record
+        elif kind in (dict, OrderedDict, defaultdict):
+            twin = self.made[id(value)] = copy.copy(value)
+            twin.update((k, self.of(v, inside_object)) for k, v in value.items())
+        elif kind in (list, deque):
+            twin = self.made[id(value)] = copy.copy(value)
+            twin.clear()
+            twin.extend(self.of(v, inside_object) for v in value)
+        elif kind in (set, bytearray):
+            twin = self.made[id(value)] = copy.copy(value)
+        elif kind is Tensor:
+            twin = self.made[id(value)] = value.detach().clone()
+        elif _is_plain(value) and not inside_object:
+            twin = self.made[id(value)] = object.__new__(kind)
+            vars(twin).update((k, self.of(v, True)) for k, v in vars(value).items())
+        else:
+            return value
+        return twin
+
+    def _record(self, *args: Any, **kwargs: Any) -> Any:
+        return self.recorder.create_proxy("call_module", "child", args, kwargs)
 
 
 def _is_plain(value: Any) -> bool:
@@ -87,29 +104,47 @@ def _is_plain(value: Any) -> bool:
     return own and kind.__new__ is object.__new__ and hasattr(value, "__dict__")
 
 
+def _twin(module: nn.Module, recorder: _Recorder) -> tuple[nn.Module, dict[Node, str]]:
+    """``module`` with proxies for Parameters, recorders for children and copies of what its forward may write to."""
+    twin = _Twins(recorder).of(module)
+    del vars(twin)["forward"]
+    vars(twin)["_parameters"] = {}
+    proxies = {n: recorder.create_proxy("get_attr", n, (), {}) for n, p in module._parameters.items() if p is not None}
+    vars(twin).update(proxies)
+    return twin, {proxy.node: name for name, proxy in proxies.items()}
+
+
 def read_usage(module: nn.Module) -> dict[str, str]:
-    """How ``module.forward`` multiplies by the module's own Parameters.
+    """How ``module.forward`` multiplies by the module's own Parameters. The module stays as it is.
 
     Returns:
         Parameter name -> ``NK`` (used as ``[..., N, K]``, like ``F.linear``) or ``KN`` (like ``x @ w``). A Parameter
         without an entry is in no product with an activation, or in products of both kinds.
 
     Raises:
-        ValueError: the forward cannot be traced (control flow that depends on tensors or their shapes).
+        ValueError: the forward cannot be run on symbols (control flow that depends on tensors or their shapes).
     """
+    recorder = _Recorder()
     try:
-        with _OneModule.lock, torch.random.fork_rng(devices=[]):
-            graph = _OneModule().trace(_twin(module, {}))  # the trace runs code that may write to the module
+        twin, sources = _twin(module, recorder)
+        signature = inspect.signature(type(module).forward)
+        args = {}
+        for p in list(signature.parameters.values())[1:]:
+            if p.default is inspect.Parameter.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                args[p.name] = recorder.create_proxy("placeholder", p.name, (), {})
+        bound = signature.bind(twin, **args)
+        with torch.random.fork_rng(devices=[]):
+            type(module).forward(*bound.args, **bound.kwargs)
     except Exception as error:
         raise ValueError(f"forward cannot be traced ({type(error).__name__}: {error})") from error
 
     def shape_of(node: Node) -> torch.Size | None:
-        parameter = module._parameters.get(node.target) if node.op == "get_attr" else None
+        parameter = module._parameters.get(sources[node]) if node in sources else None
         return None if parameter is None else parameter.shape
 
     layouts: dict[str, set[str | None]] = {}
-    for node in graph.nodes:
+    for node in recorder.graph.nodes:
         product = read_product(node, shape_of)
         if product is not None:
-            layouts.setdefault(product.w.source.target, set()).add(product.layout)
+            layouts.setdefault(sources[product.w.source], set()).add(product.layout)
     return {name: found.pop() for name, found in layouts.items() if len(found) == 1 and None not in found}  # type: ignore[misc]

@@ -1,7 +1,8 @@
-"""``int8fx.convert`` of modules: what it covers, what it leaves, what it refuses, and that nothing is ever half done."""
+"""``int8fx.convert`` of modules: what it covers, leaves and refuses, and that nothing is ever half done."""
 
 import copy
 import gc
+import importlib
 import threading
 import weakref
 from collections.abc import Callable
@@ -154,7 +155,8 @@ EXPECTED = {
     "llama": {f"model.layers.{i}.{n}" for i in (0, 1) for n in (
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
         "mlp.down_proj")},
-    "gpt2": {f"transformer.h.{i}.{n}" for i in (0, 1) for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")},
+    "gpt2": {f"transformer.h.{i}.{n}" for i in (0, 1) for n in (
+        "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")},
     "mixtral": {f"model.layers.{i}.{n}" for i in (0, 1) for n in (
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.experts.gate_up_proj",
         "mlp.experts.down_proj")},
@@ -238,7 +240,10 @@ def test_other_dtypes(name, dtype):
     model.to(dtype)
     inputs = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     twin = copy.deepcopy(model)
-    exact = outputs(copy.deepcopy(model).double(), {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()})
+    exact = outputs(
+        copy.deepcopy(model).double(),
+        {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()},
+    )
     y_float = outputs(twin, inputs)
     int8fx.convert(model)
     y_reference = outputs(as_reference(twin, converted_names(model)), inputs)
@@ -253,7 +258,7 @@ def test_other_dtypes(name, dtype):
 
 class TestIdentity:
     def test_the_object_its_class_config_and_generate_stay(self):
-        model, inputs = models.llama()
+        model, _ = models.llama()
         cls, config, generate = type(model), model.config, type(model).generate
         modules = dict(model.named_modules())
         parameters = dict(model.named_parameters())
@@ -342,7 +347,9 @@ class TestLayers:
         expected = quantize_weight(w.t() if kind is Conv1D else w)
         assert all(map(torch.equal, codes_of(module), expected))
         for lead in ((), (5,), (2, 0), (2, 3)):
-            x = activation(max(1, 6), 40, outliers="some", dtype=dtype)[: int(torch.tensor(lead).prod())].reshape(*lead, 40)
+            x = activation(max(1, 6), 40, outliers="some", dtype=dtype)[: int(torch.tensor(lead).prod())].reshape(
+                *lead, 40
+            )
             assert_within_budget(module(x).detach(), x, *expected, b, 6.0)
 
     @pytest.mark.parametrize(("K", "N"), [(0, 8), (8, 0), (0, 0), (1, 1)])
@@ -404,8 +411,9 @@ class TestLayers:
 
     def test_modules_that_are_no_products_are_listed_and_run(self):
         model = nn.ModuleDict({
-            "bilinear": nn.Bilinear(4, 4, 4), "lstm": nn.LSTM(4, 4), "gru": nn.GRUCell(4, 4), "bag": nn.EmbeddingBag(4, 4),
-            "deconv": nn.ConvTranspose1d(4, 4, 1), "list": nn.ParameterList([torch.randn(4, 4)]), "linear": nn.Linear(4, 4),
+            "bilinear": nn.Bilinear(4, 4, 4), "lstm": nn.LSTM(4, 4), "gru": nn.GRUCell(4, 4),
+            "bag": nn.EmbeddingBag(4, 4), "deconv": nn.ConvTranspose1d(4, 4, 1),
+            "list": nn.ParameterList([torch.randn(4, 4)]), "linear": nn.Linear(4, 4),
         })  # fmt: skip
         x = torch.randn(2, 4)
         y = [model["bilinear"](x, x), model["lstm"](x)[0], model["gru"](x), model["deconv"](x[..., None])]
@@ -413,13 +421,16 @@ class TestLayers:
         assert converted_names(model) == {"linear"}
         left = reasons(model)
         assert set(left) == {
-            "bilinear", "lstm.weight_ih_l0", "lstm.weight_hh_l0", "gru.weight_ih", "gru.weight_hh", "bag", "deconv", "list.0",
+            "bilinear", "lstm.weight_ih_l0", "lstm.weight_hh_l0", "gru.weight_ih", "gru.weight_hh", "bag", "deconv",
+            "list.0",
         }  # fmt: skip
         assert all(left.values())
         z = [model["bilinear"](x, x), model["lstm"](x)[0], model["gru"](x), model["deconv"](x[..., None])]
         assert all(map(torch.equal, y, z))
 
-    @pytest.mark.parametrize("how", ["weight_norm", "old weight_norm", "spectral_norm", "orthogonal", "pruned", "old spectral_norm"])
+    @pytest.mark.parametrize(
+        "how", ["weight_norm", "old weight_norm", "spectral_norm", "orthogonal", "pruned", "old spectral_norm"]
+    )
     def test_parametrised_and_pruned_layers_are_left_and_run(self, how):
         apply = {
             "weight_norm": nn.utils.parametrizations.weight_norm,
@@ -485,6 +496,34 @@ class TestLayers:
             twin.fine.copy_(dequantize(*codes_of(model, "fine")).t())
             assert torch.allclose(model(x), twin(x), rtol=1e-5, atol=1e-5)
             assert torch.equal(model.changed, twin.changed)
+
+    def test_modules_that_use_the_names_of_packed_ones_are_left(self):
+        class OwnScale(nn.Linear):
+            def __init__(self):
+                super().__init__(8, 8)
+                self.register_buffer("weight_scale", torch.ones(8))
+
+        class Codebook(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.codes = nn.Parameter(torch.randn(8, 8))
+
+            def dequantize(self, ids):
+                return self.codes[ids]
+
+            def forward(self, x):
+                return F.linear(x, self.codes) + self.dequantize(0)
+
+        model = nn.ModuleDict({"scale": OwnScale(), "codebook": Codebook(), "linear": nn.Linear(8, 8)})
+        x = torch.randn(3, 8)
+        y = [model["scale"](x), model["codebook"](x)]
+        int8fx.convert(model)
+        assert converted_names(model) == {"linear"}
+        assert reasons(model) == {
+            "scale": "its module has a 'weight_scale' of its own",
+            "codebook.codes": "its module has a 'dequantize' of its own",
+        }
+        assert all(map(torch.equal, y, [model["scale"](x), model["codebook"](x)]))
 
 
 class TestBareParameters:
@@ -589,7 +628,9 @@ def test_multihead_attention(settings, unbatched, training):
     assert converted_names(attention) == names | {"out_proj"}
     assert isinstance(attention, nn.MultiheadAttention)
     twin = fill(attention)
-    tensors = [(query, key, value)] if "kdim" in settings else [(query, key, value), (query, query, query), (query, key, key)]
+    tensors = (
+        [(query, key, value)] if "kdim" in settings else [(query, key, value), (query, query, query), (query, key, key)]
+    )
     for q, k, v in tensors:
         for call in calls:
             if k is q:
@@ -636,7 +677,11 @@ def test_transformer_encoder_in_eval_with_padding(norm_first, batch_first, activ
     twin = fill(encoder)
     feed_forward = {f"layers.{i}.{n}" for i in (0, 1) for n in ("linear1", "linear2")}
     for grad in (False, True):
-        for call in ({}, {"src_key_padding_mask": padding}, {"mask": nn.Transformer.generate_square_subsequent_mask(6)}):
+        for call in (
+            {},
+            {"src_key_padding_mask": padding},
+            {"mask": nn.Transformer.generate_square_subsequent_mask(6)},
+        ):
             with torch.set_grad_enabled(grad):
                 y = encoder(src, **call).detach()
                 z = twin(src, **call).detach()  # by the fast path, if there is no grad and batch_first
@@ -654,6 +699,16 @@ def test_layers_of_an_encoder_converted_alone_run_in_it():
     src, padding = torch.randn(2, 5, 32), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     with torch.no_grad():
         assert encoder(src, src_key_padding_mask=padding).isfinite().all()
+
+
+def test_an_encoder_whose_layer_is_converted_behind_its_back_says_so():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2).eval()
+    int8fx.convert(encoder.layers[0])
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        assert encoder(torch.randn(2, 5, 32)).isfinite().all()
+        with pytest.raises(ValueError, match=r"convert the nn\.TransformerEncoder with its layers"):
+            encoder(torch.randn(2, 5, 32), src_key_padding_mask=padding)
 
 
 # ---- convolutions ---------------------------------------------------------------------------------------------------
@@ -698,7 +753,8 @@ def test_1x1_convolutions_with_padding_by_name(padding):
     "conv",
     [
         nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, (1, 3)), nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 8, 1, padding=1),
-        nn.Conv1d(8, 8, 2), nn.Conv3d(8, 8, 1, padding=(0, 0, 1)), nn.Conv1d(8, 8, 1, padding=1, padding_mode="circular"),
+        nn.Conv1d(8, 8, 2), nn.Conv3d(8, 8, 1, padding=(0, 0, 1)),
+        nn.Conv1d(8, 8, 1, padding=1, padding_mode="circular"),
     ],
 )  # fmt: skip
 def test_other_convolutions_are_left(conv):
@@ -789,7 +845,7 @@ def test_a_router_that_is_a_linear_layer_stays_too():
 
 class TestTies:
     def test_linear_layers_share_codes(self):
-        model, inputs = models.tied_lm()
+        model, _ = models.tied_lm()
         int8fx.convert(model)
         assert converted_names(model) == {"up", "up_again", "down"}
         assert codes_of(model.up)[0] is codes_of(model.up_again)[0]
@@ -874,7 +930,7 @@ class TestTies:
         assert reasons(model)["lm_head"] == "tied to embed, which stays as it is"
 
     def test_a_head_that_is_not_tied(self):
-        model, inputs = models.llama()
+        model, _ = models.llama()
         x = torch.randn(3, 64)
         int8fx.convert(model, select="lm_head")
         assert converted_names(model) == {"lm_head"}
@@ -892,7 +948,9 @@ class TestTies:
         wrapped = nn.ModuleDict({"inner": nn.ModuleDict({"lm": copy.deepcopy(inner)})})
         for model, prefix in ((inner, ""), (wrapped, "inner.lm.")):
             int8fx.convert(model)
-            assert reasons(model)[f"{prefix}lm_head.decoder"] == "the output embeddings: left in 16 bits unless selected"
+            assert (
+                reasons(model)[f"{prefix}lm_head.decoder"] == "the output embeddings: left in 16 bits unless selected"
+            )
             assert f"{prefix}lm_head.dense" in converted_names(model)
 
     def test_one_parameter_under_two_names_of_a_module(self):
@@ -996,7 +1054,10 @@ REFUSED = {
     "int8": (lambda: _with(lambda: torch.ones(8, 8, dtype=torch.int8), False), "has torch.int8 weights"),
     "bool": (lambda: _with(lambda: torch.ones(8, 8, dtype=torch.bool), False), "has torch.bool weights"),
     "complex": (lambda: _with(lambda: torch.ones(8, 8, dtype=torch.complex64)), "has torch.complex64 weights"),
-    "float8": (lambda: _with(lambda: torch.ones(8, 8).to(torch.float8_e4m3fn), False), "has torch.float8_e4m3fn weights"),
+    "float8": (
+        lambda: _with(lambda: torch.ones(8, 8).to(torch.float8_e4m3fn), False),
+        "has torch.float8_e4m3fn weights",
+    ),
     "nan": (lambda: _with(lambda: torch.full((8, 8), float("nan"))), "has NaN or inf in its weight"),
     "inf": (lambda: _with(lambda: torch.eye(8) / (1 - torch.eye(8))), "has NaN or inf in its weight"),
     "long": (lambda: _with(lambda: torch.zeros(1, MAX_K + 1)), f"has K = {MAX_K + 1} input channels"),
@@ -1059,7 +1120,7 @@ def test_a_second_convert_is_refused_by_name(name):
     y, before = outputs(model, inputs), snapshot(model)
     first = next(iter(int8fx.summary(model).converted)).name
     for again in ({}, {"select": first}, EVERYTHING, {"skip": "lm_head"} if name in ("llama", "tied_lm") else {}):
-        with pytest.raises(ValueError, match=f"layer '.*' is already converted by int8fx; legal: float weights"):
+        with pytest.raises(ValueError, match=r"layer '.*' is already converted by int8fx; legal: float weights"):
             int8fx.convert(model, **again)
     assert_left_as_it_was(model, before)
     assert all(torch.equal(t, y[k]) for k, t in outputs(model, inputs).items())
@@ -1080,7 +1141,7 @@ def test_what_is_left_can_be_converted_later():
 
 
 def test_arguments_of_the_wrong_kind():
-    with pytest.raises(TypeError, match="found dict; legal: nn.Module, torch.fx.GraphModule"):
+    with pytest.raises(TypeError, match=r"found dict; legal: nn\.Module, torch\.fx\.GraphModule"):
         int8fx.convert({})
     with pytest.raises(TypeError, match=r"scheme is 6.0; legal: int8fx.llm_int8\(threshold=...\)"):
         int8fx.convert(nn.Linear(2, 2), 6.0)
@@ -1103,7 +1164,7 @@ def test_a_model_without_products_warns():
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_converting_in_any_grad_mode_makes_ordinary_tensors(context):
-    model, inputs = models.bert()
+    model, _ = models.bert()
     with context():
         int8fx.convert(model)
     assert not any(b.is_inference() or b.requires_grad for b in model.buffers())
@@ -1114,7 +1175,7 @@ def test_converting_in_any_grad_mode_makes_ordinary_tensors(context):
 
 
 def test_converting_under_default_device_dtype_and_autocast():
-    model, inputs = models.bert()
+    model, _ = models.bert()
     twin = copy.deepcopy(model)
     with torch.device("meta"):
         int8fx.convert(model)
@@ -1160,7 +1221,16 @@ def test_a_compiled_model_is_converted_in_place():
 @pytest.mark.parametrize("same", [False, True])
 def test_many_threads_convert_at_once(same):
     """Eight models, some with bare Parameters, whose use is read by a symbolic trace, while others run."""
-    kinds = ["bare_products", "bare_products", "llama", "mixtral", "gpt2", "bare_products", "transformer", "bare_products"]
+    kinds = [
+        "bare_products",
+        "bare_products",
+        "llama",
+        "mixtral",
+        "gpt2",
+        "bare_products",
+        "transformer",
+        "bare_products",
+    ]
     built = [models.ALL["bare_products" if same else kind](seed=i) for i, kind in enumerate(kinds)]
     expected = []
     for model, inputs in built:
@@ -1207,7 +1277,7 @@ def assert_whole(model: nn.Module) -> None:
     """Every layer is wholly float or wholly packed."""
     for module in model.modules():
         if isinstance(module, PackedModule):
-            for name, packed in module.packed_weights.items():
+            for name in module.packed_weights:
                 codes, scale = codes_of(module, name)
                 assert codes.dtype == torch.int8
                 assert scale.shape == codes.shape[:-1]
@@ -1219,54 +1289,47 @@ def assert_whole(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "transformer", "bare_products", "tied_lm"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("where", ["quantize", "class"])
+@pytest.mark.parametrize("where", ["int8fx.convert.quantize_weight", "int8fx.packing.packed_class"])
 def test_an_interrupted_convert_leaves_whole_layers_and_a_model_that_runs(name, error, where, monkeypatch):
-    from int8fx import convert as convert_function  # noqa: F401
-    import importlib
-
-    module = importlib.import_module("int8fx.convert")
+    path, _, function = where.rpartition(".")
+    module = importlib.import_module(path)  # int8fx.convert is a function, too
     model, inputs = models.ALL[name]()
-    y_float, total = outputs(model, inputs), None
+    y_float = outputs(model, inputs)
     finished, _ = models.ALL[name]()
-    int8fx.convert(finished, **EVERYTHING)
-    total = len(converted_names(finished))
-    for k in range(0, total, max(1, total // 4)):
+    calls = Interrupt(getattr(module, function))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, calls)
+        int8fx.convert(finished, **EVERYTHING)
+    everything = converted_names(finished)
+    assert calls.count > 0
+    for k in range(0, calls.count, max(1, calls.count // 3)):
         model, inputs = models.ALL[name]()
-        calls = 0
-
-        def interrupted(*args, real, k=k):
-            nonlocal calls
-            calls += 1
-            if calls == k + 1:
-                raise error("now")
-            return real(*args)
-
         with monkeypatch.context() as patch:
-            if where == "quantize":
-                real = module.quantize_weight
-                patch.setattr(module, "quantize_weight", lambda w: interrupted(w, real=real))
-            else:
-                import int8fx.packing as packing
-
-                real = packing.packed_class
-                patch.setattr(packing, "packed_class", lambda *a: interrupted(*a, real=real))
-            try:
+            patch.setattr(module, function, Interrupt(getattr(module, function), k, error))
+            with pytest.raises(error):
                 int8fx.convert(model, **EVERYTHING)
-            except error:
-                interrupted_at = calls
-            else:
-                assert calls <= k  # fewer calls than layers: tied layers and modules with several weights
-                continue
-        assert interrupted_at == k + 1
         assert_whole(model)
         done = converted_names(model)
-        assert len(done) < total
+        assert done < everything
         y = outputs(model, inputs)
         for key in y:
             assert (y[key] - y_float[key]).norm() < 0.25 * y_float[key].norm()
-        int8fx.convert(model, select=lambda n, m: n not in done)
-        assert converted_names(model) == converted_names(finished)
+        int8fx.convert(model, select=lambda name, module, done=done: name not in done)
+        assert converted_names(model) == everything
         assert_same(model, finished, inputs)
+
+
+class Interrupt:
+    """``function``, which raises ``error`` at call number ``at``."""
+
+    def __init__(self, function: Callable, at: int | None = None, error: type[BaseException] | None = None) -> None:
+        self.function, self.at, self.error, self.count = function, at, error, 0
+
+    def __call__(self, *args):
+        if self.count == self.at:
+            raise self.error("now")
+        self.count += 1
+        return self.function(*args)
 
 
 def assert_same(model: nn.Module, other: nn.Module, inputs: dict) -> None:

@@ -1,4 +1,4 @@
-"""`fold`: what follows a product goes into its epilogue: same answer, count, old operations gone; and its near misses."""
+"""`fold`: what follows a product goes into its epilogue: same answer, count, old nodes gone; and its near misses."""
 
 from __future__ import annotations
 
@@ -235,7 +235,8 @@ def test_dynamic_shapes():
     def f(x, other):
         return other + F.silu(linear(x, W))
 
-    check(f, activations(2, 5, dtype=torch.float32), other, count=2, epilogue=("silu", "add"), other=other, dynamic=True)
+    x = activations(2, 5, dtype=torch.float32)
+    check(f, x, other, count=2, epilogue=("silu", "add"), other=other, dynamic=True)
 
 
 def test_experts():
@@ -273,11 +274,11 @@ def test_training_folds_what_the_backward_does_not_read():
     assert epilogues == [(), ("relu", None, "none")]
 
 
-# ---- near misses: bit-equal to the graph without `fold` ----------------------------------------------------------------
+# ---- near misses: the graph stays as `lower` left it -----------------------------------------------------------------
 
 
 def y_of(x):
-    return linear(x, W)
+    return linear(x, W, threshold=0.0)
 
 
 def tanh_gelu(y, slope):
@@ -294,7 +295,7 @@ NEAR_MISSES = {
     "alpha": (lambda x, o: torch.add(y_of(x), o, alpha=2), (5, 6)),
     "a difference": (lambda x, o: y_of(x) - o, (5, 6)),
     "a quotient": (lambda x, o: y_of(x) / o, (5, 6)),
-    "y twice": (lambda x: y_of(x) + y_of(x) * 0,),
+    "y twice": (lambda x, o: (lambda y: (y + o) * y)(y_of(x)), (5, 6)),
     "y + y": (lambda x: (lambda y: y + y)(y_of(x)),),
     "y * y": (lambda x: (lambda y: y * y)(y_of(x)),),
     "y is also returned": (lambda x, o: (lambda y: (y + o, y))(y_of(x)), (5, 6)),
@@ -321,16 +322,20 @@ NEAR_MISSES = {
 def test_near_miss_is_left(name):
     f, *shapes = NEAR_MISSES[name]
     args = [activations(5, dtype=torch.float32), *(random(*shape, seed=7) for shape in shapes)]
-    plain, _ = compiled(f, lower)
-    folded, backend = compiled(f, lower, fold)
-    expected, found = plain(*args), folded(*args)
-    for e, y in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (expected, found)), strict=True):
+    lowered: list[str] = []
+
+    def note(graph: Graph) -> int:
+        lowered.append(str(graph))
+        return len(lowered)
+
+    run, backend = compiled(f, lower, note, fold)
+    expected, found = ((t,) if isinstance(t, torch.Tensor) else t for t in (f(*args), run(*args)))
+    for e, y in zip(expected, found, strict=True):
         assert e.dtype == y.dtype
-        assert torch.equal(e, y)
-    assert {folds for _, folds in backend.counts} == {0}
+        assert (e - y).norm() <= 2**-8 * e.norm()  # bfloat16's, in one of the cases
+    assert backend.counts == [(1, 1, 0)]
+    assert [str(graph) for graph in backend.after] == lowered
     assert pointwise(backend.after[0])
-    for product in backend.after[0].find_nodes(op="call_function", target=LINEAR):
-        assert len(product.args) == 5
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 1, 6)], ids=["a vector", "one for each expert"])

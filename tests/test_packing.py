@@ -125,7 +125,9 @@ def test_packs_all_modules_or_none(failing, monkeypatch):
     x = torch.randn(3, 40)
     y = [m(x) for m in modules]
     described = PackedWeight("NK", torch.float32, 6.0)
-    packings = [Packing(m, {"weight": (*quantize_weight(m.weight.detach()), described)}, linear_forward) for m in modules]
+    packings = [
+        Packing(m, {"weight": (*quantize_weight(m.weight.detach()), described)}, linear_forward) for m in modules
+    ]
     classes = iter([int if i == failing else packed_class(nn.Linear, ("weight",), linear_forward) for i in range(3)])
     with monkeypatch.context() as patch:  # int is no class that a module could take
         patch.setattr("int8fx.packing.packed_class", lambda *_: next(classes))
@@ -213,12 +215,14 @@ def test_float_checkpoint_into_a_converted_model_is_refused_by_name(name, strict
     model, inputs = converted(name)
     expected, y = buffers(model), run(model, inputs)
     rows = int8fx.summary(model).converted
-    with pytest.raises(RuntimeError, match="packed and takes int8 codes, found torch.float32") as error:
+    with pytest.raises(RuntimeError, match=r"packed and takes int8 codes, found torch\.float32") as error:
         model.load_state_dict(floats, strict=strict)
     for row in rows:
         key = row.name if row.name in floats else f"{row.name}.weight"
         module = model.get_submodule(key.rpartition(".")[0])
-        assert any(f'"{key.rpartition(".")[0] + "." * ("." in key)}{n}"' in str(error.value) for n in module.packed_weights)
+        assert any(
+            f'"{key.rpartition(".")[0] + "." * ("." in key)}{n}"' in str(error.value) for n in module.packed_weights
+        )
     assert_same_buffers(model, expected)
     assert run(model, inputs).shape == y.shape
 
@@ -238,7 +242,7 @@ def test_wrong_shapes_and_missing_scales_are_refused():
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
         packed(K=41).load_state_dict(state, assign=True)
     state.pop("weight_scale")
-    with pytest.raises(RuntimeError, match='Missing key.*"weight_scale"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"weight_scale"'):
         packed().load_state_dict(state)
 
 
@@ -330,7 +334,9 @@ def test_casts_leave_codes_and_scales_alone(cast):
     held = dict(module._buffers)
     assert function(module) is module
     assert_same_buffers(module, expected)
-    assert all(module._buffers[k] is v for k, v in held.items())  # the same tensors: ties and optimisers hold on to them
+    assert all(
+        module._buffers[k] is v for k, v in held.items()
+    )  # the same tensors: ties and optimisers hold on to them
     assert module.weight.dtype == module.bias.dtype == dtype
     assert not any(b.requires_grad for b in module.buffers())
     x = activation(5, 40, outliers="column").to(dtype)
@@ -344,7 +350,9 @@ def test_whole_models_run_in_another_dtype(name):
     expected = buffers(model)
     model.to(torch.bfloat16)
     assert_same_buffers(model, expected)
-    inputs = {k: v.bfloat16() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    inputs = {
+        k: v.bfloat16() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()
+    }
     y = run(model, inputs)
     assert y.dtype == torch.bfloat16
     assert y.isfinite().all()
@@ -433,7 +441,7 @@ def test_replicas_as_data_parallel_makes_them(name):
 
 
 def replicate(model: nn.Module) -> nn.Module:
-    """``torch.nn.parallel.replicate`` for one device, with its own calls: shells, then children, then copies of tensors."""
+    """``torch.nn.parallel.replicate`` for one device, by its own calls: shells, children, copies of tensors."""
     modules = list(model.modules())
     shells = {m: m._replicate_for_data_parallel() for m in modules}
     copies: dict[int, torch.Tensor] = {}

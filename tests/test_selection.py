@@ -18,7 +18,11 @@ def linears(model: nn.Module) -> set[str]:
 
 
 LAYER = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-ALL = {f"model.layers.{i}.{'mlp' if 'gate' in n or 'up' in n or 'down' in n else 'self_attn'}.{n}" for i in (0, 1) for n in LAYER}
+ALL = {
+    f"model.layers.{i}.{'mlp' if 'gate' in n or 'up' in n or 'down' in n else 'self_attn'}.{n}"
+    for i in (0, 1)
+    for n in LAYER
+}
 
 
 @pytest.mark.parametrize(
@@ -27,7 +31,11 @@ ALL = {f"model.layers.{i}.{'mlp' if 'gate' in n or 'up' in n or 'down' in n else
         (None, (), ALL),
         (None, "q_proj", {n for n in ALL if "q_proj" not in n}),
         (None, ["layers.0", "down_proj"], {n for n in ALL if "layers.0" not in n and "down_proj" not in n}),
-        (None, lambda name, module: getattr(module, "out_features", 0) == 136, {n for n in ALL if "gate" not in n and "up_proj" not in n}),
+        (
+            None,
+            lambda name, module: getattr(module, "out_features", 0) == 136,
+            {n for n in ALL if "gate" not in n and "up_proj" not in n},
+        ),
         ("q_proj", (), {n for n in ALL if "q_proj" in n}),
         ("model.layers.1.mlp.up_proj", (), {"model.layers.1.mlp.up_proj"}),
         ("model.layers.*.q_proj", (), {n for n in ALL if "q_proj" in n}),

@@ -89,6 +89,9 @@ class Int8fxPasses(CustomGraphPass):
         """A hash of the passes' sources: Inductor's cache stays on, and an edited pass is never served a stale graph."""
         return _source_hash()
 
+    def __reduce__(self) -> str:
+        return "PASSES"  # copies of Inductor's configuration hold the same object
+
 
 PASSES = Int8fxPasses()
 
