@@ -154,7 +154,7 @@ def plan(
     ``candidates`` and ``packed`` are what `walk` and `packed_layers` find, if they are not what a model consists of.
 
     Raises:
-        ValueError: the model is converted or quantised already, or a pattern matches nothing.
+        ValueError: a layer to convert is converted already, or a pattern matches nothing.
     """
     chosen = None if select is None else Names(select, "select")
     skipped = Names(skip, "skip")

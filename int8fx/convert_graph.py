@@ -50,7 +50,8 @@ def convert_graph(
     """`convert` for graphs; returns how many weights it converted."""
     root = model.graph_module if isinstance(model, ExportedProgram) else model
     check_modules(root)
-    layers = plan_graph(model, select, skip)
+    packed = [*packed_layers(root), *packed_in_graph(model)]
+    layers = plan(root, select, skip, graph_layers(model), packed)
     chosen = choose(layers)
     leave_reasons(root, layers)
     root.meta.setdefault(DTYPES, {}).update((layer.name, layer.weight.dtype) for layer in chosen)
@@ -63,14 +64,9 @@ def convert_graph(
     return count
 
 
-def plan_graph(
-    model: GraphModule | ExportedProgram, select: Selection | None = None, skip: Selection = ()
-) -> list[Layer]:
-    """`convert.plan` for graphs."""
-    if isinstance(model, ExportedProgram):
-        return plan(model.graph_module, select, skip, _exported_layers(model), packed_in_graph(model))
-    packed = [*packed_layers(model), *packed_in_graph(model)]
-    return plan(model, select, skip, _graph_module_layers(model), packed)
+def graph_layers(model: GraphModule | ExportedProgram) -> list[Layer]:
+    """The Parameters of two or more dimensions that a graph reads."""
+    return list(_exported_layers(model) if isinstance(model, ExportedProgram) else _graph_module_layers(model))
 
 
 def packed_in_graph(model: GraphModule | ExportedProgram) -> list[tuple[str, nn.Module, str]]:
@@ -328,6 +324,7 @@ def _exported_layers(program: ExportedProgram) -> Iterator[Layer]:
         path, leaf = _split(name)
         owner = nn.Module()
         owner._parameters[leaf] = weight
+        owner._buffers.update({leaf + SCALE: t for n, t in program.state_dict.items() if n == name + SCALE})
         yield Layer(layer_name(path, leaf), owner, leaf, recipes[name].layouts.get(leaf), recipes[name])
 
 

@@ -164,8 +164,13 @@ class Demo:
             self.say(f"compiling the {what} of {label} (takes a minute or two when torch's compile cache is cold)")
             found[label] = next(steps)
         report = PASSES.reports[-1] if len(PASSES.reports) > known else None
-        rewrite = "int8fx's graph came from torch's compile cache" if report is None else f"in int8fx's graph, {report}"
-        self.say(f"compiled whole, without a graph break; {rewrite}")
+        rewrite = "rewritten in an earlier run: torch's compile cache had it"
+        if report is not None:
+            rewrite = (
+                f"rewritten to {report.linears} int8 products, {report.shared} quantisations shared, "
+                f"{report.folded} operations folded in"
+            )
+        self.say(f"compiled whole, without a graph break; int8fx's graph was {rewrite}")
         return found
 
     def interleave(
@@ -188,7 +193,8 @@ class Demo:
 
     def report(self, tokens: int) -> None:
         base, ours = self.results[BFLOAT16], self.results[INT8]
-        table = Table(title=f"{self.name}: a forward is {tokens} tokens, a decode step is 1", box=box.SIMPLE)
+        decode = ", a decode step is 1" if self.kind == "lm" else ""
+        table = Table(title=f"{self.name}: a forward is {tokens} tokens{decode}", box=box.SIMPLE)
         table.add_column(no_wrap=True)
         for label in (*self.results, f"{INT8} / {BFLOAT16}"):
             table.add_column(label, justify="right")

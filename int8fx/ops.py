@@ -119,8 +119,8 @@ def _setup_backward(op, ctx, output, weight, weight_scale, bias, activation, oth
     ctx.refused = None
     if activation != "none" or other is not None:
         ctx.refused = RuntimeError(
-            f"int8fx::{op} has no gradient through its epilogue (activation, other); the fold pass makes such calls only in "
-            "graphs whose backward has been traced"
+            f"int8fx::{op} has no gradient through its epilogue (activation, other); the fold pass makes such calls "
+            "only in graphs whose backward has been traced"
         )
         if not isinstance(output, FakeTensor):  # AOTInductor calls folded products on fakes, with gradients enabled
             raise ctx.refused

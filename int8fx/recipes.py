@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +110,8 @@ def linear_forward(self, x: Tensor) -> Tensor:
 def convolution_forward(self, x: Tensor) -> Tensor:
     n = self.packed_weights["weight"].kernel_dims
     if any(s != 1 for s in self.stride):
-        x = x[(Ellipsis, *[slice(None, None, s) for s in self.stride])]
+        strided: Any = (..., *(slice(None, None, s) for s in self.stride))
+        x = x[strided]
     return self.packed_linear(x.movedim(-n - 1, -1), "weight", self.bias).movedim(-1, -n - 1)
 
 

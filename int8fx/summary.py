@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from .convert import LEFT, Layer, packed_layers, plan
-from .packing import SCALE, PackedModule
+from .packing import SCALE
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,13 @@ def summary(model: Any) -> Summary:
         TypeError: ``model`` is none of these.
     """
     if isinstance(model, (GraphModule, ExportedProgram)):
-        from .convert_graph import DTYPES, packed_in_graph, plan_graph
+        from .convert_graph import DTYPES, graph_layers, packed_in_graph
 
         root = model.graph_module if isinstance(model, ExportedProgram) else model
         in_graph = packed_in_graph(model)
-        layers = plan_graph(model, skip=_is_converted)
+        layers = plan(root, candidates=graph_layers(model), packed=())
     elif isinstance(model, nn.Module):
-        root, in_graph, layers = model, [], plan(model, skip=_is_converted)
+        root, in_graph, layers = model, [], plan(model, packed=())
     else:
         raise TypeError(
             f"int8fx.summary: found {type(model).__name__}; legal: nn.Module, torch.fx.GraphModule, "
@@ -119,12 +119,6 @@ def summary(model: Any) -> Summary:
     for layer in layers:
         rows.append(_left(layer, reasons.get(layer.name) or layer.reason, is_converted, seen))
     return Summary(tuple(rows))
-
-
-def _is_converted(name: str, module: nn.Module) -> bool:
-    return isinstance(module, PackedModule) or any(
-        b is not None and b.dtype == torch.int8 and n + SCALE in module._buffers for n, b in module._buffers.items()
-    )
 
 
 def _converted(name: str, kind: str, module: nn.Module, parameter: str, dtype: torch.dtype, seen: set[int]) -> Row:

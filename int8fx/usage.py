@@ -17,7 +17,7 @@ from .passes.products import read_product
 
 
 class _Recorder(GraphAppendingTracer):
-    """Records what is done with proxies. Unlike ``torch.fx.Tracer`` it patches nothing: other threads go on undisturbed."""
+    """Records what is done with proxies. Unlike ``torch.fx.Tracer`` it patches nothing that other threads use."""
 
     def __init__(self) -> None:
         super().__init__(Graph())
@@ -31,29 +31,31 @@ class _Recorder(GraphAppendingTracer):
             return None
 
 
-class _Buffers(dict):
-    """The buffers of a module, each of which is copied when it is read."""
+_HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
 
-    def __init__(self, buffers: dict[str, Tensor | None]) -> None:
-        super().__init__(buffers)
-        self.copied: set[str] = set()
+
+class _CopiedOnRead(dict):
+    """The buffers or Parameters of a module, each of which is copied when it is read."""
+
+    def __init__(self, tensors: dict[str, Tensor | None]) -> None:
+        super().__init__(tensors)
+        self.own: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor | None:
-        buffer = super().__getitem__(name)
-        if name not in self.copied and buffer is not None:
-            self.copied.add(name)
-            self[name] = buffer = buffer.detach().clone()
-        return buffer
+        tensor = super().__getitem__(name)
+        if name not in self.own and tensor is not None:
+            self[name] = tensor = tensor.detach().clone()
+        return tensor
 
-    def __setitem__(self, name: str, buffer: Tensor | None) -> None:
-        self.copied.add(name)
-        super().__setitem__(name, buffer)
+    def __setitem__(self, name: str, tensor: Tensor | None) -> None:
+        self.own.add(name)
+        super().__setitem__(name, tensor)
 
 
 class _Twins:
-    """Copies of what a forward may write to: modules, containers, tensors, plain objects. Parameters are shared.
+    """Copies of what a forward may write to: modules, containers, tensors, plain objects; the rest is shared.
 
-    The copy of a module records calls of it, instead of running its forward.
+    The copy of a module records calls of it, instead of running its forward and hooks.
     """
 
     def __init__(self, recorder: _Recorder) -> None:
@@ -69,12 +71,15 @@ class _Twins:
             return MethodType(value.__func__, self.of(value.__self__, inside_object))
         if kind is tuple:
             return tuple(self.of(v, inside_object) for v in value)
-        if isinstance(value, nn.Module) and not isinstance(value, torch.jit.ScriptModule):
-            twin = self.made[id(value)] = nn.Module.__new__(kind)
-            own = {k: v for k, v in vars(value).items() if k != "_buffers" and not k.endswith("_hooks")}
-            vars(twin).update({k: self.of(v) for k, v in own.items()}, _buffers=_Buffers(value._buffers))
-            vars(twin).update((k, type(v)()) for k, v in vars(value).items() if k.endswith("_hooks"))
+        if isinstance(value, torch.jit.ScriptModule):
+            twin = self.made[id(value)] = nn.Module()
             vars(twin)["forward"] = self._record
+        elif isinstance(value, nn.Module):
+            twin = self.made[id(value)] = nn.Module.__new__(kind)
+            tensors = {name: _CopiedOnRead(vars(value)[name]) for name in ("_parameters", "_buffers")}
+            fresh = vars(nn.Module())
+            vars(twin).update(tensors, **{name: fresh[name] for name in _HOOKS}, forward=self._record)
+            vars(twin).update((k, self.of(v)) for k, v in vars(value).items() if k not in vars(twin))
         elif kind in (dict, OrderedDict, defaultdict):
             twin = self.made[id(value)] = copy.copy(value)
             twin.update((k, self.of(v, inside_object)) for k, v in value.items())
@@ -108,8 +113,9 @@ def _twin(module: nn.Module, recorder: _Recorder) -> tuple[nn.Module, dict[Node,
     """``module`` with proxies for Parameters, recorders for children and copies of what its forward may write to."""
     twin = _Twins(recorder).of(module)
     del vars(twin)["forward"]
-    vars(twin)["_parameters"] = {}
-    proxies = {n: recorder.create_proxy("get_attr", n, (), {}) for n, p in module._parameters.items() if p is not None}
+    present = {name for name, p in module._parameters.items() if p is not None}
+    vars(twin)["_parameters"] = dict.fromkeys(module._parameters.keys() - present)
+    proxies = {name: recorder.create_proxy("get_attr", name, (), {}) for name in present}
     vars(twin).update(proxies)
     return twin, {proxy.node: name for name, proxy in proxies.items()}
 
@@ -142,9 +148,10 @@ def read_usage(module: nn.Module) -> dict[str, str]:
         parameter = module._parameters.get(sources[node]) if node in sources else None
         return None if parameter is None else parameter.shape
 
-    layouts: dict[str, set[str | None]] = {}
+    layouts: dict[int, set[str | None]] = {}  # by Parameter: it may have several names
     for node in recorder.graph.nodes:
         product = read_product(node, shape_of)
         if product is not None:
-            layouts.setdefault(sources[product.w.source], set()).add(product.layout)
-    return {name: found.pop() for name, found in layouts.items() if len(found) == 1 and None not in found}  # type: ignore[misc]
+            layouts.setdefault(id(module._parameters[sources[product.w.source]]), set()).add(product.layout)
+    found = {name: layouts.get(id(p), set()) for name, p in module._parameters.items()}
+    return {name: layout for name, used in found.items() if len(used) == 1 and (layout := next(iter(used))) is not None}

@@ -1,4 +1,4 @@
-"""What a user sees under ``torch.compile``: one graph, no recompiles, the error of the eager model, generation, gradients.
+"""What a user sees under ``torch.compile``: one graph, no recompiles, eager's error, generation, gradients.
 
 Each family of models is measured in a process of its own, in which compiling is the first thing that happens; the tests
 read what the process reports. Families marked ``inductor`` are compiled as users do; for the others Inductor stops
@@ -24,7 +24,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import activation, bound, generator, unit_roundoff
+from helpers import activation, generator, unit_roundoff
 from models import HIDDEN, Inputs
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -95,8 +95,8 @@ FAMILIES = {
         folded=3 * LAYERS,
         inductor=True,
     ),
-    # encoder: q, k, v, o, gate, up, down; decoder: 4 more; T5 asks for the dtype of down's weight, twice per layer. All
-    # decoder layers quantise the encoder's output once. Folds: 2 residuals in the encoder, 3 in the decoder, gelu and gate
+    # encoder: q, k, v, o, gate, up, down; decoder: 4 more; T5 asks for the dtype of down's weight, twice per layer.
+    # All decoder layers quantise the encoder's output once. Folds: gelu and gate; 2 residuals, 3 in the decoder
     "t5": Family(
         captured={"linear": 18 * LAYERS, "dequantize": 4 * LAYERS},
         rewritten={
@@ -105,8 +105,8 @@ FAMILIES = {
         shared=8 * LAYERS - 1,
         folded=9 * LAYERS,
     ),
-    # Attention reads two weights dequantised. Encoder: qkv, o, up, down; decoder: qkv, o, q, kv, o, up, down. All decoder
-    # layers quantise the encoder's output once. Folds: relu and residual of each MLP, bias of each qkv, q, kv
+    # Attention reads two weights dequantised. Encoder: qkv, o, up, down; decoder: qkv, o, q, kv, o, up, down. All
+    # decoder layers quantise the encoder's output once. Folds: relu and residual of each MLP, bias of each qkv, q, kv
     "transformer": Family(
         captured={"dequantize": 6 * LAYERS, "linear": 4 * LAYERS},
         rewritten={"quantize_rowwise": 1, "linear_quantized": LAYERS, "linear": 10 * LAYERS},
@@ -207,6 +207,8 @@ def measure(name: str) -> dict[str, Any]:
     model, _ = models.ALL[name](seed=0)
     _plant(name, model)
     twins = {dtype: copy.deepcopy(model).to(dtype) for dtype in (torch.float32, torch.float64)}
+    if name == "mixtral":
+        twins[torch.float64].set_experts_implementation("eager")  # torch has no grouped product of float64
     int8fx.convert(model)
     config.joint_custom_post_pass = captured = _Captured()
     options = {} if FAMILIES[name].inductor else {"backend": without_cpp}
@@ -272,7 +274,7 @@ def _cast(inputs: Inputs) -> Inputs:
 
 @pytest.fixture(scope="session")
 def measured(request, tmp_path_factory) -> Callable[[str], dict[str, Any]]:
-    """``measured(family)``: what `measure` reports. The processes of all selected families start at once, two at a time."""
+    """``measured(family)``: what `measure` reports. The processes of all selected families start here, two at a time."""
     here = Path(__file__)
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1",
@@ -335,7 +337,7 @@ def test_dynamic_shapes_are_rewritten_alike(measured, family):
 def test_compiled_output_is_within_the_error_of_the_eager_one(measured, family, variant):
     """Against float64. What a different order of operations may add is measured: it is what float32 itself is off by.
 
-    Products that eager mode makes with dequantised weights are more exact there than LLM.int8(); `lower` makes them int8.
+    Products that eager mode makes with dequantised weights are more exact there than LLM.int8(), which `lower` makes.
     """
     error = measured(family)["errors"][variant]
     allowed = error.get("scheme", error["eager"])
@@ -429,7 +431,7 @@ class Adapted(nn.Module):
 
 @BACKENDS
 def test_gradients_of_a_compiled_lora_layer(backend, cold_cache):
-    """Every gradient is a sum of products that no quantisation enters but the weight's: known in float64, with its bound."""
+    """No quantisation but the weight's enters a gradient: its value and its bound are known in float64."""
     model = int8fx.convert(Adapted(), select="base")
     x = activation(6, 40, outliers="column").requires_grad_()
     grad = torch.randn(6, 24, generator=generator(1))
@@ -454,8 +456,7 @@ def test_gradients_of_a_compiled_lora_layer(backend, cold_cache):
     assert frames() == 1
     [report] = PASSES.reports
     assert report.linears == 1
-    terms = bound(x.detach(), model.base._buffers["weight"], model.base._buffers["weight_scale"], model.base.bias, 6.0)
-    assert ((outputs[0] - outputs[1]).abs() <= 2 * terms.sums + n * unit_roundoff(torch.float32) * terms.magnitude).all()
+    assert torch.equal(outputs[0], outputs[1])
 
 
 class Block(nn.Module):
@@ -464,7 +465,8 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm, self.bias = nn.LayerNorm(HIDDEN), nn.Parameter(torch.ones(96))
-        self.up, self.gate, self.down = (nn.Linear(*size, bias=False) for size in ((HIDDEN, 96), (HIDDEN, 96), (96, HIDDEN)))
+        self.up, self.gate = (nn.Linear(HIDDEN, 96, bias=False) for _ in range(2))
+        self.down = nn.Linear(96, HIDDEN, bias=False)
         g = generator(0)
         with torch.no_grad():
             for layer in (self.up, self.gate, self.down):
@@ -499,62 +501,59 @@ def test_training_through_folded_products(backend, cold_cache):
     assert report.folded > 0
 
 
-def test_eight_threads_get_the_bits_that_one_gets():
-    """One compiled model, called for the first time by eight threads at once, each with its own outliers."""
-    model = int8fx.convert(nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)).eval())
-    xs = [activation(24, 64, outliers="column", seed=seed) for seed in range(8)]
-    compiled = torch.compile(model, fullgraph=True, backend=without_cpp)
-    barrier, found = threading.Barrier(8), [[] for _ in xs]
+class Mixed(nn.Module):
+    """A Linear, a bare Parameter that only the passes make an int8 product, and code between them."""
 
-    def work(i: int) -> None:
-        barrier.wait()
+    def __init__(self) -> None:
+        super().__init__()
+        g = generator(0)
+        self.up, self.down = nn.Linear(HIDDEN, 96), nn.Parameter(torch.randn(96, HIDDEN, generator=g) / 8)
         with torch.no_grad():
-            for _ in range(20):
-                found[i].append(compiled(xs[i]))
+            self.up.weight.copy_(torch.randn(96, HIDDEN, generator=g) / 8)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    raced = frames()  # Dynamo has every thread compile that came before the first was done
-    with torch.no_grad():
-        expected = [compiled(x) for x in xs]
-    assert frames() == raced
-    assert len(PASSES.reports) == raced
-    assert {report.linears for report in PASSES.reports} == {2}
-    for ys, y in zip(found, expected, strict=True):
-        assert len(ys) == 20
-        assert all(torch.equal(y, again) for again in ys)
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(F.gelu(self.up(x)) @ self.down)
 
 
-def test_threads_share_code_of_inductor(cold_cache):
-    model = int8fx.convert(nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64), nn.Sigmoid()).eval())
-    compiled = torch.compile(model, fullgraph=True)
-    xs = [activation(24, 64, outliers="column", seed=seed) for seed in range(8)]
-    with torch.no_grad():
-        expected = [compiled(x) for x in xs]
+@pytest.mark.parametrize("start", ["cold", "warm"])
+def test_eight_threads_get_the_bits_that_one_gets(start, cold_cache):
+    """One compiled model, called by eight threads at once, each with its own outliers; cold: these calls compile it."""
+    model = int8fx.convert(Mixed().eval())
+    xs = [activation(24, HIDDEN, outliers="column", seed=seed) for seed in range(8)]
+    compiled = torch.compile(model, fullgraph=True, backend="int8fx")
+    if start == "warm":
+        with torch.no_grad():
+            compiled(xs[0])
+    barrier = threading.Barrier(8)
 
     def work(x: Tensor) -> list[Tensor]:
+        barrier.wait()
         with torch.no_grad():
             return [compiled(x) for _ in range(20)]
 
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(work, xs))
-    assert frames() == 1
-    assert all(torch.equal(y, again) for y, ys in zip(expected, found, strict=True) for again in ys)
+    graphs = frames()  # Dynamo has every thread compile that comes before the first is done
+    with torch.no_grad():
+        expected = [compiled(x) for x in xs]
+    assert frames() == graphs
+    assert graphs == 1 or start == "cold"
+    assert {(report.lowered, report.linears, report.dequantized) for report in PASSES.reports} == {(1, 2, 0)}
+    assert len({tuple(outlier_mask(x, 6.0).tolist()) for x in xs}) > 1
+    for ys, y in zip(found, expected, strict=True):
+        assert all(torch.equal(y, again) for again in ys)
 
 
 def test_the_backend_named_int8fx_brings_the_passes_along(cold_cache):
-    model = int8fx.convert(models.BareProducts())
-    x = torch.randn(3, 5, HIDDEN, generator=generator(0))
+    model, inputs = models.bare_products()
+    int8fx.convert(model)
     uninstall()
     try:
         with torch.no_grad():
-            torch.compile(model, fullgraph=True)(x)
+            torch.compile(model, fullgraph=True, backend=without_cpp)(**inputs)
             assert not PASSES.reports
             torch._dynamo.reset()
-            compiled = torch.compile(model, fullgraph=True, backend="int8fx")(x)
+            torch.compile(model, fullgraph=True, backend="int8fx")(**inputs)
     finally:
         install()
     [report] = PASSES.reports

@@ -568,6 +568,25 @@ def test_illegal_weights_are_refused_by_name_and_the_graph_is_left(kind, weight,
     assert converted_names(program) == {"fine"}
 
 
+@pytest.mark.parametrize("kind", ["symbolic", "exported", "unlifted"])
+def test_a_weight_beside_a_tensor_with_the_name_of_its_scale_is_left(kind):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.v = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+            self.register_buffer("w_scale", torch.ones(8))
+
+        def forward(self, x):
+            return x @ self.w * self.w_scale + x @ self.v
+
+    inputs = {"x": torch.randn(2, 8)}
+    program = PROGRAMS[kind](Scaled(), inputs)
+    int8fx.convert(program)
+    assert converted_names(program) == {"v"}
+    assert reasons(program) == {"w": "its module has a 'w_scale' of its own"}
+    assert torch.equal(tensors(program)["w_scale"], torch.ones(8))
+
+
 # ---- interruptions and memory ---------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Whichever way a product is run, it is the same product: eager, exported, compiled; and the reference, within its error."""
+"""Whichever way a product is run, it is the same: eager, exported, compiled; and the reference, within its error."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ DYNAMIC = {"x": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
 
 
 class Small(nn.Module):
-    """Two Linears and a bare Parameter. All it does between products is exact or rounded once: results compare by bits."""
+    """Two Linears and a bare Parameter; all between products is exact or rounded once, so that results compare by bits."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ for name in ("numpy", "transformers", "hypothesis"):
 
 
 def test_import_loads_int8fx_only(tmp_path):
-    """Its time is a matter of what it loads: modules of its own and of Python, no part of torch that torch did not load."""
+    """Its time is a matter of what it loads: its own modules and Python's, no part of torch that torch did not load."""
     found = run(
         """
 import torch

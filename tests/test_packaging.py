@@ -85,7 +85,9 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 def asked(code: str, cwd: Path, **environment: str) -> Any:
     """What ``code`` leaves in ``result``, in another process."""
-    return json.loads(run("-W", "ignore", "-c", f"import json\n{code}\nprint(json.dumps(result))", cwd=cwd, **environment))
+    return json.loads(
+        run("-W", "ignore", "-c", f"import json\n{code}\nprint(json.dumps(result))", cwd=cwd, **environment)
+    )
 
 
 # ---- the files ------------------------------------------------------------------------------------------------------

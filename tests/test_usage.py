@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import copy
+import sys
+import threading
 import types
 
 import pytest
@@ -16,7 +18,7 @@ from int8fx.usage import read_usage
 
 
 class Module(nn.Module):
-    """Parameters w [6, 6] (square: only its use tells which way round it is), e [3, 6, 6], b [6]; ``forward`` is given."""
+    """Parameters w [6, 6] (square: only its use tells which way round it is), e [3, 6, 6] and b [6]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -294,7 +296,74 @@ def test_control_flow_on_configuration_and_buffers_is_followed():
         assert read_usage(module) == expected
 
 
-def test_a_parameter_under_two_names_is_read_under_the_first():
+def test_a_parameter_under_two_names():
     module = type("Module", (Module,), {"forward": lambda self, x: F.linear(x, self.second)})()
     module.second = module.w
+    assert read_usage(module) == {"w": "NK", "second": "NK"}
+    module = type("Module", (Module,), {"forward": lambda self, x: F.linear(x, self.second) @ self.w})()
+    module.second = module.w
+    assert read_usage(module) == {}
+
+
+def test_a_parameter_that_is_none():
+    module = type("Module", (Module,), {"forward": lambda self, x: F.linear(x, self.w, self.bias)})()
+    module.register_parameter("bias", None)
     assert read_usage(module) == NK
+
+
+def test_children_are_what_they_are_and_do_not_run():
+    def forward(self, x):
+        for layer in self.layers:
+            assert isinstance(layer, nn.ReLU)
+            x = layer(x)
+        return F.linear(self.many["one"](x), self.w) if isinstance(self.child, nn.Linear) else x
+
+    module = type("Module", (Module,), {"forward": forward})()
+    module.layers = nn.Sequential(nn.ReLU(), nn.ReLU())
+    module.many = nn.ModuleDict({"one": nn.ReLU()})
+    for child in module.modules():
+        child.register_forward_pre_hook(lambda *_: pytest.fail("a hook ran"))
+    assert read_usage(module) == NK
+    module.many["one"] = torch.jit.script(nn.ReLU())
+    assert read_usage(module) == NK
+
+
+def test_a_child_s_parameters_are_not_written_to():
+    def forward(self, x):
+        self.child.weight.data.zero_()
+        with torch.no_grad():
+            self.child.bias.add_(1)
+        return F.linear(self.child(x), self.w)
+
+    module = type("Module", (Module,), {"forward": forward})()
+    before = snapshot(module)
+    assert read_usage(module) == NK
+    assert snapshot(module) == before
+
+
+def test_objects_that_cannot_be_copied_are_shared():
+    module = type("Module", (Module,), {"forward": lambda self, x: F.linear(x, self.w)})()
+    module.lock, module.generator, module.stream = threading.Lock(), torch.Generator(), sys.stdout
+    module.rows = (row for row in range(3))
+    assert read_usage(module) == NK
+
+
+def test_other_threads_are_not_disturbed():
+    """``torch.fx.Tracer`` would have them record what they do."""
+    entered, finished = threading.Event(), threading.Event()
+
+    def forward(self, x):
+        entered.set()
+        assert finished.wait(60)
+        return F.linear(x, self.w)
+
+    module, other = type("Module", (Module,), {"forward": forward})(), nn.Linear(6, 6)
+    found: list = []
+    reading = threading.Thread(target=lambda: found.append(read_usage(module)))
+    reading.start()
+    assert entered.wait(60)
+    y = other(random(2, 6))
+    finished.set()
+    reading.join()
+    assert type(y) is torch.Tensor
+    assert found == [NK]

@@ -86,7 +86,7 @@ class Int8fxPasses(CustomGraphPass):
         log.info("%s", report)
 
     def uuid(self) -> str:
-        """A hash of the passes' sources: Inductor's cache stays on, and an edited pass is never served a stale graph."""
+        """A hash of the passes' sources: Inductor's cache stays on, and an edited pass never gets a stale graph."""
         return _source_hash()
 
     def __reduce__(self) -> str:

@@ -138,7 +138,8 @@ def _cast_back(root: Node, y: Node) -> Node | None:
 def _is_wider(cast: Node, y: Node) -> bool:
     """Whether ``cast`` only adds digits: the epilogue computes in float32 and rounds once."""
     new, old = cast.meta["val"], y.meta["val"]
-    return new.dtype.is_floating_point and torch.promote_types(new.dtype, old.dtype) == new.dtype and new.device == old.device
+    wider = new.dtype.is_floating_point and torch.promote_types(new.dtype, old.dtype) == new.dtype
+    return wider and new.device == old.device
 
 
 def _depth(pattern: object) -> int:

@@ -29,9 +29,10 @@ class Operand:
 
     dims: for each dimension of the operand the dimension of the (selected) source it is; None if it has size 1 or is
         a broadcast.
-    sizes: the operand's shape; None where it is not known. Rules look at numbers only: to compare a SymInt adds a guard.
+    sizes: the operand's shape; None where it is not known. Rules look at numbers only: comparing a SymInt adds a guard.
     rank: of the source after the selections.
-    selections: ``(op, dim, *args)`` applied to the source: experts taken, rows split off; never along its last dimension.
+    selections: ``(op, dim, *args)`` applied to the source: experts taken, rows split off; never along its last
+        dimension.
     """
 
     source: Node
@@ -51,9 +52,7 @@ def _permute(operand: Operand, *order: int | Sequence[int]) -> Operand | None:
     n = len(operand.dims)
     if sorted(o % n for o in order) != list(range(n)):
         return None
-    return replace(
-        operand, dims=tuple(operand.dims[o] for o in order), sizes=tuple(operand.sizes[o] for o in order)
-    )
+    return replace(operand, dims=tuple(operand.dims[o] for o in order), sizes=tuple(operand.sizes[o] for o in order))
 
 
 def _transpose(operand: Operand, a: int = -2, b: int = -1) -> Operand | None:
@@ -225,8 +224,21 @@ for _targets, _view_rule in (
     ((aten.index.Tensor,), _index),
     ((operator.getitem, "__getitem__"), _getitem),
     (
-        (aten.clone.default, aten.detach.default, aten.alias.default, aten.contiguous.default, aten.lift_fresh_copy.default)
-        + (torch.detach, torch.clone, "detach", "clone", "contiguous", "float", "half", "bfloat16"),
+        (
+            aten.clone.default,
+            aten.detach.default,
+            aten.alias.default,
+            aten.contiguous.default,
+            aten.lift_fresh_copy.default,
+            torch.detach,
+            torch.clone,
+            "detach",
+            "clone",
+            "contiguous",
+            "float",
+            "half",
+            "bfloat16",
+        ),
         _identity,
     ),
     ((torch.ops.prims.convert_element_type.default, aten.to.dtype, aten._to_copy.default, "to", "type"), _cast),
@@ -387,7 +399,8 @@ class Product:
         Without ``meta["val"]``, shapes are known as far as the operation tells; an einsum's label is taken to have one
         size, though torch would broadcast a 1.
         """
-        x, y, sizes = self.x.meta.get("val"), self.node.meta.get("val"), dict(zip(self.w.dims, self.w.sizes, strict=True))
+        x, y = self.x.meta.get("val"), self.node.meta.get("val")
+        sizes = dict(zip(self.w.dims, self.w.sizes, strict=True))
         if self.node.target in _MATMUL and (len(self.w.dims) == 3 or (self.form == "left" and x is None)):
             return x is not None and y is not None and x.dim() == 3 and str(x.shape[0]) == str(y.shape[0])
         if self.form == "einsum" and x is not None:
@@ -421,7 +434,9 @@ def _grouped_targets() -> tuple:
     return tuple(t for t in (*targets, fallback, getattr(fallback, "default", None)) if t is not None)
 
 
-def _matrix(node: Node, x: object, w: Operand | None, left: bool, batched: bool, bias: Node | None = None) -> Product | None:
+def _matrix(
+    node: Node, x: object, w: Operand | None, left: bool, batched: bool, bias: Node | None = None
+) -> Product | None:
     """A product with a ``[..., K, N]`` operand on the right or a ``[..., N, K]`` operand on the left."""
     if w is None or not isinstance(x, Node) or len(w.dims) != (3 if batched else 2):
         return None
@@ -462,7 +477,9 @@ def read_product(node: Node, shape_of: Callable[[Node], Shape | None]) -> Produc
         return None
     if target in _MV:
         w = follow(args[0], shape_of)
-        return None if w is None or len(w.dims) != 2 or None in w.dims else Product(node, args[1], w, w.dims[0], w.dims[1])
+        if w is None or len(w.dims) != 2 or None in w.dims:
+            return None
+        return Product(node, args[1], w, w.dims[0], w.dims[1])
     if target in (*_MM, *_MATMUL, *_BMM):
         for left in (False, True):
             w = follow(args[0 if left else 1], shape_of)
@@ -524,7 +541,10 @@ def call(graph: Graph, target: Callable, *args: object, **kwargs: object) -> Nod
 
 
 def emit(graph: Graph, product: Product, codes: Node, scale: Node, threshold: float) -> Node:
-    """int8fx ops for ``product`` at the graph's insertion point; ``codes [..., N, K]`` and ``scale [..., N]`` are its source's."""
+    """int8fx ops for ``product`` at the graph's insertion point.
+
+    ``codes [..., N, K]`` and ``scale [..., N]`` are those of its source.
+    """
     ops = torch.ops.int8fx
     for op, dim, *args in product.w.selections:
         inserted = args if op is aten.index.Tensor else (dim, *args)

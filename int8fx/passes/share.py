@@ -58,9 +58,7 @@ def share(graph: Graph) -> int:
         for node in nodes:
             _, weight, scale, bias, _, *epilogue = node.args
             with graph.inserting_before(node):
-                new = call(
-                    graph, torch.ops.int8fx.linear_quantized.default, x, *parts, weight, scale, bias, *epilogue
-                )
+                new = call(graph, torch.ops.int8fx.linear_quantized.default, x, *parts, weight, scale, bias, *epilogue)
             verify(node, new)
             node.replace_all_uses_with(new)
             erase_dead(node)

@@ -13,8 +13,8 @@ def verify(old: Node, new: Node) -> None:
     before, after = old.meta.get("val"), new.meta.get("val")
     if before is None or after is None:
         return
-    found, expected = (
-        (tuple(map(str, v.shape)), v.dtype, v.device) for v in (after, before)
-    )
+    found, expected = ((tuple(map(str, v.shape)), v.dtype, v.device) for v in (after, before))
     if found != expected:
-        raise RuntimeError(f"int8fx: {new.format_node()} gives {found} in the place of {old.name}, which gave {expected}")
+        raise RuntimeError(
+            f"int8fx: {new.format_node()} gives {found} in the place of {old.name}, which gave {expected}"
+        )
