@@ -423,6 +423,11 @@ def test_tied_weights_stay_tied_and_the_head_stays(kind):
     assert state["up.weight"].dtype == torch.int8
     int8fx.convert(model)
     assert torch.equal(run(program, inputs), run(model, inputs))
+    if kind == "unlifted":
+        program.half()._apply(torch.clone)  # what a move to another device does: new memory
+        assert program.up.weight is program.up_again.weight
+        assert program.up.weight_scale is program.up_again.weight_scale
+        assert program.up.weight_scale.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", ["exported", "decomposed", "unlifted"])

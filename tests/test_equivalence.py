@@ -180,14 +180,13 @@ def network(x: Tensor, up: tuple, gate: tuple, down: tuple, bias: Tensor) -> Ten
 
 
 @pytest.fixture(scope="module")
-def compiled_network(tmp_path_factory) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def compiled_network() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """What Inductor's code gives, and what the rewritten products give."""
     weights = (packed_weight(40, 24, seed=1), packed_weight(40, 24, seed=2), packed_weight(24, 40, seed=3))
     bias = torch.randn(40, generator=generator(4))
     before, compiled = len(PASSES.reports), torch.compile(network, fullgraph=True, dynamic=True)
     metrics.reset()
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+    with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
         compiled(torch.ones(3, 24), *weights, bias)
     assert metrics.generated_cpp_vec_kernel_count + metrics.generated_kernel_count > 0
     [report] = list(PASSES.reports)[before:]

@@ -23,7 +23,7 @@ DYNAMIC = {"x": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
 
 
 class Small(nn.Module):
-    """Two Linears and a bare Parameter; all between products is exact or rounded once, so that results compare by bits."""
+    """Two Linears and a bare Parameter; all between them is exact or rounded once, so that results compare by bits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,9 +118,8 @@ def products(state: dict[str, Tensor], bias: Tensor, x: Tensor, threshold: float
 
 
 @pytest.mark.parametrize(("threshold", "first"), [(6.0, "convert"), (INF, "export")])
-def test_aot_inductor_packages_run(threshold, first, tmp_path, monkeypatch):
+def test_aot_inductor_packages_run(threshold, first, tmp_path):
     """Built, loaded and run, with gradients enabled and sizes that the example did not have."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     scheme = int8fx.llm_int8(threshold)
     if first == "convert":
         program = exported(int8fx.convert(Small().eval(), scheme))

@@ -319,6 +319,7 @@ CASTS = {
     "type": (lambda m: m.type(torch.float16), torch.float16),
     "share_memory": (lambda m: m.share_memory(), torch.float32),
     "cpu": (lambda m: m.cpu(), torch.float32),
+    "move": (lambda m: m._apply(torch.clone), torch.float32),  # what a move to another device does: new memory
     "channels_last": (lambda m: m.to(memory_format=torch.channels_last), torch.float32),
     "train": (lambda m: m.train(), torch.float32),
     "eval": (lambda m: m.eval(), torch.float32),
