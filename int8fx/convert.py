@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from .packing import PackedModule, PackedWeight, Packing, clash, pack_modules
-from .quantize import MAX_K, quantize_weight
+from .quantize import INT8_MAX, MAX_K, quantize_weight
 from .recipes import Recipe, attention_forward, embedding_forward, matrices, recipe_for, uninitialized
 from .schemes import LLMInt8, llm_int8
 from .selection import Names, Selection
@@ -281,6 +281,8 @@ def check_weight(name: str, weight: Tensor, K: int) -> None:
         low, high = weight.detach().aminmax()
         if not (low.isfinite() and high.isfinite()):
             refuse("has NaN or inf in its weight", "finite weights")
+        if max(-low, high) / INT8_MAX > torch.finfo(torch.float32).max:
+            refuse("has a weight whose scale overflows float32", "weights that float32 can hold")
 
 
 def _output_embeddings(model: nn.Module, layers: list[Layer]) -> set[int]:

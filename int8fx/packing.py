@@ -72,7 +72,10 @@ class PackedModule(nn.Module):
             if not isinstance(value, Tensor) or value.dtype != torch.int8 or value.shape != expected.shape:
                 found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 legal = f"int8 codes {tuple(expected.shape)}"
-                raise TypeError(f"{type(self).__name__}.{name} is packed: it takes {legal}, found {found}")
+                raise TypeError(
+                    f"{type(self).__name__}.{name} is packed: it takes {legal}, found {found}; assign, tie or "
+                    "resize weights before int8fx.convert"
+                )
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):

@@ -112,7 +112,8 @@ def convolution_forward(self, x: Tensor) -> Tensor:
     if any(s != 1 for s in self.stride):
         strided: Any = (..., *(slice(None, None, s) for s in self.stride))
         x = x[strided]
-    return self.packed_linear(x.movedim(-n - 1, -1), "weight", self.bias).movedim(-1, -n - 1)
+    y = self.packed_linear(x.movedim(-n - 1, -1), "weight", self.bias)
+    return y.movedim(-1, -n - 1).contiguous()  # what follows may view it, as it could the convolution's result
 
 
 def embedding_forward(self, ids: Tensor) -> Tensor:

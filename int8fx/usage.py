@@ -134,11 +134,16 @@ def read_usage(module: nn.Module) -> dict[str, str]:
     try:
         twin, sources = _twin(module, recorder)
         signature = inspect.signature(type(module).forward)
-        args = {}
-        for p in list(signature.parameters.values())[1:]:
-            if p.default is inspect.Parameter.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-                args[p.name] = recorder.create_proxy("placeholder", p.name, (), {})
-        bound = signature.bind(twin, **args)
+        parameters = list(signature.parameters.values())[1:]
+        args = {
+            p.name: recorder.create_proxy("placeholder", p.name, (), {})
+            for p in parameters
+            if p.default is inspect.Parameter.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        }
+        if parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:  # forward(self, *inputs): one input
+            bound = signature.bind(twin, recorder.create_proxy("placeholder", parameters[0].name, (), {}), **args)
+        else:
+            bound = signature.bind(twin, **args)
         with torch.random.fork_rng(devices=[]):
             type(module).forward(*bound.args, **bound.kwargs)
     except Exception as error:

@@ -275,7 +275,7 @@ def _cast(inputs: Inputs) -> Inputs:
 
 @pytest.fixture(scope="session")
 def measured(request, tmp_path_factory) -> Callable[[str], dict[str, Any]]:
-    """``measured(family)``: what `measure` reports. The processes of all selected families start at once, two a time."""
+    """``measured(family)``: what `measure` reports. All selected families start at once, two at a time."""
     here = Path(__file__)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"} | NO_GRAPHS_FROM_CACHES
 

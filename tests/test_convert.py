@@ -722,7 +722,7 @@ def test_1x1_convolutions_on_request(dims, stride, unbatched, bias):
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
     conv = kind(40, 24, 1, stride=stride, bias=bias)
     x = activation(2 * 5**dims, 40, outliers="column").reshape(2, *[5] * dims, 40).movedim(-1, 1)
-    x = x[0] if unbatched else x
+    x = (x[0] if unbatched else x).contiguous()
     y, b = conv(x), None if conv.bias is None else conv.bias.detach()
     model = nn.Sequential(conv, nn.Flatten())
     with pytest.warns(UserWarning, match="no layer was converted"):
@@ -735,6 +735,7 @@ def test_1x1_convolutions_on_request(dims, stride, unbatched, bias):
     assert torch.equal(codes_of(conv)[0], quantize_weight(weight.flatten(1))[0])
     z = conv(x).detach()
     assert z.shape == y.shape
+    assert z.stride() == y.stride()  # what follows may view it
     rows = x.movedim(-dims - 1, -1)[(..., *[slice(None, None, stride)] * dims, slice(None))]
     assert_within_budget(z.movedim(-dims - 1, -1), rows, *codes_of(conv), b, 6.0)
 
@@ -1060,6 +1061,10 @@ REFUSED = {
     ),
     "nan": (lambda: _with(lambda: torch.full((8, 8), float("nan"))), "has NaN or inf in its weight"),
     "inf": (lambda: _with(lambda: torch.eye(8) / (1 - torch.eye(8))), "has NaN or inf in its weight"),
+    "huge in float64": (
+        lambda: _with(lambda: torch.full((8, 8), 1e45, dtype=torch.float64)),
+        "has a weight whose scale overflows float32",
+    ),
     "long": (lambda: _with(lambda: torch.zeros(1, MAX_K + 1)), f"has K = {MAX_K + 1} input channels"),
     "sparse": (lambda: _with(lambda: torch.eye(8).to_sparse()), "has a sparse_coo weight"),
     "bitsandbytes": (_bitsandbytes, "is already quantised by bitsandbytes"),

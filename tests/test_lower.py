@@ -12,7 +12,7 @@ from int8fx.passes import lower
 aten = torch.ops.aten
 IDS = torch.tensor([2, 0, 2, 1])
 
-# name: f(x, *weights, *extra), shape of x, shapes of weights, shapes of extra.
+# name: f(x, *weights, *extra), shape of x, shapes of weights, shapes of extra (or tensors).
 # K = 24, since Inductor has tiny products decomposed into sums.
 LOWERED = {
     "linear": (lambda x, w: F.linear(x, w), (3, 5, 24), [(6, 24)]),
@@ -52,9 +52,9 @@ LOWERED = {
     "the last expert": (lambda x, w: x @ w[-1].t(), (5, 24), [(3, 6, 24)]),
     "some experts": (lambda x, w: torch.bmm(x, w[1:3].mT), (2, 5, 24), [(3, 6, 24)]),
     "one output channel of each expert": (lambda x, w: F.linear(x, w[:, 2]), (5, 24), [(3, 6, 24)]),
-    "experts by ids": (lambda x, w: torch.bmm(x, w[IDS].mT), (4, 5, 24), [(3, 6, 24)]),
-    "experts by 32-bit ids": (lambda x, w: torch.bmm(x, w[IDS.int()].mT), (4, 5, 24), [(3, 6, 24)]),
-    "experts by ids on the left": (lambda x, w: (w[IDS] @ x[..., None]).squeeze(-1), (4, 24), [(3, 6, 24)]),
+    "experts by ids": (lambda x, w, ids: torch.bmm(x, w[ids].mT), (4, 5, 24), [(3, 6, 24)], IDS),
+    "experts by 32-bit ids": (lambda x, w, ids: torch.bmm(x, w[ids].mT), (4, 5, 24), [(3, 6, 24)], IDS.int()),
+    "experts by ids on the left": (lambda x, w, ids: (w[ids] @ x[:, :, None])[..., 0], (4, 24), [(3, 6, 24)], IDS),
     "rows": (lambda x, w: F.linear(x, w[2:5]), (5, 24), [(6, 24)]),
     "rows but the last": (lambda x, w: F.linear(x, w[:-2]), (5, 24), [(6, 24)]),
     "squeezed": (lambda x, w: F.linear(x, w[:, None][None].squeeze(2).squeeze(0)), (5, 24), [(6, 24)]),
@@ -66,7 +66,7 @@ LOWERED = {
 
 def case(f, x, weights, *extra, dtype=torch.float32, threshold=0.0, rounding=None) -> Case:
     packed = [weight(*w, seed=3 + i) for i, w in enumerate(weights)]
-    extra = [random(*e, seed=2, dtype=dtype) for e in extra]
+    extra = [e if isinstance(e, torch.Tensor) else random(*e, seed=2, dtype=dtype) for e in extra]
     return Case(f, random(*x, dtype=dtype), packed, extra, threshold, rounding)
 
 
@@ -220,7 +220,7 @@ def test_grouped_product(spelling):
         return torch._grouped_mm(x, w.mT, offsets)
 
     c = case(f, (9, 32), [(3, 16, 32)], dtype=torch.bfloat16, threshold=2.0)
-    c.check_lowered(there=ops.grouped_linear.default)
+    c.check_lowered(there=ops.grouped_linear.default, dynamo=True)
 
 
 def test_near_miss_grouped_product_of_a_transposed_weight():
@@ -231,7 +231,7 @@ def test_near_miss_grouped_product_of_a_transposed_weight():
             return torch.cat([x[:4] @ w[0], x[4:4] @ w[1], x[4:] @ w[2]])
         return torch._grouped_mm(x, w, offsets)
 
-    case(f, (9, 16), [(3, 16, 32)], dtype=torch.bfloat16).check_left()
+    case(f, (9, 16), [(3, 16, 32)], dtype=torch.bfloat16).check_left(dynamo=True)
 
 
 @pytest.mark.parametrize("parts", ["split", "chunk"])
@@ -332,9 +332,9 @@ NEAR_MISSES = {
     "einsum of a diagonal": (lambda x, w: torch.einsum("bk,kk->bk", x, w), (5, 24), [(24, 24)]),
     "einsum that sums the weight alone": (lambda x, w: torch.einsum("bk,nk->bk", x, w), (5, 24), [(6, 24)]),
     "einsum with two batch labels": (lambda x, w: torch.einsum("enk,enk->en", x, w), (3, 6, 24), [(3, 6, 24)]),
-    "experts by a table of ids": (lambda x, w: x @ w[IDS.view(2, 2)].mT, (2, 2, 5, 24), [(3, 6, 24)]),
-    "rows by ids": (lambda x, w: F.linear(x, w[IDS]), (5, 24), [(6, 24)]),
-    "an embedding": (lambda x, w: F.embedding(IDS, w) * x, (4, 24), [(6, 24)]),
+    "experts by a table of ids": (lambda x, w, ids: x @ w[ids].mT, (2, 2, 5, 24), [(3, 6, 24)], IDS.view(2, 2)),
+    "rows by ids": (lambda x, w, ids: F.linear(x, w[ids]), (5, 24), [(6, 24)], IDS),
+    "an embedding": (lambda x, w, ids: F.embedding(ids, w) * x, (4, 24), [(6, 24)], IDS),
     "a product with K = 1, which is none": (lambda x, w: F.linear(x, w), (5, 1), [(6, 1)]),
     "a vector on the right": (lambda x, w: w @ x, (24,), [(6, 24)]),
     "experts of a batch": (lambda x, w: x @ w.mT, (2, 3, 5, 24), [(3, 6, 24)]),

@@ -246,14 +246,14 @@ def is_legal(f: Callable, *args: Tensor | None) -> bool:
     return True
 
 
-@settings(max_examples=10 * settings().max_examples)
+@settings(max_examples=6 * settings().max_examples)
 @given(st.data())
 def test_any_chain_of_views_gives_the_same_answer_in_graphs_of_torch_functions(data):
     chain_of_views(data, "torch")
 
 
 @pytest.mark.parametrize("level", ["export", "aten"])
-@settings(max_examples=3 * settings().max_examples)
+@settings(max_examples=2 * settings().max_examples)
 @given(data=st.data())
 def test_any_chain_of_views_gives_the_same_answer_in_graphs_of_aten_operations(level, data):
     chain_of_views(data, level)

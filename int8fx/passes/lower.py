@@ -12,7 +12,7 @@ After::
 
     y: bf16[B, S, N] = int8fx.linear(x, weight, weight_scale, bias, 6.0)
 
-The same for mm, bmm (experts, or a broadcast weight), baddbmm, mv, matmul, linear, einsum and grouped_mm, with the
+The same for mm, bmm (experts, or a broadcast weight), baddbmm, matmul, linear, einsum and grouped_mm, with the
 weight on either side, through any views of it that only permute, add or remove dimensions of size 1, pick an expert or
 split the output channels (cross-attention's q and kv). What is not matched stays a product with a dequantised weight:
 right, and slower.

@@ -449,7 +449,8 @@ def _matrix(
 def read_product(node: Node, shape_of: Callable[[Node], Shape | None]) -> Product | None:
     """The product that ``node`` computes with a weight, or None.
 
-    Products of two activations are None by construction: neither operand leads to a source.
+    Products of two activations are None by construction: neither operand leads to a source. Of two weights,
+    the one on the right counts as the weight.
     """
     target, args = _target_of(node), node.args
     if target is None or "out" in node.kwargs:
