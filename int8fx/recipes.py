@@ -138,8 +138,10 @@ def attention_forward(
         raise ValueError("int8fx: attention found a nested tensor; convert the nn.TransformerEncoder with its layers")
     batch_first = self.batch_first and query.dim() == 3
     if batch_first:  # the same tensor must stay the same: self-attention is one product with q, k and v together
-        swapped = {id(t): t.transpose(0, 1) for t in (query, key, value)}
-        query, key, value = (swapped[id(t)] for t in (query, key, value))
+        q = query.transpose(0, 1)
+        k = q if key is query else key.transpose(0, 1)
+        value = q if value is query else k if value is key else value.transpose(0, 1)
+        query, key = q, k
     separate: dict = {"use_separate_proj_weight": not self._qkv_same_embed_dim}
     if not self._qkv_same_embed_dim:
         separate |= {f"{c}_proj_weight": getattr(self, f"{c}_proj_weight") for c in "qkv"}

@@ -186,7 +186,8 @@ def compiled_network() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     bias = torch.randn(40, generator=generator(4))
     before, compiled = len(PASSES.reports), torch.compile(network, fullgraph=True, dynamic=True)
     metrics.reset()
-    with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+    inductor, functorch = torch._inductor.config, torch._functorch.config
+    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False), torch.no_grad():
         compiled(torch.ones(3, 24), *weights, bias)
     assert metrics.generated_cpp_vec_kernel_count + metrics.generated_kernel_count > 0
     [report] = list(PASSES.reports)[before:]

@@ -66,8 +66,8 @@ def _without_views(graph: Graph, old: Node, new: Node) -> list[tuple[Node, Node]
     """``view(linear(view(x, [M, K])), [..., N])`` -> ``linear(x)``, if that is what every use of the product does."""
     if new.target is not torch.ops.int8fx.linear.default or "val" not in new.meta:
         return None
-    x2d = new.args[0]
-    if x2d.op != "call_function" or x2d.target not in _VIEWS or x2d.meta["val"].dim() != 2 or not old.users:
+    x2d, weight = new.args[:2]
+    if x2d.op != "call_function" or x2d.target not in _VIEWS or weight.meta["val"].dim() != 2 or not old.users:
         return None
     x = x2d.args[0]
 

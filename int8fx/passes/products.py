@@ -334,7 +334,7 @@ def follow(node: object, shape_of: Callable[[Node], Shape | None]) -> Operand | 
         return None
     args = node.args[1:] if node.target is not getattr else ()
     kwargs = {k: v for k, v in node.kwargs.items() if k not in ("memory_format", "layout", "pin_memory", "copy")}
-    if rule is _identity:
+    if rule is _identity or (rule in (_view, _expand) and _same_shape(node, node.args[0])):
         return operand
     if kwargs.pop("device", None) is not None:
         return None
@@ -342,6 +342,12 @@ def follow(node: object, shape_of: Callable[[Node], Shape | None]) -> Operand | 
         return rule(operand, *args, **kwargs)
     except (TypeError, IndexError):  # arguments of another overload, or Nodes where numbers are needed
         return None
+
+
+def _same_shape(a: Node, b: Node) -> bool:
+    """Whether both are known to have one shape, symbols included."""
+    vals = [n.meta.get("val") for n in (a, b)]
+    return None not in vals and [str(s) for s in vals[0].shape] == [str(s) for s in vals[1].shape]
 
 
 def _follow_split(node: Node, which: int, shape_of: Callable[[Node], Shape | None]) -> Operand | None:

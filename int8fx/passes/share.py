@@ -32,6 +32,7 @@ _SAME_VALUE = (  # of equal arguments, these give equal tensors: autocast casts 
     aten.view.default,
     aten.reshape.default,
     aten.permute.default,
+    aten.expand.default,
     aten.unsqueeze.default,
     aten.squeeze.dim,
     aten.select.int,
