@@ -117,9 +117,12 @@ def products(state: dict[str, Tensor], bias: Tensor, x: Tensor, threshold: float
     return x + linear(torch.relu(linear(x, "up.weight", bias)) + linear(x, "bare"), "down.weight")
 
 
-@pytest.mark.parametrize(("threshold", "first"), [(6.0, "convert"), (INF, "export")])
+@pytest.mark.parametrize(("threshold", "first"), [(6.0, "convert"), (1e300, "export")])
 def test_aot_inductor_packages_run(threshold, first, tmp_path):
-    """Built, loaded and run, with gradients enabled and sizes that the example did not have."""
+    """Built, loaded and run, with gradients enabled and sizes that the example did not have.
+
+    torch 2.13 writes an infinite argument into a package in a way that it cannot read back: 1e300 stands for it.
+    """
     scheme = int8fx.llm_int8(threshold)
     if first == "convert":
         program = exported(int8fx.convert(Small().eval(), scheme))
