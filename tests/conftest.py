@@ -9,3 +9,7 @@ _slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40, suppress_health_check=_slow)
 settings.register_profile("thorough", deadline=None, max_examples=1500, suppress_health_check=_slow)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_runtest_setup() -> None:
+    torch.manual_seed(0)  # whatever ran before, and on whichever worker

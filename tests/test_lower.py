@@ -60,8 +60,12 @@ LOWERED = {
     "squeezed": (lambda x, w: F.linear(x, w[:, None][None].squeeze(2).squeeze(0)), (5, 24), [(6, 24)]),
     "viewed with dimensions of 1": (lambda x, w: F.linear(x, w.view(6, 1, 24, 1).view(6, 24)), (5, 24), [(6, 24)]),
     "contiguous": (lambda x, w: torch.mm(x, w.t().contiguous()), (5, 24), [(6, 24)]),
+    "viewed otherwise": (lambda x, w: torch.mm(x.view(6, 24), w.t()).view(3, 2, 6), (2, 3, 24), [(6, 24)]),
+    "viewed and summed": (
+        lambda x, w: (lambda y: y.view(2, 3, 6) + y.sum())(torch.mm(x.view(6, 24), w.t())), (2, 3, 24), [(6, 24)]
+    ),
     "two in a row": (lambda x, w, v: F.linear(F.linear(x, w), v), (5, 24), [(20, 24), (4, 20)]),
-}
+}  # fmt: skip
 
 
 def case(f, x, weights, *extra, dtype=torch.float32, threshold=0.0, rounding=None) -> Case:
@@ -244,6 +248,24 @@ def test_parts_of_one_weight(parts):
 
     after = case(f, (5, 24), [(12, 24)], (5, 24)).check_lowered(2)
     assert count_nodes(after, aten.slice.Tensor) == 4  # of int8 codes and scales
+
+
+def test_near_miss_grouped_products_of_one_expert_or_of_parts_of_a_weight():
+    offsets = torch.tensor([4, 4, 16], dtype=torch.int32)
+
+    def one_expert(x, w):
+        if x.dtype == torch.float64:
+            return x @ w[0].t()
+        return torch._grouped_mm(x, w.expand(3, 16, 32).mT, offsets)
+
+    case(one_expert, (16, 32), [(1, 16, 32)], dtype=torch.bfloat16).check_left(dynamo=True)
+
+    def parts(x, w):
+        if x.dtype == torch.float64:
+            return torch.cat([x[0] @ w[:4].t(), x[1] @ w[4:4].t(), x[2] @ w[4:].t()], -1)
+        return torch._grouped_mm(x, w.t(), offsets)
+
+    case(parts, (3, 8, 32), [(16, 32)], dtype=torch.bfloat16).check_left(dynamo=True)
 
 
 def test_two_products_of_one_weight():

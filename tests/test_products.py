@@ -302,7 +302,7 @@ def test_is_read_as_a_product(name, level):
 
 
 USED_OTHERWISE = ("weight changed in a copy", "weight added to another tensor in place")
-ATEN = LEVELS[1:]
+ATEN, COMPOSITE = LEVELS[1:], LEVELS[:2]
 
 LEFT = {
     "transposed": (lambda x, w: x @ w, (4, 3), (3, 3)),
@@ -333,14 +333,22 @@ LEFT = {
     "an embedding": (lambda x, w: F.embedding(x.long().abs() % 2, w), (4, 3), (2, 3)),
     "rows by ids": (lambda x, w: F.linear(x, w[torch.tensor([1, 0])]), (4, 3), (2, 3)),
     "einsum of a diagonal": (lambda x, w: torch.einsum("mk,kk->mk", x, w), (4, 3), (3, 3)),
+    "einsum of a diagonal of x": (lambda x, w: torch.einsum("mmk,nk->mn", x, w), (4, 4, 3), (2, 3), *COMPOSITE),
     "einsum over two labels": (lambda x, w: torch.einsum("mnk,nk->m", x, w), (4, 2, 3), (2, 3)),
+    "einsum that sums x first": (lambda x, w: torch.einsum("mjk,nk->mn", x, w), (4, 2, 3), (2, 3), *COMPOSITE),
+    "einsum of a row for each expert": (
+        lambda x, w: torch.einsum("ek,enk->en", x, w), (2, 3), (2, 2, 3), *COMPOSITE
+    ),
+    "einsum of a table for each expert": (
+        lambda x, w: torch.einsum("eabk,enk->eabn", x, w), (2, 2, 4, 3), (2, 2, 3), *COMPOSITE
+    ),
     "einsum with an ellipsis": (lambda x, w: torch.einsum("...k,kn->...n", x, w), (4, 3), (3, 3)),
     "einsum without an arrow": (lambda x, w: torch.einsum("mk,kn", x, w), (4, 3), (3, 3)),
     "split by a number that is computed": (lambda x, w: F.linear(x, w.split(x.shape[0])[0]), (4, 3), (2, 3), "torch"),
     "experts of a matrix of unknown rank": (lambda x, w: x @ w.mT, (4, 3), (2, 2, 3), "torch"),
     "on the left of an unknown rank": (lambda x, w: w @ x, (3,), (2, 3), "torch"),
     "into a given tensor": (lambda x, w: torch.mm(x, w.t(), out=torch.empty(4, 2)), (4, 3), (2, 3), "torch"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -195,9 +195,17 @@ def test_near_miss_different_views():
     check(f, outliers(2, 5), *weights(2), count=0)
 
 
-def test_near_miss_different_casts():
+def test_near_miss_different_rows():
     def f(x, q, k):
-        return F.linear(x, read(q)), F.linear(x.bfloat16(), read(k, torch.bfloat16))
+        return F.linear(x[:, 0], read(q)), F.linear(x[:, 1], read(k))
+
+    check(f, outliers(2, 5), *weights(2), count=0)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)], ids=str)
+def test_near_miss_different_casts(dtypes):
+    def f(x, q, k):
+        return tuple(F.linear(x.to(dtype), read(w, dtype)) for dtype, w in zip(dtypes, (q, k), strict=True))
 
     check(f, outliers(5), *weights(2), count=0)
 
