@@ -33,8 +33,10 @@ from .convert import (
 )
 from .packing import SCALE, PackedModule, applied_to_packed, not_codes
 from .passes import count_ops
+from .passes.emit import call
 from .passes.lower import lower
-from .passes.products import call, follow, read_product
+from .passes.products import read_product
+from .passes.weights import follow
 from .quantize import compute_dtype
 from .recipes import EMBEDDING, Recipe, embedding_forward
 from .schemes import LLMInt8

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from int8fx.passes import lower
-from int8fx.passes.products import follow
+from int8fx.passes.weights import follow
 
 aten = torch.ops.aten
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from .products import call, erase_dead
+from .emit import call, erase_dead
 from .verify import verify
 
 aten = torch.ops.aten

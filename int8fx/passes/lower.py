@@ -23,7 +23,8 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from .products import call, emit, erase_dead, read_product
+from .emit import call, emit, erase_dead
+from .products import read_product
 from .verify import verify
 
 aten = torch.ops.aten

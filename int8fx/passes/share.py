@@ -22,7 +22,7 @@ from collections import defaultdict
 import torch
 from torch.fx import Graph, Node
 
-from .products import call, erase_dead
+from .emit import call, erase_dead
 from .verify import verify
 
 aten = torch.ops.aten
