@@ -29,10 +29,13 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument("--prompt", default=PROMPT, help="what to continue")
     demo.add_argument("--tokens", type=int, default=32, help="how many tokens to generate")
     demo.add_argument("--quick", action="store_true", help="shorter text, fewer rounds, less to compile")
+    commands.add_parser("build", help="compile the CPU kernels now instead of at their first use")
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()
         return 0
+    if args.command == "build":
+        return build()
     if args.tokens < 4:
         demo.error(f"--tokens is {args.tokens}; legal: 4 or more")
     if not args.prompt:
@@ -56,4 +59,16 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("int8fx demo: interrupted", file=sys.stderr)
         return 130
+    return 0
+
+
+def build() -> int:
+    """Compiles the CPU kernels; returns the exit code."""
+    from . import native
+
+    try:
+        print(native.build(native.instruction_set()))
+    except (ImportError, RuntimeError, OSError) as error:
+        print(f"int8fx build: {error}", file=sys.stderr)
+        return 1
     return 0

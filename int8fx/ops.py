@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from . import cpu, reference
+from . import cpu, native, reference
 from .quantize import MAX_K, compute_dtype
 from .quantize import dequantize as _dequantize
 
@@ -295,10 +295,27 @@ def _dequantize_fake(weight, weight_scale, dtype, threshold=6.0):
 
 # ---- registration ----------------------------------------------------------------------------------------------------
 
-_LIB.impl("linear", _linear_cpu, "CPU")
-_LIB.impl("linear_quantized", _linear_quantized_cpu, "CPU")
-_LIB.impl("quantize_rowwise", _quantize_rowwise_cpu, "CPU")
-_LIB.impl("grouped_linear", _grouped_linear_cpu, "CPU")
+
+def _without_library(name: str, kernel: Callable) -> Callable:
+    """What CPU tensors reach until the C++ kernels are loaded: loads them, or runs ``kernel`` if that fails."""
+    op = getattr(torch.ops.int8fx, name).default
+
+    def run(x, *args):
+        if x.device.type != "cpu":
+            raise NotImplementedError(f"int8fx::{name}: no kernel for tensors on {x.device}; legal: cpu")
+        return op(x, *args) if native.load() else kernel(x, *args)
+
+    return run
+
+
+for _name, _kernel in (
+    ("linear", _linear_cpu),
+    ("linear_quantized", _linear_quantized_cpu),
+    ("quantize_rowwise", _quantize_rowwise_cpu),
+    ("grouped_linear", _grouped_linear_cpu),
+):
+    # An alias key: the library's kernels, for the key CPU, go before it.
+    _LIB.impl(_name, _without_library(_name, _kernel), "CompositeExplicitAutograd")
 _LIB.impl("dequantize", _dequantize_kernel, "CompositeExplicitAutograd")
 
 _FAKES: dict[str, Callable] = {

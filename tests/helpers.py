@@ -181,8 +181,24 @@ class Bound:
         return error + output_rounding(y.abs() + error, dtype)
 
 
-def bound(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, slices: int = 1) -> Bound:
-    """The bound in `reference.linear`'s docstring; ``slices``: into how many parts a kernel cuts its int8 sum."""
+FEW_ROWS = 4  # up to which the C++ kernels multiply in floating point (csrc/product.h)
+
+
+def slices_of(x: Tensor) -> int:
+    """Into how many parts a kernel may cut its int8 sum: what each part adds is a rounding.
+
+    torch's operators: float32 sums of 1040 integers. The C++ kernels, of few rows: products in floating point, 16 sums
+    at once at least (8 in float64), a rest of less than two vectors, and the sum of the sums.
+    """
+    K, M = x.shape[-1], math.prod(x.shape[:-1]) if x.dim() < 3 else min(math.prod(x.shape[:-1]), x.shape[-2])
+    return math.ceil(K / 1040) if M > FEW_ROWS else math.ceil(K / 8) + 32
+
+
+def bound(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, slices: int | None = None
+) -> Bound:
+    """The bound in `reference.linear`'s docstring; ``slices``: see `slices_of`."""
+    slices = slices_of(x) if slices is None else slices
     if codes.dim() == 3:
         parts = [
             bound(x[e], codes[e], scale[e], None if bias is None else bias[e], threshold, slices)
@@ -237,7 +253,6 @@ def error_budget(
     v = oracle(x, codes, scale, bias)
     exact = epilogue(v, activation, other, binary)
     found = reference.linear(x.to(ct), codes, scale, bias, threshold, activation, other, binary).double()
-    slices = math.ceil(x.shape[-1] / 1040) if slices is None else slices
     slack = 2 * bound(x, codes, scale, bias, threshold, slices).sums * _SLOPE[activation]
     if activation not in ("none", "relu"):
         slack = slack + 2 * _ACTIVATION_ROUNDINGS * u * v.abs()

@@ -18,7 +18,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from int8fx import cpu, ops, quantize, reference
+from int8fx import cpu, native, ops, quantize, reference
 from int8fx.quantize import MAX_K
 
 F32 = unit_roundoff(torch.float32)
@@ -27,9 +27,24 @@ EDGES = (1039, 1040, 1041, 2080, 2081, 4096, MAX_K)
 
 @pytest.fixture(params=[False, True], ids=["float_gemm", "int_mm"])
 def fast(request, monkeypatch):
-    """Both ways to multiply codes: torch's `_int_mm` is exact on every CPU, and fast with VNNI."""
+    """Both ways of torch's operators to multiply codes: `_int_mm` is exact on every CPU, and fast with VNNI."""
     monkeypatch.setattr(cpu, "has_fast_int_mm", lambda: request.param)
     return request.param
+
+
+KERNELS = ("native", "float_gemm", "int_mm")
+
+
+@pytest.fixture(params=KERNELS, scope="module")
+def kernels(request):
+    """What has ``linear``, ``quantize_rowwise``, ...: the ops (so the C++ kernels), or torch's operators either way."""
+    if request.param == "native":
+        assert native.load(), "there is no C++ compiler: this would test torch's operators again"
+        yield ops
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "has_fast_int_mm", lambda: request.param == "int_mm")
+        yield cpu
 
 
 def codes(*shape: int, seed: int) -> torch.Tensor:
@@ -103,32 +118,25 @@ def test_fast_int_mm_is_refused_where_it_saturates(monkeypatch):
 
 
 @given(problems(batched=None))
-def test_linear_is_within_the_references_error(p):
-    assert_within_budget(ops.linear(*p), *p)
+def test_linear_is_within_the_references_error(kernels, p):
+    assert_within_budget(kernels.linear(*p), *p)
 
 
 @given(problems(batched=None))
-def test_linear_is_within_the_derived_bound(p):
-    assert_within_bound(ops.linear(*p), *p)
+def test_linear_is_within_the_derived_bound(kernels, p):
+    assert_within_bound(kernels.linear(*p), *p)
 
 
 @given(problems())
-def test_linear_with_int_mm_is_within_the_references_error(p):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "has_fast_int_mm", lambda: True)
-        assert_within_budget(ops.linear(*p), *p, slices=1)
-
-
-@given(problems())
-def test_quantising_first_and_multiplying_later_is_linear(p):
-    quantized = ops.quantize_rowwise(p.x, p.threshold)
-    y = ops.linear_quantized(p.x, *quantized, p.codes, p.scale, p.bias)
-    torch.testing.assert_close(y, ops.linear(*p), rtol=0, atol=0, equal_nan=True)
+def test_quantising_first_and_multiplying_later_is_linear(kernels, p):
+    quantized = kernels.quantize_rowwise(p.x, p.threshold)
+    y = kernels.linear_quantized(p.x, *quantized, p.codes, p.scale, p.bias)
+    torch.testing.assert_close(y, kernels.linear(*p), rtol=0, atol=0, equal_nan=True)
 
 
 @given(problems(values=("normal", "zero_rows", "denormal", "huge")))
-def test_quantize_rowwise_is_the_references(p):
-    found_codes, scale, mask = ops.quantize_rowwise(p.x, p.threshold)
+def test_quantize_rowwise_is_the_references(kernels, p):
+    found_codes, scale, mask = kernels.quantize_rowwise(p.x, p.threshold)
     x2d = p.x.reshape(math.prod(p.x.shape[:-1]), p.x.shape[-1])
     expected_mask = quantize.outlier_mask(x2d, p.threshold)
     expected_codes, expected_scale = quantize.quantize_rowwise(x2d, expected_mask)
@@ -143,62 +151,62 @@ def test_quantize_rowwise_is_the_references(p):
     st.sampled_from(list(reference.BINARIES)),
     st.integers(0, 2**31),
 )
-def test_epilogue_is_within_the_references_error(p, name, binary, seed):
+def test_epilogue_is_within_the_references_error(kernels, p, name, binary, seed):
     other = None
     if binary != "none":
         other = torch.randn(*p.x.shape[:-1], p.codes.shape[-2], generator=generator(seed)).to(p.x.dtype)
     before = None if other is None else other.clone()
-    y = ops.linear(*p, name, other, binary)
+    y = kernels.linear(*p, name, other, binary)
     assert_within_budget(y, *p, name, other, binary)
     if other is not None:
         assert torch.equal(other, before)
     if p.codes.dim() == 2:
-        quantized = ops.quantize_rowwise(p.x, p.threshold)
-        again = ops.linear_quantized(p.x, *quantized, p.codes, p.scale, p.bias, name, other, binary)
+        quantized = kernels.quantize_rowwise(p.x, p.threshold)
+        again = kernels.linear_quantized(p.x, *quantized, p.codes, p.scale, p.bias, name, other, binary)
         assert torch.equal(again, y)
 
 
 @given(problems(values=("nan", "inf"), layouts=("contiguous", "transposed", "sliced")))
-def test_nan_and_inf_stay_in_their_rows(p):
+def test_nan_and_inf_stay_in_their_rows(kernels, p):
     clean = p.x.isfinite().all(-1)
-    y = ops.linear(*p)
+    y = kernels.linear(*p)
     assert not y[~clean].isfinite().any()
     if p.threshold == INF:  # then not even through the choice of outlier columns
         healthy = torch.where(p.x.isfinite(), p.x, 0)
-        assert torch.equal(y[clean], ops.linear(healthy, *list(p)[1:])[clean])
+        assert torch.equal(y[clean], kernels.linear(healthy, *list(p)[1:])[clean])
 
 
 @given(problems(values=("normal", "zero_rows")))
-def test_inputs_are_left_as_they_were(p):
+def test_inputs_are_left_as_they_were(kernels, p):
     before = [t.clone() for t in p if isinstance(t, torch.Tensor)]
-    ops.linear(*p)
-    ops.quantize_rowwise(p.x, p.threshold)
+    kernels.linear(*p)
+    kernels.quantize_rowwise(p.x, p.threshold)
     assert all(torch.equal(a, b) for a, b in zip(before, (t for t in p if isinstance(t, torch.Tensor)), strict=True))
 
 
 @pytest.mark.parametrize("outliers", ["none", "column", "columns", "row", "token", "some"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_long_inner_dimension(fast, outliers, dtype):
+def test_long_inner_dimension(kernels, outliers, dtype):
     p = problem(3, 2081, 5, outliers=outliers, dtype=dtype, seed=9)
-    assert_within_budget(ops.linear(*p), *p)
-    assert_within_bound(ops.linear(*p), *p)
+    assert_within_budget(kernels.linear(*p), *p)
+    assert_within_bound(kernels.linear(*p), *p)
 
 
-def test_the_longest_inner_dimension(fast):
+def test_the_longest_inner_dimension(kernels):
     x, (codes, scale) = activation(2, MAX_K, seed=1), packed_weight(1, MAX_K, seed=2)
-    assert_within_budget(ops.linear(x, codes, scale, None, 6.0), x, codes, scale, None, 6.0)
+    assert_within_budget(kernels.linear(x, codes, scale, None, 6.0), x, codes, scale, None, 6.0)
 
 
 @pytest.mark.parametrize(
     ("dtype", "K"),
     [(torch.float16, 65), (torch.bfloat16, 65), (torch.float32, 65), (torch.float64, 65), (torch.float64, 4097)],
 )
-def test_representable_inputs_give_the_exact_product(fast, dtype, K):
+def test_representable_inputs_give_the_exact_product(kernels, dtype, K):
     """Rows that are multiples of 1/127 of their maximum lose nothing to int8: only the last rounding is left."""
     x = torch.randint(100, 128, (7, K), generator=generator(3)).double()
     x[:, 0] = 127
     weight, scale = codes(9, K, seed=4).abs(), torch.exp2(-torch.arange(9.0))
-    y = ops.linear((x / 64).to(dtype), weight, scale, None, INF)
+    y = kernels.linear((x / 64).to(dtype), weight, scale, None, INF)
     assert torch.equal(y, oracle(x / 64, weight, scale).to(dtype))
 
 
@@ -215,14 +223,14 @@ def test_representable_inputs_give_the_exact_product(fast, dtype, K):
     st.booleans(),
     st.integers(0, 2**30),
 )
-def test_grouped_linear_is_linear_per_group(sizes, behind, K, N, dtype, offset_dtype, with_bias, seed):
+def test_grouped_linear_is_linear_per_group(kernels, sizes, behind, K, N, dtype, offset_dtype, with_bias, seed):
     E, S = len(sizes), sum(sizes) + behind
     x = activation(S, K, outliers="some", dtype=dtype, seed=seed)
     packed = [packed_weight(N, K, seed=seed + e) for e in range(E)]
     weight, scale = (torch.stack(parts) for parts in zip(*packed, strict=True))
     bias = torch.randn(E, N, generator=generator(seed)).to(dtype) if with_bias else None
     offsets = torch.tensor(sizes).cumsum(0).to(offset_dtype)
-    y = ops.grouped_linear(x, weight, scale, bias, offsets, 6.0)
+    y = kernels.grouped_linear(x, weight, scale, bias, offsets, 6.0)
     assert y.shape == (S, N)
     begin = 0
     for e, end in enumerate(offsets.tolist()):

@@ -1,0 +1,193 @@
+// y = epilogue(x_int8 @ weight.T * scales + x_outlier @ (weight * scale).T): the product, its residual, one store.
+//
+// The weight is read as it is stored, [N, K] codes. Two forms:
+//
+// blocked   M > FEW_ROWS. x is packed once, for the tiles of the instruction set. A task is BLOCK_M rows x NR channels:
+//           it packs its channels' codes, DEPTH of K at a time (which stay in the first-level cache while all its rows
+//           pass), sums tiles in int32, adds the residual of the outlier columns in floating point, scales, stores.
+// streamed  M <= FEW_ROWS. Time is reading the weight, and arithmetic is free: activations are not quantised at all.
+//           Codes are dequantised on the way and multiplied in floating point, so the result is more exact than the
+//           scheme asks for, and a row's result does not depend on the others.
+#pragma once
+
+#include "epilogue.h"
+#include "lanes.h"
+#include "tile_generic.h"
+
+#ifdef __AVX2__
+#include "tile_avx2.h"
+#endif
+
+namespace int8fx {
+
+#if defined(__AVX2__)
+using Tile = Avx2Tile;
+#else
+using Tile = GenericTile;
+#endif
+
+constexpr int64_t FEW_ROWS = 4;
+constexpr int64_t BLOCK_M = 96;
+constexpr int64_t DEPTH = 512;
+
+template <typename scalar_t>
+struct Product {
+  using T = compute_t<scalar_t>;
+
+  const scalar_t* x;  // [M, K]
+  const int8_t* codes;  // [M, K]; not read by the streamed form
+  const T* x_scale;  // [M]
+  std::vector<int64_t> outliers;  // columns
+  const int8_t* weight;  // [N, K]
+  at::Tensor weight_scale;  // [N]
+  Epilogue epilogue;
+  scalar_t* y;  // [M, N]
+  int64_t M, N, K;
+
+  static bool streamed(int64_t M) { return M <= FEW_ROWS; }
+
+  void run() const {
+    if (M == 0 || N == 0) return;
+    if (!streamed(M)) return blocked();
+    switch (M) {
+      case 1: return stream<1>();
+      case 2: return stream<2>();
+      case 3: return stream<3>();
+      default: return stream<4>();
+    }
+  }
+
+ private:
+  // ---- streamed ----------------------------------------------------------------------------------------------------
+
+  template <int ROWS>
+  void stream() const {
+    std::vector<T> rows(ROWS * K);
+    load(x, rows.data(), ROWS * K);
+    constexpr int64_t width = 16;
+    at::parallel_for(0, (N + width - 1) / width, std::max<int64_t>(1, 32768 / (K * width + 1)), [&](int64_t begin, int64_t end) {
+      T sums[ROWS][width], scale[width], bias[width] = {};
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t n0 = block * width, count = std::min(width, N - n0);
+        load_any(weight_scale, n0, count, width, scale);
+        if (epilogue.bias.defined()) load_any(epilogue.bias, n0, count, width, bias);
+        for (int r = 0; r < ROWS; ++r)
+          for (int64_t n = 0; n < width; ++n) sums[r][n] = 0;
+        for (int64_t n = 0; n < count; ++n) dot<ROWS>(rows.data(), weight + (n0 + n) * K, scale[n], &sums[0][n], width);
+        for (int r = 0; r < ROWS; ++r) epilogue.store(sums[r], bias, r, n0, count, width, N, y);
+      }
+    });
+  }
+
+  // sums[r] = sum_k(rows[r, k] * (w[k] * scale)), in two vectors of partial sums.
+  template <int ROWS>
+  void dot(const T* rows, const int8_t* w, T scale, T* sums, int64_t stride) const {
+    constexpr int L = Lanes<T>::N;
+    using V = typename Lanes<T>::V;
+    V partial[ROWS][2] = {};
+    int64_t k = 0;
+    for (; k + 2 * L <= K; k += 2 * L)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const V value = widen<T>(w + k + half * L) * scale;
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) partial[r][half] += *(const V*)(rows + r * K + k + half * L) * value;
+      }
+    for (int r = 0; r < ROWS; ++r) {
+      T sum = 0;
+      for (int i = 0; i < L; ++i) sum += partial[r][0][i] + partial[r][1][i];
+      for (int64_t rest = k; rest < K; ++rest) sum += rows[r * K + rest] * (T(w[rest]) * scale);
+      sums[r * stride] = sum;
+    }
+  }
+
+  // ---- blocked -----------------------------------------------------------------------------------------------------
+
+  void blocked() const {
+    constexpr int MR = Tile::MR, NR = Tile::NR, KG = Tile::KG;
+    const int64_t groups = (K + KG - 1) / KG, tiles = (M + MR - 1) / MR, C = outliers.size();
+    const at::Tensor packed_x = at::empty({tiles * groups * MR * KG * int64_t(sizeof(typename Tile::X))}, at::kByte);
+    const at::Tensor packed_residual = at::empty({tiles * C * MR * int64_t(sizeof(T))}, at::kByte);
+    auto* xp = static_cast<typename Tile::X*>(packed_x.data_ptr());
+    auto* rp = static_cast<T*>(packed_residual.data_ptr());
+    at::parallel_for(0, tiles, std::max<int64_t>(1, 32768 / (K * MR + 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t m0 = tile * MR, rows = std::min<int64_t>(MR, M - m0);
+        pack_rows<MR, KG>(codes + m0 * K, K, rows, K, xp + tile * groups * MR * KG);
+        for (int64_t c = 0; c < C; ++c)
+          for (int64_t m = 0; m < MR; ++m)
+            rp[(tile * C + c) * MR + m] = m < rows ? static_cast<T>(x[(m0 + m) * K + outliers[c]]) : T(0);
+      }
+    });
+    const int64_t panels = (N + NR - 1) / NR, block_tiles = BLOCK_M / MR;
+    const int64_t blocks = (tiles + block_tiles - 1) / block_tiles;
+    at::parallel_for(0, blocks * panels, 1, [&](int64_t begin, int64_t end) {
+      Scratch scratch;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task / panels * block_tiles, last = std::min(tiles, first + block_tiles);
+        panel(task % panels * NR, first, last, groups, xp, rp, scratch);
+      }
+    });
+  }
+
+  struct Scratch {
+    alignas(64) int32_t sums[BLOCK_M * Tile::NR];
+    alignas(64) T residual[BLOCK_M * Tile::NR];
+    alignas(64) typename Tile::W w[DEPTH * Tile::NR];
+    alignas(64) T kept[DEPTH * Tile::NR];
+  };
+
+  void panel(int64_t n0, int64_t first, int64_t last, int64_t groups, const typename Tile::X* xp, const T* rp,
+             Scratch& s) const {
+    constexpr int MR = Tile::MR, NR = Tile::NR, KG = Tile::KG;
+    const int64_t count = std::min<int64_t>(NR, N - n0), C = outliers.size();
+    alignas(64) T scale[NR], bias[NR] = {}, values[NR];
+    load_any(weight_scale, n0, count, NR, scale);
+    if (epilogue.bias.defined()) load_any(epilogue.bias, n0, count, NR, bias);
+
+    int64_t k = 0;
+    do {
+      const int64_t depth = std::min(DEPTH, K - k);
+      Tile::pack_w(weight + n0 * K + k, K, count, depth, s.w);
+      for (int64_t tile = first; tile < last; ++tile)
+        Tile::run((depth + KG - 1) / KG, xp + (tile * groups + k / KG) * MR * KG, s.w,
+                  s.sums + (tile - first) * MR * NR, k == 0);
+      k += depth;
+    } while (k < K);
+
+    for (int64_t c = 0; c < C; c += DEPTH) {
+      const int64_t depth = std::min(DEPTH, C - c);
+      for (int64_t i = 0; i < depth; ++i)
+        for (int64_t n = 0; n < NR; ++n)
+          s.kept[i * NR + n] = n < count ? T(weight[(n0 + n) * K + outliers[c + i]]) * scale[n] : T(0);
+      for (int64_t tile = first; tile < last; ++tile)
+        add_residual(depth, rp + (tile * C + c) * MR, s.kept, s.residual + (tile - first) * MR * NR, c == 0);
+    }
+
+    for (int64_t m = first * MR; m < std::min(M, last * MR); ++m) {
+      const int64_t at = (m - first * MR) * NR;
+      for (int n = 0; n < NR; ++n) values[n] = static_cast<T>(s.sums[at + n]) * x_scale[m] * scale[n];
+      if (C > 0)
+        for (int n = 0; n < NR; ++n) values[n] += s.residual[at + n];
+      epilogue.store(values, bias, m, n0, count, NR, N, y);
+    }
+  }
+
+  // sums[MR, NR] (+)= x[depth, MR].T @ w[depth, NR]
+  static void add_residual(int64_t depth, const T* x, const T* w, T* sums, bool first) {
+    constexpr int MR = Tile::MR, NR = Tile::NR, L = Lanes<T>::N, VECTORS = NR / L;
+    using V = typename Lanes<T>::V;
+    V acc[MR][VECTORS];
+    for (int m = 0; m < MR; ++m)
+      for (int v = 0; v < VECTORS; ++v) acc[m][v] = first ? V{} : *(const V*)(sums + m * NR + v * L);
+    for (int64_t i = 0; i < depth; ++i, x += MR, w += NR)
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) acc[m][v] += x[m] * *(const V*)(w + v * L);
+    for (int m = 0; m < MR; ++m)
+      for (int v = 0; v < VECTORS; ++v) *(V*)(sums + m * NR + v * L) = acc[m][v];
+  }
+};
+
+}  // namespace int8fx

@@ -1,0 +1,115 @@
+// Activations to int8: the outlier columns, a scale per row and the codes, as quantize.py has them.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <type_traits>
+#include <vector>
+
+namespace int8fx {
+
+constexpr int INT8_MAX_CODE = 127;
+
+// float32 for 16-bit and float32 tensors, float64 for float64: what scales and sums are carried in.
+template <typename scalar_t>
+using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+template <typename T>
+using bits_t = std::conditional_t<std::is_same_v<T, double>, int64_t, int32_t>;
+
+// abs(x) as an integer: ordered as the values are, NaN above infinity.
+template <typename T>
+inline bits_t<T> abs_bits(T x) {
+  bits_t<T> bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits & std::numeric_limits<bits_t<T>>::max();
+}
+
+template <typename scalar_t, typename T>
+inline void load(const scalar_t* __restrict from, T* __restrict to, int64_t n) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<scalar_t, c10::Half> && std::is_same_v<T, float>) {
+    using Vec = at::vec::Vectorized<float>;
+    for (; i + Vec::size() <= n; i += Vec::size()) {
+      Vec v;
+      at::vec::load_fp32_from_fp16(from + i, v);
+      v.store(to + i);
+    }
+  }
+  for (; i < n; ++i) to[i] = static_cast<T>(from[i]);
+}
+
+// found[k] |= abs(row[k]) >= threshold; NaN is not.
+template <typename T>
+inline void mark_row(const T* __restrict row, int64_t K, T threshold, bits_t<T>* __restrict found) {
+  const auto least = abs_bits(threshold), most = abs_bits(std::numeric_limits<T>::infinity());
+  for (int64_t k = 0; k < K; ++k) {
+    const auto bits = abs_bits(row[k]);
+    found[k] |= bits_t<T>(bits >= least) & bits_t<T>(bits <= most);
+  }
+}
+
+// mask[k] = any_m(abs(x[m, k]) >= threshold). An infinite threshold marks nothing, not even an infinity.
+template <typename scalar_t>
+bool mark_outliers(const scalar_t* x, int64_t M, int64_t K, double threshold, bool* mask) {
+  using T = compute_t<scalar_t>;
+  std::memset(mask, 0, K);
+  if (std::isinf(threshold)) return false;
+  std::mutex merging;
+  bool any = false;
+  at::parallel_for(0, M, std::max<int64_t>(1, 65536 / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
+    std::vector<T> row(K);
+    std::vector<bits_t<T>> found(K, 0);
+    for (int64_t m = begin; m < end; ++m) {
+      load(x + m * K, row.data(), K);
+      mark_row(row.data(), K, static_cast<T>(threshold), found.data());
+    }
+    const std::lock_guard<std::mutex> lock(merging);
+    for (int64_t k = 0; k < K; ++k) {
+      mask[k] |= found[k] != 0;
+      any |= found[k] != 0;
+    }
+  });
+  return any;
+}
+
+// The scale of a row and its codes; what is masked becomes 0 in the row. NaN and infinities make the scale NaN.
+template <typename T>
+inline T quantize_row(T* __restrict row, int64_t K, const uint8_t* __restrict mask, int8_t* __restrict codes) {
+  if (mask != nullptr)
+    for (int64_t k = 0; k < K; ++k) row[k] = mask[k] ? T(0) : row[k];
+  bits_t<T> largest = 0;
+  for (int64_t k = 0; k < K; ++k) largest = std::max(largest, abs_bits(row[k]));
+  T absmax;
+  std::memcpy(&absmax, &largest, sizeof absmax);
+  if (!std::isfinite(absmax)) absmax = std::numeric_limits<T>::quiet_NaN();
+  const T smallest = std::numeric_limits<float>::min(), scale = absmax / INT8_MAX_CODE;
+  const T s = scale < smallest ? smallest : scale;
+  for (int64_t k = 0; k < K; ++k) codes[k] = static_cast<int8_t>(static_cast<int32_t>(std::nearbyint(row[k] / s)));
+  return s;
+}
+
+// scale[m] = max(abs(x[m, k])) / 127 and codes[m, k] = round(x[m, k] / scale[m]) over the columns that mask leaves
+// (nullptr: all).
+template <typename scalar_t>
+void quantize_rows(
+    const scalar_t* x, int64_t M, int64_t K, const bool* mask, int8_t* codes, compute_t<scalar_t>* scale) {
+  using T = compute_t<scalar_t>;
+  at::parallel_for(0, M, std::max<int64_t>(1, 32768 / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
+    std::vector<T> row(K);
+    for (int64_t m = begin; m < end; ++m) {
+      load(x + m * K, row.data(), K);
+      scale[m] = quantize_row(row.data(), K, reinterpret_cast<const uint8_t*>(mask), codes + m * K);
+    }
+  });
+}
+
+}  // namespace int8fx

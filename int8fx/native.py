@@ -1,0 +1,132 @@
+"""Builds and loads the C++ kernels in ``csrc/`` for this machine's instruction set.
+
+One library for each instruction set, compiled on first use (half a minute, one file) or ahead of time by
+``int8fx build``, and kept in torch's folder for C++ extensions (``TORCH_EXTENSIONS_DIR``) under a name that holds a hash
+of the sources, the flags and torch's version. Loading it registers its kernels for CPU tensors, before those of `cpu`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).parent / "csrc"
+_COMMON = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """A set of instructions that `csrc/` has tiles for.
+
+    capability: the set of torch's own vector classes that the library is compiled with.
+    """
+
+    name: str
+    capability: str
+    flags: tuple[str, ...]
+
+
+DEFAULT = InstructionSet("default", "DEFAULT", ())
+AVX2 = InstructionSet("avx2", "AVX2", ("-mavx2", "-mfma", "-mf16c"))
+AVX512_VNNI = InstructionSet(
+    "avx512_vnni",
+    "AVX512",
+    ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"),
+)
+
+
+def instruction_set() -> InstructionSet:
+    """The best one that this CPU has, within what ``ATEN_CPU_CAPABILITY`` allows torch itself."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" and torch.cpu.get_capabilities().get("avx512_vnni", False):
+        return AVX512_VNNI
+    return AVX2 if capability in ("AVX2", "AVX512") else DEFAULT
+
+
+def command(isa: InstructionSet, output: Path) -> list[str]:
+    """The compiler's command line; ``CXX`` names another compiler than ``c++``."""
+    root = Path(torch.__file__).parent
+    flags = [*_COMMON, *isa.flags, f"-DCPU_CAPABILITY={isa.capability}", f"-DCPU_CAPABILITY_{isa.capability}"]
+    for include in (root / "include", root / "include/torch/csrc/api/include"):
+        flags += ["-isystem", str(include)]
+    libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    return [*compiler, *flags, str(SOURCES / "ops.cpp"), *libraries, "-o", str(output)]
+
+
+def library(isa: InstructionSet) -> Path:
+    """Where the library for ``isa`` is kept."""
+    from torch._appdirs import user_cache_dir
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or user_cache_dir(appname="torch_extensions")
+    text = [torch.__version__, *command(isa, Path("library"))[1:]]
+    text += [path.name + path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".h")]
+    key = hashlib.sha256("\0".join(text).encode()).hexdigest()[:16]
+    return Path(root) / f"int8fx_{isa.name}_{key}" / "int8fx_cpu.so"
+
+
+def build(isa: InstructionSet) -> Path:
+    """Compiles the library for ``isa``, unless it is there; says so on stderr. Processes wait for each other.
+
+    Raises:
+        RuntimeError: there is no compiler, or it failed.
+        OSError: the folder cannot be written.
+        ImportError: the system has no file locks of this kind (Windows).
+    """
+    import fcntl  # not on Windows
+
+    path = library(isa)
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # which the system takes back from a process that dies
+        if path.exists():
+            return path
+        print(f"int8fx: compiling the CPU kernels for {isa.name}, once: about half a minute", file=sys.stderr)
+        with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+            output = Path(directory) / path.name
+            try:
+                done = subprocess.run(command(isa, output), capture_output=True, text=True)
+            except FileNotFoundError as error:
+                raise RuntimeError(f"no C++ compiler: {error.filename} not found") from error
+            if done.returncode != 0:
+                raise RuntimeError(f"the C++ compiler failed: {shlex.join(done.args)}\n{done.stderr[-2000:]}")
+            os.replace(output, path)
+    return path
+
+
+_loading = threading.Lock()
+_loaded: bool | None = None
+
+
+def load() -> bool:
+    """Whether the C++ kernels serve CPU tensors; builds and loads them at the first call. Warns if that fails."""
+    global _loaded
+    if _loaded is None:
+        with _loading:
+            if _loaded is None:
+                _loaded = _load()
+    return _loaded
+
+
+def _load() -> bool:
+    try:
+        torch.ops.load_library(str(build(instruction_set())))
+    except (ImportError, RuntimeError, OSError) as error:
+        warnings.warn(
+            f"int8fx: CPU products run on torch's operators, several times slower than the C++ kernels: {error}",
+            stacklevel=2,
+        )
+        return False
+    return True
