@@ -1,7 +1,7 @@
 """Builds and loads the C++ kernels in ``csrc/`` for this machine's instruction set.
 
 One library for each instruction set, compiled on first use (half a minute, one file) or ahead of time by
-``int8fx build``, and kept in torch's folder for C++ extensions (``TORCH_EXTENSIONS_DIR``) under a name that holds a hash
+``int8fx build``, and kept in torch's folder for C++ extensions (``TORCH_EXTENSIONS_DIR``) under a name with a hash
 of the sources, the flags and torch's version. Loading it registers its kernels for CPU tensors, before those of `cpu`.
 """
 

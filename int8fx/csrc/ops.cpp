@@ -1,6 +1,8 @@
 // The CPU kernels of the int8fx ops; schemas and fakes are in ops.py, which also words the refusals.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -12,6 +14,9 @@ namespace {
 
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+
+constexpr char LINEAR[] = "int8fx::linear", LINEAR_QUANTIZED[] = "int8fx::linear_quantized",
+               QUANTIZE_ROWWISE[] = "int8fx::quantize_rowwise", GROUPED_LINEAR[] = "int8fx::grouped_linear";
 
 // x, bias, other: float16, bfloat16, float32 or float64.
 bool is_float(const Tensor& t) {
@@ -156,7 +161,7 @@ Tensor linear(
       (weight.dim() == 2 || (weight.dim() == 3 && x.dim() == 3 && x.size(0) == weight.size(0)));
   const auto epilogue = legal ? epilogue_of(x, weight, bias, activation, other, binary) : std::nullopt;
   if (!epilogue)
-    refuse("int8fx::linear", x, weight, weight_scale, bias, threshold, std::string(activation), other,
+    refuse(LINEAR, x, weight, weight_scale, bias, threshold, std::string(activation), other,
            std::string(binary));
   const Tensor y = at::empty(shape_of_y(x, weight), x.options().memory_format(at::MemoryFormat::Contiguous));
   const Tensor codes = weight.contiguous(), scale = weight_scale.contiguous();
@@ -173,7 +178,7 @@ Tensor linear(
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_rowwise(const Tensor& x, double threshold) {
-  if (!is_float(x) || x.dim() == 0) refuse("int8fx::quantize_rowwise", x, threshold);
+  if (!is_float(x) || x.dim() == 0) refuse(QUANTIZE_ROWWISE, x, threshold);
   const Quantized q = quantize(rows_of(x), threshold);
   return {q.codes, q.scale, q.mask};
 }
@@ -191,7 +196,7 @@ Tensor linear_quantized(
   }
   const auto epilogue = legal ? epilogue_of(x, weight, bias, activation, other, binary) : std::nullopt;
   if (!epilogue)
-    refuse("int8fx::linear_quantized", x, codes, x_scale, outlier_mask, weight, weight_scale, bias,
+    refuse(LINEAR_QUANTIZED, x, codes, x_scale, outlier_mask, weight, weight_scale, bias,
            std::string(activation), other, std::string(binary));
   const Tensor y = at::empty(shape_of_y(x, weight), x.options().memory_format(at::MemoryFormat::Contiguous));
   const Quantized q{codes.contiguous(), x_scale.contiguous(), outlier_mask.contiguous()};
@@ -205,7 +210,7 @@ Tensor grouped_linear(
   const bool legal = weight_is_legal(x, weight, weight_scale, bias) && weight.dim() == 3 && x.dim() == 2 &&
       offsets.dim() == 1 && offsets.size(0) == weight.size(0) &&
       (offsets.scalar_type() == at::kInt || offsets.scalar_type() == at::kLong);
-  if (!legal) refuse("int8fx::grouped_linear", x, weight, weight_scale, bias, offsets, threshold);
+  if (!legal) refuse(GROUPED_LINEAR, x, weight, weight_scale, bias, offsets, threshold);
   const Tensor y = at::zeros({x.size(0), weight.size(1)}, x.options());
   const Tensor rows = x.contiguous(), codes = weight.contiguous(), scale = weight_scale.contiguous();
   const Tensor biases = bias.has_value() ? bias->contiguous() : Tensor();
@@ -221,6 +226,33 @@ Tensor grouped_linear(
   return y;
 }
 
+// ---- autograd: ops.py has the formulas. Calls that need no gradient do not go there. ----------------------------------
+
+template <typename T>
+bool requires_grad(const T&) { return false; }
+bool requires_grad(const Tensor& t) { return t.requires_grad(); }
+bool requires_grad(const MaybeTensor& t) { return t.has_value() && t->requires_grad(); }
+
+template <const char* NAME, typename Signature>
+struct Autograd;
+
+template <const char* NAME, typename Result, typename... Args>
+struct Autograd<NAME, Result(Args...)> {
+  static Result run(c10::DispatchKeySet keys, Args... args) {
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(NAME, "").typed<Result(Args...)>();
+    const auto below = keys & c10::after_autograd_keyset;
+    if (at::GradMode::is_enabled() && (requires_grad(args) || ...))  // to what ops.py registered, for all devices
+      return op.redispatch(below.add(c10::DispatchKey::AutogradOther), args...);
+    const at::AutoDispatchBelowAutograd guard;
+    return op.redispatch(below, args...);
+  }
+};
+
+template <const char* NAME, typename Result, typename... Args>
+auto* autograd(Result (*)(Args...)) {
+  return &Autograd<NAME, Result(Args...)>::run;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(int8fx, CPU, m) {
@@ -228,6 +260,13 @@ TORCH_LIBRARY_IMPL(int8fx, CPU, m) {
   m.impl("linear_quantized", linear_quantized);
   m.impl("quantize_rowwise", quantize_rowwise);
   m.impl("grouped_linear", grouped_linear);
+}
+
+TORCH_LIBRARY_IMPL(int8fx, AutogradCPU, m) {
+  m.impl("linear", autograd<LINEAR>(linear));
+  m.impl("linear_quantized", autograd<LINEAR_QUANTIZED>(linear_quantized));
+  m.impl("quantize_rowwise", autograd<QUANTIZE_ROWWISE>(quantize_rowwise));
+  m.impl("grouped_linear", autograd<GROUPED_LINEAR>(grouped_linear));
 }
 
 }  // namespace int8fx

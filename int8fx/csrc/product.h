@@ -14,13 +14,18 @@
 #include "lanes.h"
 #include "tile_generic.h"
 
+#include "tile_vnni.h"
 #ifdef __AVX2__
 #include "tile_avx2.h"
 #endif
 
 namespace int8fx {
 
-#if defined(__AVX2__)
+#if defined(INT8FX_TILE)  // another one than the instruction set's own, for tests
+using Tile = INT8FX_TILE;
+#elif defined(__AVX512VNNI__)
+using Tile = VnniTile;
+#elif defined(__AVX2__)
 using Tile = Avx2Tile;
 #else
 using Tile = GenericTile;
@@ -113,7 +118,7 @@ struct Product {
     at::parallel_for(0, tiles, std::max<int64_t>(1, 32768 / (K * MR + 1)), [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t m0 = tile * MR, rows = std::min<int64_t>(MR, M - m0);
-        pack_rows<MR, KG>(codes + m0 * K, K, rows, K, xp + tile * groups * MR * KG);
+        pack_rows<MR, KG>(codes + m0 * K, K, rows, K, xp + tile * groups * MR * KG, Tile::FLIP);
         for (int64_t c = 0; c < C; ++c)
           for (int64_t m = 0; m < MR; ++m)
             rp[(tile * C + c) * MR + m] = m < rows ? static_cast<T>(x[(m0 + m) * K + outliers[c]]) : T(0);
@@ -133,7 +138,7 @@ struct Product {
   struct Scratch {
     alignas(64) int32_t sums[BLOCK_M * Tile::NR];
     alignas(64) T residual[BLOCK_M * Tile::NR];
-    alignas(64) typename Tile::W w[DEPTH * Tile::NR];
+    alignas(64) typename Tile::W w[Tile::panel_size(DEPTH)];
     alignas(64) T kept[DEPTH * Tile::NR];
   };
 

@@ -15,9 +15,11 @@
 namespace int8fx {
 
 struct Avx2Tile {
-  static constexpr int MR = 6, NR = 16, KG = 2;
+  static constexpr int MR = 6, NR = 16, KG = 2, FLIP = 0;
   using X = int16_t;
   using W = int16_t;
+
+  static constexpr int64_t panel_size(int64_t k) { return (k + 1) / 2 * 2 * NR; }
 
   static void pack_w(const int8_t* w, int64_t stride, int64_t n, int64_t k, W* out) {
     int64_t done = 0;

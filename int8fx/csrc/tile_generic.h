@@ -1,8 +1,8 @@
 // int8 products in plain C++, for any CPU. `Tile` is what product.h asks of an instruction set:
 //
 //   y[MR, NR] += x[MR, k] @ w[NR, k].T in int32, over groups of KG neighbouring k, of operands packed as
-//   x  [k / KG][MR][KG]  of X
-//   w  [k / KG][NR][KG]  of W, zero where there is no channel or no k.
+//   x  [k / KG][MR][KG]  of X: code ^ FLIP, 0 ^ FLIP where there is no k
+//   w  [k / KG][NR][KG]  of W: code, 0 where there is no channel or no k; `panel_size(k)` of them
 #pragma once
 
 #include <cstdint>
@@ -23,9 +23,11 @@ inline void pack_rows(const int8_t* codes, int64_t stride, int64_t rows, int64_t
 }
 
 struct GenericTile {
-  static constexpr int MR = 4, NR = 16, KG = 1;
+  static constexpr int MR = 4, NR = 16, KG = 1, FLIP = 0;
   using X = int16_t;
   using W = int16_t;
+
+  static constexpr int64_t panel_size(int64_t k) { return k * NR; }
 
   static void pack_w(const int8_t* w, int64_t stride, int64_t n, int64_t k, W* out) {
     pack_rows<NR, KG>(w, stride, n, k, out);

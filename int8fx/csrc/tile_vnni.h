@@ -1,0 +1,109 @@
+// int8 products with AVX512-VNNI: vpdpbusd multiplies four unsigned by four signed bytes and adds them to an int32.
+//
+// The unsigned operand is x + 128 (the code with its sign bit flipped), so a channel's sum is 128 * sum_k(w) too large:
+// a panel of w starts with minus that, which is where its sums start. int32 wraps around, so only true sums must fit.
+//
+//   w panel: 32 channels                   x panel: 12 rows
+//   [32] int32, then [k / 4][32][4] int8   [k / 4][12][4] uint8, each four broadcast to all channels
+//
+// Without the instruction (`dot` below) the same code is slow and right, so it can be tested on other CPUs.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "tile_generic.h"
+
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+#endif
+
+namespace int8fx {
+
+struct VnniTile {
+  static constexpr int MR = 12, NR = 32, KG = 4, FLIP = 0x80;
+  using X = uint8_t;
+  using W = int8_t;
+
+  static constexpr int64_t panel_size(int64_t k) { return NR * 4 + (k + KG - 1) / KG * KG * NR; }
+
+  static void pack_w(const int8_t* w, int64_t stride, int64_t n, int64_t k, W* out) {
+    int8_t* panel = out + NR * 4;
+    int64_t done = 0;
+    if (n == NR)
+      for (; done + 64 <= k; done += 64)
+        for (int half = 0; half < 2; ++half)
+          transpose_16x64(w + half * 16 * stride + done, stride, panel + done * NR + half * 64);
+    if (done < k) pack_rows<NR, KG>(w + done, stride, n, k - done, panel + done * NR);
+    Vector sums[2] = {};
+    const Bytes ones = Bytes{} + uint8_t(1);
+    for (int64_t g = 0; g < (k + KG - 1) / KG; ++g)
+      for (int half = 0; half < 2; ++half) sums[half] = dot(sums[half], ones, panel + (g * 2 + half) * 64);
+    for (int half = 0; half < 2; ++half) {
+      sums[half] = sums[half] * -128;
+      std::memcpy(out + half * 64, &sums[half], 64);
+    }
+  }
+
+  static void run(int64_t groups, const X* x, const W* w, int32_t* y, bool first) {
+    Vector start[2], sums[MR][2];
+    std::memcpy(start, w, sizeof start);
+    w += sizeof start;
+#pragma GCC unroll 12
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half)
+        sums[m][half] = first ? start[half] : start[half] + *(const Vector*)(y + m * NR + half * 16);
+    for (int64_t g = 0; g < groups; ++g, x += MR * KG, w += NR * KG)
+#pragma GCC unroll 12
+      for (int m = 0; m < MR; ++m) {
+        int32_t four;
+        std::memcpy(&four, x + m * KG, sizeof four);
+        const Vector all = Vector{} + four;
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) sums[m][half] = dot(sums[m][half], (Bytes)all, w + half * 64);
+      }
+#pragma GCC unroll 12
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) *(Vector*)(y + m * NR + half * 16) = sums[m][half];
+  }
+
+ private:
+  typedef int32_t Vector __attribute__((vector_size(64), aligned(4), may_alias));
+  typedef uint8_t Bytes __attribute__((vector_size(64), may_alias));
+
+  // sum[i] += sum_j(x[4 * i + j] * w[4 * i + j])
+  static inline Vector dot(Vector sum, Bytes x, const int8_t* w) {
+#ifdef __AVX512VNNI__
+    return (Vector)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, _mm512_loadu_si512(w));
+#else
+    for (int i = 0; i < 64; ++i) sum[i / 4] += int32_t(x[i]) * int32_t(w[i]);
+    return sum;
+#endif
+  }
+
+  // 16 channels x 64 codes -> 16 groups of k x 16 channels x 4 codes, 128 bytes apart: a 16 x 16 transpose of int32, by
+  // four rounds that interleave row i with row i + 8.
+  static void transpose_16x64(const int8_t* w, int64_t stride, int8_t* out) {
+    Vector a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) std::memcpy(&a[i], w + i * stride, 64);
+#pragma GCC unroll 4
+    for (int round = 0; round < 4; ++round) {
+      Vector* from = round % 2 == 0 ? a : b;
+      Vector* to = round % 2 == 0 ? b : a;
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        to[2 * i] = __builtin_shufflevector(
+            from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        to[2 * i + 1] = __builtin_shufflevector(
+            from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) std::memcpy(out + i * 128, &a[i], 64);
+  }
+};
+
+}  // namespace int8fx
