@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import int8fx
 
-from . import cpu, metrics
+from . import metrics, native
 from .models import ModelError, load
 from .passes import PASSES
 
@@ -259,6 +259,5 @@ def machine() -> str:
     )
     if not any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
         line += "\nThis CPU has no bfloat16 instructions: torch's bfloat16 is slow on it."
-    if not cpu.has_fast_int_mm():
-        line += "\nThis CPU has no AVX512-VNNI or AMX: int8fx's memory and fidelity show here, its speed does not."
-    return line
+    kernels = f"C++ for {native.instruction_set().name}" if native.load() else "torch's operators, which are slow"
+    return f"{line}\nint8 products: {kernels}."

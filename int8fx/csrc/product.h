@@ -124,8 +124,8 @@ struct Product {
             rp[(tile * C + c) * MR + m] = m < rows ? static_cast<T>(x[(m0 + m) * K + outliers[c]]) : T(0);
       }
     });
-    const int64_t panels = (N + NR - 1) / NR, block_tiles = BLOCK_M / MR;
-    const int64_t blocks = (tiles + block_tiles - 1) / block_tiles;
+    const int64_t panels = (N + NR - 1) / NR, blocks = (tiles * MR + BLOCK_M - 1) / BLOCK_M;
+    const int64_t block_tiles = (tiles + blocks - 1) / blocks;  // blocks of one size: threads get as many each
     at::parallel_for(0, blocks * panels, 1, [&](int64_t begin, int64_t end) {
       Scratch scratch;
       for (int64_t task = begin; task < end; ++task) {
