@@ -7,6 +7,7 @@ import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from . import __version__, llm_int8
 from .schemes import Scheme, parse_scheme
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command")
     _add_demo(commands)
     _add_eval(commands)
+    _add_inspect(commands)
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()
@@ -128,21 +130,13 @@ def _schemes(args: argparse.Namespace) -> dict[str, Scheme]:
 
 def _eval(args: argparse.Namespace) -> int:
     schemes = _schemes(args)
-    needs = (*MODEL_NEEDS, "matplotlib") if args.png else MODEL_NEEDS
-    if _lacks("eval", "eval", needs):
+    loaded = _load(args)
+    if loaded is None:
         return 1
     from .evaluate import evaluate
-    from .models import ModelError, load
-    from .texts import TextError, windows
 
-    try:
-        model, tokenizer, kind = load(args.model)
-        read, apart = windows(tokenizer, args.text or ["pydoc"], args.windows, args.width, args.calibration)
-    except (ModelError, TextError) as error:
-        print(f"int8fx eval: {error}", file=sys.stderr)
-        return 1
+    model, kind, read, calibration = loaded
     show = sys.stderr.isatty()
-    calibration = apart if len(apart) else None
     found = evaluate(model, kind, read, schemes, calibration=calibration, name=args.model, progress=show)
     found.about = _about(args)
     print(f"{found.about['machine']}\n{found}")
@@ -155,6 +149,22 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def _load(args: argparse.Namespace) -> tuple[Any, str, Any, Any] | None:
+    """The model, its kind, windows to measure and windows to calibrate; None if there is an error, which is printed."""
+    if _lacks(args.command, "eval", (*MODEL_NEEDS, "matplotlib") if args.png else MODEL_NEEDS):
+        return None
+    from .models import ModelError, load
+    from .texts import TextError, windows
+
+    try:
+        model, tokenizer, kind = load(args.model)
+        read, apart = windows(tokenizer, args.text or ["pydoc"], args.windows, args.width, args.calibration)
+    except (ModelError, TextError) as error:
+        print(f"int8fx {args.command}: {error}", file=sys.stderr)
+        return None
+    return model, kind, read, apart if len(apart) else None
+
+
 def _about(args: argparse.Namespace) -> dict[str, str]:
     """What a measurement needs to be repeated."""
     from .machine import machine
@@ -164,3 +174,39 @@ def _about(args: argparse.Namespace) -> dict[str, str]:
     parts += [part for text in args.text or () for part in ("--text", text)]
     parts += [part for text in args.scheme or () for part in ("--scheme", text)]
     return {"machine": machine(), "command": shlex.join(parts)}
+
+
+# ---- inspect --------------------------------------------------------------------------------------------------------
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "inspect", help="show each layer's outliers, what is kept in 16 bits and where, and its error under each scheme"
+    )
+    _add_measured(parser, 2, 256)
+    parser.add_argument("--threshold", type=float, default=6.0, help="from which size on a value is an outlier")
+    parser.set_defaults(run=_inspect, error=parser.error)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    schemes = _schemes(args)
+    loaded = _load(args)
+    if loaded is None:
+        return 1
+    from .calibrate import calibrate
+    from .inspection import inspect
+
+    model, _, read, apart = loaded
+    show = sys.stderr.isatty()
+    calibration = None if apart is None else calibrate(model, apart.split(1), progress=show)
+    options = {"calibration": calibration, "threshold": args.threshold, "progress": show}
+    found = inspect(model, read.split(1), schemes, **options)
+    found.about = _about(args)
+    print(f"{found.about['machine']}\n{found}")
+    if args.json:
+        args.json.write_text(found.to_json() + "\n")
+    if args.png:
+        from .plots import draw_inspection
+
+        draw_inspection(found, args.png)
+    return 0
