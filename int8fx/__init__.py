@@ -5,10 +5,11 @@
 """
 
 from . import ops as ops
+from .calibrate import Calibration, calibrate
 from .convert import convert
 from .packing import is_packed
-from .schemes import llm_int8
+from .schemes import llm_int8, rotated
 from .summary import summary
 
 __version__ = "0.1.0"
-__all__ = ["convert", "is_packed", "llm_int8", "summary"]
+__all__ = ["Calibration", "calibrate", "convert", "is_packed", "llm_int8", "rotated", "summary"]

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
+from .calibrate import Calibration, choose_columns
 from .packing import PackedModule, PackedWeight, Packing, clash, pack_modules
 from .quantize import INT8_MAX, MAX_K, quantize_weight
 from .recipes import Recipe, attention_forward, embedding_forward, matrices, recipe_for, uninitialized
-from .schemes import LLMInt8, llm_int8
+from .schemes import LLMInt8, Rotated, Scheme, llm_int8
 from .selection import Names, Selection
 
 LEFT = "int8fx_left"  # attribute of a converted model: layer name -> why it was left
@@ -45,7 +46,14 @@ class Layer:
         return w.transpose(-1, -2) if self.layout == "KN" else w
 
 
-def convert(model: Any, scheme: LLMInt8 | None = None, *, select: Selection | None = None, skip: Selection = ()) -> Any:
+def convert(
+    model: Any,
+    scheme: Scheme | None = None,
+    *,
+    select: Selection | None = None,
+    skip: Selection = (),
+    calibration: Calibration | None = None,
+) -> Any:
     """Packs ``model``'s weights to int8, in place, and returns ``model``.
 
     Weights of linear layers, attention, fused experts and bare Parameters used in products become int8 codes and a
@@ -54,10 +62,12 @@ def convert(model: Any, scheme: LLMInt8 | None = None, *, select: Selection | No
 
     Args:
         model: an ``nn.Module``, a ``torch.fx.GraphModule`` or a ``torch.export.ExportedProgram``.
-        scheme: `llm_int8()` by default.
+        scheme: `llm_int8()` by default, or `rotated()`.
         select: the layers to convert: names or patterns as in ``model.layers.*.q_proj`` or ``lm_head``, or a function
             (name, module) -> bool. By default all but output embeddings and 1x1 convolutions; both can be selected.
         skip: the layers to leave, in the same form.
+        calibration: what `calibrate` found of this model: schemes with static columns choose them by it. Layers that it
+            knows nothing of keep the columns of largest weight.
 
     Raises:
         TypeError: ``model`` or an argument is of the wrong kind.
@@ -68,16 +78,21 @@ def convert(model: Any, scheme: LLMInt8 | None = None, *, select: Selection | No
     model still works. ``convert(model, select=...)`` of the rest goes on.
     """
     scheme = llm_int8() if scheme is None else scheme
-    if not isinstance(scheme, LLMInt8):
-        raise TypeError(f"int8fx.convert: scheme is {scheme!r}; legal: int8fx.llm_int8(threshold=...)")
+    if not isinstance(scheme, (LLMInt8, Rotated)):
+        raise TypeError(
+            f"int8fx.convert: scheme is {scheme!r}; legal: int8fx.llm_int8(threshold=...), int8fx.rotated(...)"
+        )
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise TypeError(f"int8fx.convert: calibration is {calibration!r}; legal: what int8fx.calibrate returns")
+    pack = Pack(scheme, calibration)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("int8fx.convert: the model is a ScriptModule; legal: the eager model it was made from")
     if isinstance(model, (torch.fx.GraphModule, torch.export.ExportedProgram)):
         from .convert_graph import convert_graph
 
-        converted = convert_graph(model, scheme, select, skip)
+        converted = convert_graph(model, pack, select, skip)
     elif isinstance(model, nn.Module):
-        converted = _convert_module(model, scheme, select, skip)
+        converted = _convert_module(model, pack, select, skip)
     else:
         raise TypeError(
             f"int8fx.convert: found {type(model).__name__}; legal: nn.Module, torch.fx.GraphModule, "
@@ -91,13 +106,13 @@ def convert(model: Any, scheme: LLMInt8 | None = None, *, select: Selection | No
     return model
 
 
-def _convert_module(model: nn.Module, scheme: LLMInt8, select: Selection | None, skip: Selection) -> int:
+def _convert_module(model: nn.Module, pack: Pack, select: Selection | None, skip: Selection) -> int:
     check_modules(model)
     layers = plan(model, select, skip)
     chosen = choose(layers)
     leave_reasons(model, layers)
     _leave_fast_paths(model, {id(layer.module) for layer in chosen})
-    pack_layers(chosen, scheme)
+    pack_layers(chosen, pack)
     return len(chosen)
 
 
@@ -106,35 +121,55 @@ def leave_reasons(model: nn.Module, layers: list[Layer]) -> None:
     setattr(model, LEFT, {layer.name: layer.reason for layer in layers if layer.reason is not None})
 
 
-def pack_layers(chosen: list[Layer], scheme: LLMInt8) -> None:
+def pack_layers(chosen: list[Layer], pack: Pack) -> None:
     """Packs the weights of ``chosen``, module by module; float weights are freed as it goes.
 
     Modules that share a weight are packed together: an interruption does not come between them.
     """
     for group in _together(chosen):
-        packed: dict[int, tuple[Tensor, Tensor]] = {}
-        for layer in group:
-            key = id(layer.weight)
-            if key not in packed:
-                packed[key] = pack_weight(layer)
+        packed: dict[int, tuple[Tensor, ...]] = {}
+        for tied in _grouped(group, lambda layer: id(layer.weight)):
+            packed[id(tied[0].weight)] = pack(tied)
         ready = []
         for own in _grouped(group, lambda layer: id(layer.module)):
             weights = {}
             for layer in own:
                 assert layer.layout is not None
-                described = PackedWeight(layer.layout, layer.weight.dtype, scheme.threshold, layer.recipe.kernel_dims)
-                weights[layer.parameter] = (*packed[id(layer.weight)], described)
+                weights[layer.parameter] = (*packed[id(layer.weight)], pack.describe(layer))
             recipe = own[0].recipe
             forward = recipe.forward if set(recipe.layouts) == set(weights) else _own_forward(recipe)
             ready.append(Packing(own[0].module, weights, forward))
         pack_modules(ready)
 
 
-def pack_weight(layer: Layer) -> tuple[Tensor, Tensor]:
-    """``(codes [..., N, K], scale [..., N])``: ordinary tensors in any grad mode, fake ones of a fake weight."""
-    weight = layer.oriented()
-    with torch.inference_mode(False), torch.no_grad(), detect_fake_mode(weight) or nullcontext():
-        return quantize_weight(weight)
+class Pack:
+    """Packs weights for a scheme: ``pack([layer, ...])`` the one weight of these layers.
+
+    Equal columns of several weights are one tensor: products that read the same x then can share its quantisation.
+    """
+
+    def __init__(self, scheme: Scheme, calibration: Calibration | None = None) -> None:
+        self.scheme, self.calibration = scheme, calibration
+        self._columns: dict[tuple, Tensor] = {}
+
+    def __call__(self, tied: list[Layer]) -> tuple[Tensor, ...]:
+        """Buffers by `packing.SUFFIXES`: ordinary tensors in any grad mode, fake ones of a fake weight."""
+        weight = tied[0].oriented()
+        with torch.inference_mode(False), torch.no_grad(), detect_fake_mode(weight) or nullcontext() as fake:
+            count = self.scheme.static_columns(weight.shape[-1])
+            if not count:
+                return quantize_weight(weight, self.scheme.block)
+            columns = choose_columns(weight, count, [layer.name for layer in tied], self.calibration)
+            if fake is None:
+                columns = self._columns.setdefault((columns.device, *columns.tolist()), columns)
+            columns_weight = weight.index_select(-1, columns).clone()
+            return *quantize_weight(weight, self.scheme.block, columns), columns, columns_weight
+
+    def describe(self, layer: Layer) -> PackedWeight:
+        assert layer.layout is not None
+        scheme, K = self.scheme, layer.oriented().shape[-1]
+        rest = (layer.recipe.kernel_dims, scheme.block, scheme.dynamic_columns(K))
+        return PackedWeight(layer.layout, layer.weight.dtype, scheme.threshold, *rest)
 
 
 def _own_forward(recipe: Recipe):

@@ -1,8 +1,9 @@
 """Conversion of graphs: packs the Parameters that a graph's products use, and rewrites the products.
 
-For every packed Parameter ``w`` the graph gets two buffers, ``w`` (int8 codes ``[..., N, K]``) and ``w_scale``, and
-each of its uses becomes ``int8fx::dequantize`` (transposed for a ``[..., K, N]`` use); then `passes.lower` runs on it.
-An embedding takes rows of the codes. Layers have the names that modules have: ``lm_head`` for ``lm_head.weight``.
+For every packed Parameter ``w`` the graph gets the buffers of `packing`: ``w`` (int8 codes ``[..., N, K]``), its scale
+and those of columns that are kept. Each of its uses becomes ``int8fx::dequantize`` (transposed for a ``[..., K, N]``
+use); then `passes.lower` runs on it. An embedding takes rows of the codes. Layers have the names that modules have:
+``lm_head`` for ``lm_head.weight``.
 """
 
 from __future__ import annotations
@@ -21,34 +22,31 @@ from torch.fx import Graph, GraphModule, Node
 from .convert import (
     HEAD,
     Layer,
+    Pack,
     check_modules,
     choose,
     layer_name,
     leave_reasons,
     pack_layers,
-    pack_weight,
     packed_layers,
     plan,
     walk,
 )
-from .packing import SCALE, PackedModule, applied_to_packed, not_codes
+from .packing import COLUMNS, SCALE, SUFFIXES, PackedModule, PackedWeight, applied_to_packed, not_codes, untie_columns
 from .passes import count_ops
-from .passes.emit import call
+from .passes.emit import NO_ROTATION, call, without_defaults
 from .passes.lower import lower
 from .passes.products import read_product
 from .passes.weights import follow
 from .quantize import compute_dtype
 from .recipes import EMBEDDING, Recipe, embedding_forward
-from .schemes import LLMInt8
 from .selection import Selection
 
 aten = torch.ops.aten
 DTYPES = "int8fx_dtypes"  # in a graph module's meta: layer name -> the dtype that its weight had
 
 
-def convert_graph(
-    model: GraphModule | ExportedProgram, scheme: LLMInt8, select: Selection | None, skip: Selection
-) -> int:
+def convert_graph(model: GraphModule | ExportedProgram, pack: Pack, select: Selection | None, skip: Selection) -> int:
     """`convert` for graphs; returns how many weights it converted."""
     root = model.graph_module if isinstance(model, ExportedProgram) else model
     check_modules(root)
@@ -60,9 +58,9 @@ def convert_graph(
     count = len(chosen)
     del layers  # they hold float weights
     if isinstance(model, ExportedProgram):
-        _pack_exported(model, chosen, scheme)
+        _pack_exported(model, chosen, pack)
     else:
-        _pack_graph_module(model, chosen, scheme)
+        _pack_graph_module(model, chosen, pack)
     return count
 
 
@@ -167,17 +165,15 @@ def _embedding(node: Node) -> tuple[Node, Node] | None:
     return (table, ids) if isinstance(table, Node) and isinstance(ids, Node) else None
 
 
-def _read_packed(use: Node, packed: list[Node], layer: Layer, threshold: float) -> None:
-    """Gives the users of the float weight ``use`` what they need of codes and scale; ``use`` stays, without users."""
-    graph, weight, (codes, scale) = use.graph, layer.oriented(), packed
+def _read_packed(use: Node, packed: list[Node], layer: Layer, described: PackedWeight) -> None:
+    """Gives the users of the float weight ``use`` what they need of its buffers; ``use`` stays, without users."""
+    graph, weight, (codes, scale, *kept) = use.graph, layer.oriented(), packed
+    columns, columns_weight = kept or (None, None)
     for user in list(use.users):
         table = _embedding(user)
         if table is not None and table[0] is use and layer.layout == "NK":
             with graph.inserting_before(user):
-                ct = compute_dtype(weight.dtype)
-                rows, scales = (call(graph, aten.index.Tensor, t, [table[1]]) for t in (codes, scale))
-                scales = call(graph, aten._to_copy.default, call(graph, aten.unsqueeze.default, scales, -1), dtype=ct)
-                rows = call(graph, aten.mul.Tensor, call(graph, aten._to_copy.default, rows, dtype=ct), scales)
+                rows = _embedding_rows(graph, table[1], packed, described, compute_dtype(weight.dtype))
                 user.replace_all_uses_with(call(graph, aten._to_copy.default, rows, dtype=weight.dtype))
             graph.erase_node(user)
     if not use.users:
@@ -185,7 +181,9 @@ def _read_packed(use: Node, packed: list[Node], layer: Layer, threshold: float) 
     first = next(node for node in graph.nodes if node in use.users)
     val = use.meta.get("val")
     with graph.inserting_before(first):
-        new = graph.call_function(torch.ops.int8fx.dequantize.default, (codes, scale, weight.dtype, threshold))
+        rotation = without_defaults((described.block, columns, columns_weight, described.top), NO_ROTATION)
+        args = (codes, scale, weight.dtype, described.threshold, *rotation)
+        new = graph.call_function(torch.ops.int8fx.dequantize.default, args)
         new.meta["val"] = (
             torch.empty(weight.shape, dtype=weight.dtype, device="meta") if val is None else val.new_empty(weight.shape)
         )
@@ -197,6 +195,19 @@ def _read_packed(use: Node, packed: list[Node], layer: Layer, threshold: float) 
     use.replace_all_uses_with(new)
 
 
+def _embedding_rows(graph: Graph, ids: Node, packed: list[Node], described: PackedWeight, dtype: torch.dtype) -> Node:
+    codes, scale, *kept = packed
+    codes, scale = (call(graph, aten.index.Tensor, t, [ids]) for t in (codes, scale))
+    if described.block == 1 and not kept:
+        scale = call(graph, aten._to_copy.default, call(graph, aten.unsqueeze.default, scale, -1), dtype=dtype)
+        return call(graph, aten.mul.Tensor, call(graph, aten._to_copy.default, codes, dtype=dtype), scale)
+    if kept:
+        kept = [kept[0], call(graph, aten.index.Tensor, kept[1], [ids])]
+    args = (codes, scale, dtype, described.threshold, described.block, *kept)
+    rows = call(graph, torch.ops.int8fx.dequantize.default, *args)
+    return call(graph, aten.mul.Tensor, rows, 1)  # `lower` must not take rows for a weight: it looks behind no mul
+
+
 # ---- torch.fx.GraphModule -------------------------------------------------------------------------------------------
 
 
@@ -204,14 +215,16 @@ class Int8GraphModule(GraphModule):
     """Mixed into the class of a converted GraphModule: what `packing.PackedModule` is for other modules."""
 
     def _apply(self, fn, recurse: bool = True):
-        places = [(owner._buffers, key) for _, owner, name in _codes(self) for key in (name, name + SCALE)]
+        keys = [(owner._buffers, name + suffix) for _, owner, name in _codes(self) for suffix in SUFFIXES]
+        places = [(buffers, key) for buffers, key in keys if key in buffers]
         with applied_to_packed(places, fn):
             super()._apply(fn, recurse)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        for path, _, name in _codes(self):
+        for path, owner, name in _codes(self):
             key = prefix + _join(path, name)
+            untie_columns(owner._buffers, name, state_dict.get(key + COLUMNS))
             if key in state_dict and state_dict[key].dtype != torch.int8:
                 errors.append(not_codes(key, state_dict.pop(key)))  # it would be cast to int8
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
@@ -264,10 +277,10 @@ def _graph_module_layers(model: GraphModule) -> Iterator[Layer]:
                 yield layer
 
 
-def _pack_graph_module(model: GraphModule, chosen: list[Layer], scheme: LLMInt8) -> None:
+def _pack_graph_module(model: GraphModule, chosen: list[Layer], pack: Pack) -> None:
     calls = [model.get_submodule(node.target) for node in model.graph.find_nodes(op="call_module")]
     in_calls = {id(module) for called in calls for module in called.modules()}
-    pack_layers([layer for layer in chosen if id(layer.module) in in_calls], scheme)
+    pack_layers([layer for layer in chosen if id(layer.module) in in_calls], pack)
     in_graph = [layer for layer in chosen if id(layer.module) not in in_calls]
     if not in_graph:
         return
@@ -280,15 +293,15 @@ def _pack_graph_module(model: GraphModule, chosen: list[Layer], scheme: LLMInt8)
         tied.setdefault(id(layer.weight), []).append(layer)
     try:
         for group in tied.values():
-            codes, scale = pack_weight(group[0])
+            packed = pack(group)
             for layer in group:
                 name = _join(names[id(layer.module)], layer.parameter)
                 for use in model.graph.find_nodes(op="get_attr", target=name):
-                    reads = _get_attrs(use, name, codes, scale, with_val=one_mode)
-                    _read_packed(use, reads, layer, scheme.threshold)
+                    _read_packed(use, _get_attrs(use, name, *packed, with_val=one_mode), layer, pack.describe(layer))
                     model.graph.erase_node(use)
                 del layer.module._parameters[layer.parameter]
-                layer.module._buffers.update({layer.parameter: codes, layer.parameter + SCALE: scale})
+                suffixed = zip(SUFFIXES, packed, strict=False)
+                layer.module._buffers.update((layer.parameter + suffix, tensor) for suffix, tensor in suffixed)
     finally:
         try:
             lower(model.graph)
@@ -298,10 +311,10 @@ def _pack_graph_module(model: GraphModule, chosen: list[Layer], scheme: LLMInt8)
 
 
 def _get_attrs(use: Node, name: str, *tensors: Tensor, with_val: bool) -> list[Node]:
-    """Nodes that read a weight's codes and scale, in front of ``use``."""
+    """Nodes that read a weight's buffers, in front of ``use``."""
     nodes = []
     with use.graph.inserting_before(use):
-        for suffix, tensor in zip(("", SCALE), tensors, strict=True):
+        for suffix, tensor in zip(SUFFIXES, tensors, strict=False):
             node = use.graph.create_node("get_attr", name + suffix)
             if with_val and "val" in use.meta:
                 node.meta["val"] = use.meta["val"].new_empty(tensor.shape, dtype=tensor.dtype)
@@ -330,7 +343,7 @@ def _exported_layers(program: ExportedProgram) -> Iterator[Layer]:
         yield Layer(layer_name(path, leaf), owner, leaf, recipes[name].layouts.get(leaf), recipes[name])
 
 
-def _pack_exported(program: ExportedProgram, chosen: list[Layer], scheme: LLMInt8) -> None:
+def _pack_exported(program: ExportedProgram, chosen: list[Layer], pack: Pack) -> None:
     graph = program.graph_module.graph
     uses = {program.graph_signature.inputs_to_parameters.get(n.name): n for n in graph.nodes if n.op == "placeholder"}
     tied: dict[int, list[Layer]] = {}
@@ -339,7 +352,7 @@ def _pack_exported(program: ExportedProgram, chosen: list[Layer], scheme: LLMInt
     chosen.clear()
     try:
         while tied:
-            _pack_placeholders(program, uses, tied.pop(next(iter(tied))), scheme.threshold)
+            _pack_placeholders(program, uses, tied.pop(next(iter(tied))), pack)
     finally:
         try:
             lower(graph)
@@ -351,32 +364,32 @@ def _pack_exported(program: ExportedProgram, chosen: list[Layer], scheme: LLMInt
         program.validate()
 
 
-def _pack_placeholders(program: ExportedProgram, uses: dict, group: list[Layer], threshold: float) -> None:
+def _pack_placeholders(program: ExportedProgram, uses: dict, group: list[Layer], pack: Pack) -> None:
     """Packs the weight that the layers of ``group`` share."""
-    codes, scale = pack_weight(group[0])
+    packed = pack(group)
     for layer in group:
         name = f"{layer.name}.weight" if layer.parameter == "weight" and layer.name != "weight" else layer.name
-        _pack_placeholder(program, uses[name], name, layer, codes, scale, threshold)
+        _pack_placeholder(program, uses[name], name, layer, packed, pack.describe(layer))
 
 
 def _pack_placeholder(
-    program: ExportedProgram, use: Node, name: str, layer: Layer, codes: Tensor, scale: Tensor, threshold: float
+    program: ExportedProgram, use: Node, name: str, layer: Layer, packed: tuple[Tensor, ...], described: PackedWeight
 ) -> None:
-    """Replaces one Parameter of the program by its codes and scale: nodes, signature and state dict together."""
+    """Replaces one Parameter of the program by its buffers: nodes, signature and state dict together."""
     graph, mode, nodes = use.graph, use.meta["val"].fake_mode, []
     with graph.inserting_before(use):
-        for suffix, tensor in (("", codes), (SCALE, scale)):
+        for suffix, tensor in zip(SUFFIXES, packed, strict=False):
             node = graph.placeholder(f"{use.name}_int8{suffix}")
             node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
             nodes.append(node)
-    _read_packed(use, nodes, layer, threshold)
+    _read_packed(use, nodes, layer, described)
     specs = []
     for spec in program.graph_signature.input_specs:
         if spec.arg.name != use.name:
             specs.append(spec)
             continue
-        for node, suffix in zip(nodes, ("", SCALE), strict=True):
+        for node, suffix in zip(nodes, SUFFIXES, strict=False):
             specs.append(InputSpec(InputKind.BUFFER, TensorArgument(node.name), name + suffix, persistent=True))
     graph.erase_node(use)
     program._graph_signature = ExportGraphSignature(specs, program.graph_signature.output_specs)
-    program._state_dict.update({name: codes, name + SCALE: scale})
+    program._state_dict.update((name + suffix, tensor) for suffix, tensor in zip(SUFFIXES, packed, strict=False))

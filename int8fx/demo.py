@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, cycle
+from itertools import cycle
 from statistics import mean, median
 from typing import Any
 
@@ -15,11 +14,13 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 import int8fx
 
-from . import metrics, native
+from . import metrics
+from .evaluate import count_bytes
+from .machine import machine
 from .models import ModelError, load
 from .passes import PASSES
 
@@ -240,24 +241,3 @@ def real_text(tokenizer: Any, batch: int, width: int, count: int) -> list[Tensor
     pieces = [text[i * stride :][: 16 * width] for i in range(batch * count)]
     ids = tokenizer(pieces, truncation=True, max_length=width, return_tensors="pt").input_ids
     return list(ids.view(count, batch, width))
-
-
-def count_bytes(model: nn.Module) -> int:
-    """Bytes of ``model``'s parameters and buffers; what is tied counts once."""
-    return sum(t.nbytes for t in chain(model.parameters(), model.buffers()))
-
-
-def machine() -> str:
-    """The CPU, the versions, and what to know of this CPU before reading times."""
-    import transformers
-
-    known = torch.cpu.get_capabilities()
-    line = (
-        f"{known.get('cpu_name') or platform.processor()} ({torch.backends.cpu.get_cpu_capability()}), "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"int8fx {int8fx.__version__}"
-    )
-    if not any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
-        line += "\nThis CPU has no bfloat16 instructions: torch's bfloat16 is slow on it."
-    kernels = f"C++ for {native.instruction_set().name}" if native.load() else "torch's operators, which are slow"
-    return f"{line}\nint8 products: {kernels}."

@@ -1,4 +1,4 @@
-"""The ops of the ``int8fx`` library: schemas, checks, fakes, autograd, autocast and the dispatch to kernels.
+"""The ops of the ``int8fx`` library: schemas, fakes, autograd, autocast and the dispatch to kernels.
 
 No output's shape depends on data: the number of outlier columns never leaves an op.
 """
@@ -6,31 +6,39 @@ No output's shape depends on data: the number of outlier columns never leaves an
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from . import cpu, native, reference
-from .quantize import MAX_K, compute_dtype
+from . import cpu, native
+from .checks import check_dequantize, check_grouped, check_linear, check_linear_quantized, check_quantize
+from .quantize import compute_dtype
 from .quantize import dequantize as _dequantize
 
 _LIB = torch.library.Library("int8fx", "DEF")
 _EPILOGUE = "str activation='none', Tensor? other=None, str binary='none'"
+_ROTATION = "int block=1, Tensor? columns=None, Tensor? columns_weight=None"
 _LIB.define(
-    "linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, float threshold, " + _EPILOGUE + ") -> Tensor"
+    f"linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, float threshold, {_EPILOGUE}, {_ROTATION}, "
+    "int top=0) -> Tensor"
 )
 _LIB.define(
     "linear_quantized(Tensor x, Tensor codes, Tensor x_scale, Tensor outlier_mask, Tensor weight, Tensor weight_scale, "
-    "Tensor? bias, " + _EPILOGUE + ") -> Tensor"
+    f"Tensor? bias, {_EPILOGUE}, {_ROTATION}) -> Tensor"
 )
-_LIB.define("quantize_rowwise(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)")
 _LIB.define(
-    "grouped_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor offsets, float threshold) "
-    "-> Tensor"
+    "quantize_rowwise(Tensor x, float threshold, int block=1, Tensor? columns=None, int top=0) "
+    "-> (Tensor, Tensor, Tensor)"
 )
-_LIB.define("dequantize(Tensor weight, Tensor weight_scale, ScalarType dtype, float threshold=6.0) -> Tensor")
+_LIB.define(
+    "grouped_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor offsets, float threshold, "
+    f"{_ROTATION}, int top=0) -> Tensor"
+)
+_LIB.define(
+    "dequantize(Tensor weight, Tensor weight_scale, ScalarType dtype, float threshold=6.0, "
+    f"{_ROTATION}, int top=0) -> Tensor"
+)
 
 linear = torch.ops.int8fx.linear
 linear_quantized = torch.ops.int8fx.linear_quantized
@@ -39,83 +47,19 @@ grouped_linear = torch.ops.int8fx.grouped_linear
 dequantize = torch.ops.int8fx.dequantize
 
 
-# ---- checks, shared by the kernels and the fakes ---------------------------------------------------------------------
-
-
-_X_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def _refuse(op: str, found: str, legal: str) -> NoReturn:
-    raise ValueError(f"int8fx::{op}: {found}; legal: {legal}")
-
-
-def _of(tensor: Tensor) -> str:
-    return f"shape {tuple(tensor.shape)}, dtype {tensor.dtype}"
-
-
-def _check_x(op: str, x: Tensor) -> None:
-    if x.dtype not in _X_DTYPES:
-        _refuse(op, f"x has dtype {x.dtype}", "float16, bfloat16, float32 or float64")
-    if x.dim() == 0:
-        _refuse(op, "x has 0 dimensions", "[..., K]")
-
-
-def _check_codes(op: str, weight: Tensor, weight_scale: Tensor) -> None:
-    if weight.dtype != torch.int8:
-        _refuse(op, f"weight has dtype {weight.dtype}", "int8 codes")
-    if not weight_scale.is_floating_point() or weight_scale.shape != weight.shape[:-1]:
-        found = f"weight_scale has {_of(weight_scale)} for a weight {tuple(weight.shape)}"
-        _refuse(op, found, "one float scale per output channel")
-
-
-def _check_weight(
-    op: str, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dims: tuple[int, ...]
-) -> None:
-    _check_x(op, x)
-    if weight.dim() not in dims:
-        _refuse(op, f"weight has {weight.dim()} dimensions", " or ".join(map(str, dims)))
-    _check_codes(op, weight, weight_scale)
-    K = weight.shape[-1]
-    if K > MAX_K:
-        _refuse(op, f"K = {K}", f"K <= {MAX_K}, or int32 sums could overflow")
-    if x.shape[-1] != K:
-        _refuse(op, f"x has shape {tuple(x.shape)}", f"[..., {K}] for K = {K}")
-    if bias is not None and (not bias.is_floating_point() or bias.shape != weight.shape[:-1]):
-        _refuse(op, f"bias has {_of(bias)}", f"one float value per output channel, {tuple(weight.shape[:-1])}")
-
-
-def _check_epilogue(op: str, shape: tuple, activation: str, other: Tensor | None, binary: str) -> None:
-    if activation not in reference.ACTIVATIONS:
-        _refuse(op, f"activation {activation!r}", ", ".join(reference.ACTIVATIONS))
-    if binary not in reference.BINARIES or (binary == "none") != (other is None):
-        found = f"binary {binary!r} {'without' if other is None else 'with'} other"
-        _refuse(op, found, "add or mul with other, none without")
-    if other is not None and (not other.is_floating_point() or other.shape != shape):
-        _refuse(op, f"other has {_of(other)}", f"float values in the shape of y, {tuple(shape)}")
-
-
-def _check_linear(op, x, weight, weight_scale, bias, activation, other, binary):
-    _check_weight(op, x, weight, weight_scale, bias, (2, 3))
-    if weight.dim() == 3 and (x.dim() != 3 or x.shape[0] != weight.shape[0]):
-        _refuse(op, f"x has shape {tuple(x.shape)}", f"[{weight.shape[0]}, M, K] for a 3-D weight")
-    shape = (*x.shape[:-1], weight.shape[-2])
-    _check_epilogue(op, shape, activation, other, binary)
-    return shape
-
-
 # ---- int8fx::linear --------------------------------------------------------------------------------------------------
 
 
-def _linear_cpu(x, weight, weight_scale, bias, threshold, activation="none", other=None, binary="none"):
-    _check_linear("linear", x, weight, weight_scale, bias, activation, other, binary)
-    return cpu.linear(x, weight, weight_scale, bias, threshold, activation, other, binary)
+def _linear_cpu(x, weight, weight_scale, bias, threshold, activation="none", other=None, binary="none", *rotation):
+    check_linear(x, weight, weight_scale, bias, activation, other, binary, *rotation)
+    return cpu.linear(x, weight, weight_scale, bias, threshold, activation, other, binary, *rotation)
 
 
-def _linear_fake(x, weight, weight_scale, bias, threshold, activation="none", other=None, binary="none"):
-    return x.new_empty(_check_linear("linear", x, weight, weight_scale, bias, activation, other, binary))
+def _linear_fake(x, weight, weight_scale, bias, threshold, activation="none", other=None, binary="none", *rotation):
+    return x.new_empty(check_linear(x, weight, weight_scale, bias, activation, other, binary, *rotation))
 
 
-def _setup_backward(op, ctx, output, weight, weight_scale, bias, activation, other):
+def _setup_backward(op, ctx, output, weight, weight_scale, bias, activation, other, block, columns, columns_weight):
     ctx.refused = None
     if activation != "none" or other is not None:
         ctx.refused = RuntimeError(
@@ -124,7 +68,8 @@ def _setup_backward(op, ctx, output, weight, weight_scale, bias, activation, oth
         )
         if not isinstance(output, FakeTensor):  # AOTInductor calls folded products on fakes, with gradients enabled
             raise ctx.refused
-    ctx.save_for_backward(weight, weight_scale)
+    ctx.save_for_backward(weight, weight_scale, columns, columns_weight)
+    ctx.block = block
     ctx.bias = None if bias is None else (bias.shape, bias.dtype)
 
 
@@ -132,10 +77,10 @@ def _backward(ctx, grad, bias_at):
     """The gradients of x, through the dequantised weight, and of the bias."""
     if ctx.refused is not None:
         raise ctx.refused
-    weight, weight_scale = ctx.saved_tensors
+    weight, weight_scale, *kept = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = grad @ torch.ops.int8fx.dequantize(weight, weight_scale, grad.dtype)
+        grad_x = grad @ torch.ops.int8fx.dequantize(weight, weight_scale, grad.dtype, 6.0, ctx.block, *kept)
     if ctx.bias is not None and ctx.needs_input_grad[bias_at]:
         shape, dtype = ctx.bias
         lead = tuple(range(len(shape) - 1, grad.dim() - 1))
@@ -144,25 +89,25 @@ def _backward(ctx, grad, bias_at):
 
 
 def _linear_setup_context(ctx, inputs, output):
-    _, weight, weight_scale, bias, _, activation, other, _ = inputs
-    _setup_backward("linear", ctx, output, weight, weight_scale, bias, activation, other)
+    _, weight, weight_scale, bias, _, activation, other, _, *rotation, _ = inputs
+    _setup_backward("linear", ctx, output, weight, weight_scale, bias, activation, other, *rotation)
 
 
 def _linear_backward(ctx, grad):
     grad_x, grad_bias = _backward(ctx, grad, bias_at=3)
-    return grad_x, None, None, grad_bias, None, None, None, None
+    return grad_x, None, None, grad_bias, *[None] * 8
 
 
 # ---- int8fx::quantize_rowwise and int8fx::linear_quantized -----------------------------------------------------------
 
 
-def _quantize_rowwise_cpu(x, threshold):
-    _check_x("quantize_rowwise", x)
-    return cpu.quantize_rowwise(x, threshold)
+def _quantize_rowwise_cpu(x, threshold, *rotation):
+    check_quantize(x, *rotation)
+    return cpu.quantize_rowwise(x, threshold, *rotation)
 
 
-def _quantize_rowwise_fake(x, threshold):
-    _check_x("quantize_rowwise", x)
+def _quantize_rowwise_fake(x, threshold, *rotation):
+    check_quantize(x, *rotation)
     M = 1
     for size in x.shape[:-1]:
         M = M * size
@@ -180,83 +125,50 @@ def _quantize_rowwise_setup_context(ctx, inputs, output):
 
 
 def _quantize_rowwise_backward(ctx, *grads):
-    return None, None
+    return (None,) * 5
 
 
-def _check_linear_quantized(x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation, other, binary):
-    op = "linear_quantized"
-    _check_weight(op, x, weight, weight_scale, bias, (2,))
-    M = 1
-    for size in x.shape[:-1]:
-        M = M * size
-    K = x.shape[-1]
-    for name, tensor, shape, dtype in (
-        ("codes", codes, (M, K), torch.int8),
-        ("x_scale", x_scale, (M,), compute_dtype(x.dtype)),
-        ("outlier_mask", outlier_mask, (K,), torch.bool),
-    ):
-        if tensor.shape != shape or tensor.dtype != dtype:
-            _refuse(op, f"{name} has {_of(tensor)}", f"{tuple(shape)}, {dtype}: what quantize_rowwise(x) returns")
-    shape = (*x.shape[:-1], weight.shape[0])
-    _check_epilogue(op, shape, activation, other, binary)
-    return shape
+def _linear_quantized_cpu(*args):
+    check_linear_quantized(*args)
+    return cpu.linear_quantized(*args)
 
 
-def _linear_quantized_cpu(
-    x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation="none", other=None, binary="none"
-):
-    _check_linear_quantized(x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation, other, binary)
-    return cpu.linear_quantized(x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation, other, binary)
-
-
-def _linear_quantized_fake(
-    x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation="none", other=None, binary="none"
-):
-    shape = _check_linear_quantized(
-        x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation, other, binary
-    )
-    return x.new_empty(shape)
+def _linear_quantized_fake(x, *args):
+    return x.new_empty(check_linear_quantized(x, *args))
 
 
 def _linear_quantized_setup_context(ctx, inputs, output):
-    _, _, _, _, weight, weight_scale, bias, activation, other, _ = inputs
-    _setup_backward("linear_quantized", ctx, output, weight, weight_scale, bias, activation, other)
+    _, _, _, _, weight, weight_scale, bias, activation, other, _, *rotation = inputs
+    _setup_backward("linear_quantized", ctx, output, weight, weight_scale, bias, activation, other, *rotation)
 
 
 def _linear_quantized_backward(ctx, grad):
     grad_x, grad_bias = _backward(ctx, grad, bias_at=6)
-    return grad_x, None, None, None, None, None, grad_bias, None, None, None
+    return grad_x, None, None, None, None, None, grad_bias, *[None] * 6
 
 
 # ---- int8fx::grouped_linear ------------------------------------------------------------------------------------------
 
 
-def _check_grouped(x, weight, weight_scale, bias, offsets):
-    op = "grouped_linear"
-    _check_weight(op, x, weight, weight_scale, bias, (3,))
-    if x.dim() != 2 or offsets.shape != weight.shape[:1] or offsets.dtype not in (torch.int32, torch.int64):
-        found = f"x has shape {tuple(x.shape)}, offsets {tuple(offsets.shape)}, dtype {offsets.dtype}"
-        _refuse(op, found, f"[S, K] and one integer end per group, [{weight.shape[0]}]")
+def _grouped_linear_cpu(x, weight, weight_scale, bias, offsets, threshold, *rotation):
+    check_grouped(x, weight, weight_scale, bias, offsets, *rotation)
+    return cpu.grouped_linear(x, weight, weight_scale, bias, offsets, threshold, *rotation)
 
 
-def _grouped_linear_cpu(x, weight, weight_scale, bias, offsets, threshold):
-    _check_grouped(x, weight, weight_scale, bias, offsets)
-    return cpu.grouped_linear(x, weight, weight_scale, bias, offsets, threshold)
-
-
-def _grouped_linear_fake(x, weight, weight_scale, bias, offsets, threshold):
-    _check_grouped(x, weight, weight_scale, bias, offsets)
+def _grouped_linear_fake(x, weight, weight_scale, bias, offsets, threshold, *rotation):
+    check_grouped(x, weight, weight_scale, bias, offsets, *rotation)
     return x.new_empty((x.shape[0], weight.shape[1]))
 
 
 def _grouped_setup_context(ctx, inputs, output):
-    _, weight, weight_scale, bias, offsets, _ = inputs
-    ctx.save_for_backward(weight, weight_scale, offsets)
+    _, weight, weight_scale, bias, offsets, _, block, columns, columns_weight, _ = inputs
+    ctx.save_for_backward(weight, weight_scale, offsets, columns, columns_weight)
+    ctx.block = block
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _grouped_backward(ctx, grad):
-    weight, weight_scale, offsets = ctx.saved_tensors
+    weight, weight_scale, offsets, columns, columns_weight = ctx.saved_tensors
     E, N, K = weight.shape
     rows = torch.arange(grad.shape[0], device=grad.device)
     group = torch.searchsorted(offsets.to(rows.dtype), rows, right=True)  # E for rows behind the last group
@@ -266,30 +178,28 @@ def _grouped_backward(ctx, grad):
         grad_x = grad.new_zeros(grad.shape[0], K)
         for e in range(E):
             part = grad.masked_fill((group != e)[:, None], 0)
-            grad_x = grad_x + part @ torch.ops.int8fx.dequantize(weight[e], weight_scale[e], grad.dtype)
+            kept = (columns, None if columns_weight is None else columns_weight[e])
+            w = torch.ops.int8fx.dequantize(weight[e], weight_scale[e], grad.dtype, 6.0, ctx.block, *kept)
+            grad_x = grad_x + part @ w
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         grad_bias = grad.new_zeros(E, N).index_add(0, group.clamp(max=E - 1), grad).to(ctx.bias_dtype)
-    return grad_x, None, None, grad_bias, None, None
+    return grad_x, None, None, grad_bias, *[None] * 6
 
 
 # ---- int8fx::dequantize ----------------------------------------------------------------------------------------------
-# How a packed weight reads where no int8 product is known. The threshold does not enter the value: it tells the `lower`
-# pass which product to put in the place of a dequantised one.
+# How a packed weight reads where no int8 product is known. The threshold and top do not enter the value: they tell the
+# `lower` pass which product to put in the place of a dequantised one.
 
 
-def _check_dequantize(weight, weight_scale, dtype):
-    _check_codes("dequantize", weight, weight_scale)
-    if dtype not in _X_DTYPES:
-        _refuse("dequantize", f"dtype {dtype}", "float16, bfloat16, float32 or float64")
+def _dequantize_kernel(
+    weight, weight_scale, dtype, threshold=6.0, block=1, columns=None, columns_weight=None, top=0
+):  # fmt: skip
+    check_dequantize(weight, weight_scale, dtype, threshold, block, columns, columns_weight, top)
+    return _dequantize(weight.contiguous(), weight_scale, dtype, block, columns, columns_weight)
 
 
-def _dequantize_kernel(weight, weight_scale, dtype, threshold=6.0):
-    _check_dequantize(weight, weight_scale, dtype)
-    return _dequantize(weight.contiguous(), weight_scale, dtype)
-
-
-def _dequantize_fake(weight, weight_scale, dtype, threshold=6.0):
-    _check_dequantize(weight, weight_scale, dtype)
+def _dequantize_fake(weight, weight_scale, dtype, *scheme):
+    check_dequantize(weight, weight_scale, dtype, *scheme)
     return torch.empty(weight.shape, dtype=dtype, device=weight.device)
 
 

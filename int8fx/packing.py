@@ -6,6 +6,11 @@ stay as they were. For a packed weight called ``weight`` it holds two buffers:
     weight        [..., N, K] int8      its codes, whichever way round the module uses the weight
     weight_scale  [..., N]    float32   absmax / 127 per output channel
 
+and two more if some of its columns are kept in 16 bits:
+
+    weight_columns         [C]         int64   which they are
+    weight_columns_weight  [..., N, C]         their weights, in the dtype that the weight had
+
 ``state_dict`` sees just these. Reading ``module.weight`` gives ``int8fx::dequantize`` of them in the shape and
 dtype that the module expects, so code that knows nothing of int8fx stays right.
 """
@@ -24,7 +29,8 @@ from torch import Tensor, nn
 
 from . import ops  # noqa: F401  registers the library
 
-SCALE = "_scale"
+SCALE, COLUMNS, COLUMNS_WEIGHT = "_scale", "_columns", "_columns_weight"
+SUFFIXES = ("", SCALE, COLUMNS, COLUMNS_WEIGHT)  # of the buffers of a packed weight, behind its name
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,16 @@ class PackedWeight:
     dtype: of the float weight it reads.
     threshold: of the LLM.int8() products it takes part in.
     kernel_dims: how many dimensions of size 1 follow (2 for a 1x1 ``Conv2d``).
+    block: of the rotation that its codes are in; 1 for none.
+    top: how many columns those products keep in 16 bits in each call, chosen by their x.
     """
 
     layout: str
     dtype: torch.dtype
     threshold: float
     kernel_dims: int = 0
+    block: int = 1
+    top: int = 0
 
 
 class PackedModule(nn.Module):
@@ -55,16 +65,22 @@ class PackedModule(nn.Module):
             KeyError: the module has no packed weight of that name.
         """
         packed = self.packed_weights[name]
-        w = torch.ops.int8fx.dequantize.default(
-            self._buffers[name], self._buffers[name + SCALE], packed.dtype, packed.threshold
-        )
+        codes, scale, *rotation = self.packed(name)
+        w = torch.ops.int8fx.dequantize.default(codes, scale, packed.dtype, packed.threshold, *rotation)
         if packed.layout == "KN":
             w = w.transpose(-1, -2)
         return w.reshape(*w.shape, *[1] * packed.kernel_dims) if packed.kernel_dims else w
 
+    def packed(self, name: str = "weight") -> tuple:
+        """``(codes, scale, block, columns, columns_weight, top)``: what the ops take of the packed weight ``name``."""
+        packed, buffers = self.packed_weights[name], self._buffers
+        kept = (buffers[name + COLUMNS], buffers[name + COLUMNS_WEIGHT]) if name + COLUMNS in buffers else (None, None)
+        return buffers[name], buffers[name + SCALE], packed.block, *kept, packed.top
+
     def packed_linear(self, x: Tensor, name: str = "weight", bias: Tensor | None = None) -> Tensor:
-        codes, scale = self._buffers[name], self._buffers[name + SCALE]
-        return torch.ops.int8fx.linear.default(x, codes, scale, bias, self.packed_weights[name].threshold)
+        codes, scale, *rotation = self.packed(name)
+        threshold = self.packed_weights[name].threshold
+        return torch.ops.int8fx.linear.default(x, codes, scale, bias, threshold, "none", None, "none", *rotation)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("packed_weights", ()):
@@ -79,7 +95,8 @@ class PackedModule(nn.Module):
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        with applied_to_packed([(self._buffers, key) for n in self.packed_weights for key in (n, n + SCALE)], fn):
+        keys = [n + suffix for n in self.packed_weights for suffix in SUFFIXES if n + suffix in self._buffers]
+        with applied_to_packed([(self._buffers, key) for key in keys], fn):
             super()._apply(fn, recurse)
         self.packed_weights = {
             name: replace(packed, dtype=fn(torch.empty(0, dtype=packed.dtype, device=self._buffers[name].device)).dtype)
@@ -93,7 +110,14 @@ class PackedModule(nn.Module):
             if found is not None and found.dtype != torch.int8:
                 errors.append(not_codes(prefix + name, found))
                 return
+            untie_columns(self._buffers, name, state_dict.get(prefix + name + COLUMNS))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.packed_weights:  # tied for the passes' sake; checkpoints refuse what shares memory
+            if name + COLUMNS in self._buffers:
+                destination[prefix + name + COLUMNS] = self._buffers[name + COLUMNS].clone()
 
     def __reduce_ex__(self, protocol):
         reduced = super().__reduce_ex__(max(protocol, 2))  # 0 and 1 would name this class, which no module holds
@@ -109,10 +133,18 @@ class PackedModule(nn.Module):
 
 def clash(module: nn.Module, parameter: str) -> str | None:
     """A name that ``module`` would need to be packed and uses for something else."""
-    scale = parameter + SCALE
-    if any(scale in names for names in (module._parameters, module._buffers, module._modules)):
-        return scale
-    return next((n for n in ("packed_weights", "packed_linear", "dequantize") if hasattr(module, n)), None)
+    for suffix in SUFFIXES[1:]:
+        if any(parameter + suffix in names for names in (module._parameters, module._buffers, module._modules)):
+            return parameter + suffix
+    return next((n for n in ("packed_weights", "packed", "packed_linear", "dequantize") if hasattr(module, n)), None)
+
+
+def untie_columns(buffers: dict[str, Tensor | None], name: str, found: Tensor | None) -> None:
+    """Gives a weight columns of its own before others than those it shares with other weights are loaded into them."""
+    columns = buffers.get(name + COLUMNS)
+    if columns is not None and found is not None and not columns.is_meta:
+        same = found.shape == columns.shape and torch.equal(found.to(columns.device), columns)
+        buffers[name + COLUMNS] = columns if same else columns.clone()
 
 
 @contextmanager
@@ -164,12 +196,13 @@ class Packing:
     """What turns ``module`` into a packed one.
 
     module: owns a Parameter under each name.
-    weights: name -> (codes ``[..., N, K]`` int8, scale ``[..., N]`` float32, how the module reads it).
+    weights: name -> (codes ``[..., N, K]`` int8, scale ``[..., N]`` float32, and columns with their weights if some are
+        kept, how the module reads it).
     forward: replaces the class's forward; a module-level function, so that the module can be pickled.
     """
 
     module: nn.Module
-    weights: dict[str, tuple[Tensor, Tensor, PackedWeight]]
+    weights: dict[str, tuple[Any, ...]]
     forward: Callable | None = None
 
 
@@ -190,12 +223,11 @@ def pack_modules(packings: Sequence[Packing]) -> None:
 def _pack(packing: Packing) -> None:
     module, weights = packing.module, packing.weights
     cls = packed_class(type(module), tuple(weights), packing.forward)
-    codes = {name: codes for name, (codes, _, _) in weights.items()}
-    scales = {name + SCALE: scale for name, (_, scale, _) in weights.items()}
+    buffers = {name + s: t for name, (*tensors, _) in weights.items() for s, t in zip(SUFFIXES, tensors, strict=False)}
     module.__dict__.update(
         _parameters={k: v for k, v in module._parameters.items() if k not in weights},
-        _buffers={**module._buffers, **codes, **scales},
-        packed_weights={name: packed for name, (_, _, packed) in weights.items()},
+        _buffers={**module._buffers, **buffers},
+        packed_weights={name: packed for name, (*_, packed) in weights.items()},
     )
     object.__setattr__(module, "__class__", cls)
 

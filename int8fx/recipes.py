@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .packing import SCALE
 from .quantize import dequantize
 
 EMBEDDING = "an embedding: a table of rows, not a product"
@@ -118,8 +117,9 @@ def convolution_forward(self, x: Tensor) -> Tensor:
 
 def embedding_forward(self, ids: Tensor) -> Tensor:
     """Rows of the table, not by ``int8fx::dequantize``: they are activations, and no product's weight."""
-    codes, scale = self._buffers["weight"], self._buffers["weight" + SCALE]
-    return dequantize(codes[ids], scale[ids], self.packed_weights["weight"].dtype)
+    codes, scale, block, columns, columns_weight, _ = self.packed("weight")
+    kept = (columns, None if columns_weight is None else columns_weight[ids])
+    return dequantize(codes[ids], scale[ids], self.packed_weights["weight"].dtype, block, *kept)
 
 
 def attention_forward(
@@ -165,9 +165,10 @@ def experts_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     x = hidden_states[order // top_k]
 
     def product(x: Tensor, name: str) -> Tensor:
-        codes, scale, packed = self._buffers[name], self._buffers[name + SCALE], self.packed_weights[name]
+        codes, scale, *rotation = self.packed(name)
         bias = getattr(self, f"{name}_bias") if self.has_bias else None
-        return torch.ops.int8fx.grouped_linear.default(x, codes, scale, bias, offsets, packed.threshold)
+        threshold = self.packed_weights[name].threshold
+        return torch.ops.int8fx.grouped_linear.default(x, codes, scale, bias, offsets, threshold, *rotation)
 
     y = self._apply_gate(product(x, "gate_up_proj")) if self.has_gate else self.act_fn(product(x, "up_proj"))
     y = product(y, "down_proj")

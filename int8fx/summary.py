@@ -12,7 +12,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from .convert import LEFT, Layer, packed_layers, plan
-from .packing import SCALE
+from .packing import SUFFIXES
+from .tables import table
 
 
 @dataclass(frozen=True)
@@ -65,20 +66,17 @@ class Summary:
     _HEAD = ("layer", "module", "shape", "int8, or why not", "bytes before", "after")
 
     def __str__(self) -> str:
-        table = [self._HEAD, *self._cells()]
-        widths = [max(len(line[i]) for line in table) for i in range(len(self._HEAD))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
-        return "\n".join([*(line.rstrip() for line in lines), self._total()])
+        return "\n".join([table([self._HEAD, *self._cells()]), self._total()])
 
     def __rich__(self) -> Any:
         from rich.table import Table
 
-        table = Table(caption=self._total())
+        rich = Table(caption=self._total())
         for i, title in enumerate(self._HEAD):
-            table.add_column(title, justify="right" if i > 3 else "left")
+            rich.add_column(title, justify="right" if i > 3 else "left")
         for cells in self._cells():
-            table.add_row(*cells)
-        return table
+            rich.add_row(*cells)
+        return rich
 
 
 def summary(model: Any) -> Summary:
@@ -123,12 +121,12 @@ def summary(model: Any) -> Summary:
 
 def _converted(name: str, kind: str, module: nn.Module, parameter: str, dtype: torch.dtype, seen: set[int]) -> Row:
     codes: Tensor = module._buffers[parameter]  # type: ignore[assignment]
-    scale: Tensor = module._buffers[parameter + SCALE]  # type: ignore[assignment]
+    after = sum(t.nbytes for s in SUFFIXES if (t := module._buffers.get(parameter + s)) is not None)
     shape = tuple(codes.shape)
     if id(codes) in seen:
         return Row(name, kind, shape, True, "", 0, 0)
     seen.add(id(codes))
-    return Row(name, kind, shape, True, "", codes.numel() * dtype.itemsize, codes.nbytes + scale.nbytes)
+    return Row(name, kind, shape, True, "", codes.numel() * dtype.itemsize, after)
 
 
 def _left(layer: Layer, reason: str | None, is_converted: bool, seen: set[int]) -> Row:

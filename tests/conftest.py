@@ -1,7 +1,10 @@
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from int8fx import cpu, native, ops
 
 torch.set_num_threads(1)  # the tensors are tiny: on a busy machine a second thread makes the tests ten times slower
 
@@ -13,3 +16,18 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 def pytest_runtest_setup() -> None:
     torch.manual_seed(0)  # whatever ran before, and on whichever worker
+
+
+KERNELS = ("native", "float_gemm", "int_mm")
+
+
+@pytest.fixture(params=KERNELS, scope="module")
+def kernels(request):
+    """What has ``linear``, ``quantize_rowwise``, ...: the ops (so the C++ kernels), or torch's operators either way."""
+    if request.param == "native":
+        assert native.load(), "there is no C++ compiler: this would test torch's operators again"
+        yield ops
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "has_fast_int_mm", lambda: request.param == "int_mm")
+        yield cpu

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from int8fx import reference
-from int8fx.quantize import compute_dtype, outlier_mask, quantize_rowwise, quantize_weight
+from int8fx.quantize import (
+    NO_THRESHOLD,
+    compute_dtype,
+    dequantize,
+    outlier_mask,
+    quantize_rowwise,
+    quantize_weight,
+    rotate,
+    rotation_blocks,
+)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INF = float("inf")
@@ -107,17 +116,48 @@ def packed_weight(
 
 
 @dataclass(frozen=True)
+class Rotation:
+    """The last arguments of `int8fx::linear`."""
+
+    block: int = 1
+    columns: Tensor | None = None
+    columns_weight: Tensor | None = None
+    top: int = 0
+
+    def __iter__(self):
+        return iter((self.block, self.columns, self.columns_weight, self.top))
+
+    def of_expert(self, e: int) -> Rotation:
+        kept = self.columns_weight
+        return Rotation(self.block, self.columns, None if kept is None else kept[e], self.top)
+
+
+PLAIN = Rotation()
+
+
+@dataclass(frozen=True)
 class Problem:
-    """The arguments of `int8fx::linear`."""
+    """The arguments of `int8fx::linear`; iterates over those that every scheme has."""
 
     x: Tensor
     codes: Tensor
     scale: Tensor
     bias: Tensor | None
     threshold: float
+    rotation: Rotation = PLAIN
 
     def __iter__(self):
         return iter((self.x, self.codes, self.scale, self.bias, self.threshold))
+
+    @property
+    def all(self) -> tuple:
+        """Every argument of `int8fx::linear`, without an epilogue."""
+        return (*self, "none", None, "none", *self.rotation)
+
+    @property
+    def quantize(self) -> tuple:
+        """The arguments of `int8fx::quantize_rowwise`."""
+        return self.x, self.threshold, self.rotation.block, self.rotation.columns, self.rotation.top
 
 
 def problem(
@@ -140,9 +180,11 @@ def problem(
 # ---- the oracle and the budgets --------------------------------------------------------------------------------------
 
 
-def oracle(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def oracle(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None, rotation: Rotation = PLAIN) -> Tensor:
     """``x @ (codes * scale).T + bias`` in float64: the product with the dequantised weight, x as it is."""
-    y = x.double() @ (codes.double() * scale.double().unsqueeze(-1)).transpose(-1, -2)
+    block, columns, columns_weight, _ = rotation
+    w = dequantize(codes, scale, torch.float64, block, columns, columns_weight)
+    y = x.double() @ w.transpose(-1, -2)
     if bias is not None:
         y = y + (bias.double() if codes.dim() == 2 else bias.double().unsqueeze(-2))
     return y
@@ -194,31 +236,62 @@ def slices_of(x: Tensor) -> int:
     return math.ceil(K / 1040) if M > FEW_ROWS else math.ceil(K / 8) + 32
 
 
+def rotation_error(z: Tensor, block: int, ct: torch.dtype) -> Tensor:
+    """``t(z)`` of `reference.linear`'s docstring: how far the rotation of z, in ``ct``, may be off."""
+    t = torch.zeros_like(z, dtype=torch.float64)
+    u, h = unit_roundoff(ct), half_subnormal(ct)
+    for i, n in rotation_blocks(z.shape[-1], block) if block > 1 else ():
+        roundings = (math.log2(n) + 3) * u
+        total = z[..., i : i + n].double().abs().sum(-1, keepdim=True)
+        t[..., i : i + n] = roundings / (1 - roundings) / math.sqrt(n) * total + (math.sqrt(n) + 1) * h
+    return t
+
+
 def bound(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, slices: int | None = None
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    slices: int | None = None,
+    rotation: Rotation = PLAIN,
 ) -> Bound:
     """The bound in `reference.linear`'s docstring; ``slices``: see `slices_of`."""
     slices = slices_of(x) if slices is None else slices
     if codes.dim() == 3:
         parts = [
-            bound(x[e], codes[e], scale[e], None if bias is None else bias[e], threshold, slices)
+            bound(x[e], codes[e], scale[e], None if bias is None else bias[e], threshold, slices, rotation.of_expert(e))
             for e in range(codes.shape[0])
         ]
         return Bound(*(torch.stack([getattr(p, name) for p in parts]) for name in ("codes", "sums", "magnitude")))
     K, ct = x.shape[-1], compute_dtype(x.dtype)
+    block, columns, columns_weight, top = rotation
     x2d = x.reshape(math.prod(x.shape[:-1]), K).to(ct)
-    mask = outlier_mask(x2d, threshold)
-    x_codes, x_scale = quantize_rowwise(x2d, mask)
+    rest = x2d if columns is None else x2d.index_fill(1, columns, 0)
+    mask = outlier_mask(rest, threshold, columns, top)
+    rest = rest.masked_fill(mask, 0)
+    x_codes, x_scale = quantize_rowwise(rotate(rest, block))
     x_scale = x_scale.double().unsqueeze(-1)
-    w = (codes.double() * scale.double().unsqueeze(-1)).abs()
-    rounded = x_scale / 2 * (1 + 2**-16) * w[:, ~mask].sum(-1)
-    magnitude = (x_codes.double().abs() * x_scale) @ w.T + x2d[:, mask].double().abs() @ w[:, mask].T
+    v = (codes.double() * scale.double().unsqueeze(-1)).abs()
+    w = dequantize(codes, scale, torch.float64, block).abs()
+    included = ~mask if block == 1 else torch.ones_like(mask)
+    rounded = x_scale / 2 * (1 + 2**-16) * v[:, included].sum(-1)
+    out = x2d[:, mask].double().abs()
+    magnitude = (x_codes.double().abs() * x_scale) @ v.T + out @ w[:, mask].T
+    outliers = int(mask.sum())
+    if columns is not None:
+        magnitude = magnitude + x2d[:, columns].double().abs() @ columns_weight.double().abs().T
+        outliers += len(columns)
     if bias is not None:
         magnitude = magnitude + bias.double().abs()
-    outliers = int(mask.sum())
     n = (outliers + slices + 4) * unit_roundoff(ct)
     sums = n / (1 - n) * magnitude + (outliers + 1) * half_subnormal(ct)
     sums = sums + (K + 3) * unit_roundoff(torch.float64) * magnitude  # the oracle's own
+    if block > 1:
+        of_weight = rotation_error(v, block, ct) + 2 * unit_roundoff(ct) * w
+        sums = sums + rotation_error(rest, block, ct) @ v.T + out @ of_weight[:, mask].T
+        kept = x2d.double().abs() @ rotation_error(v, block, torch.float64).T
+        sums = sums + kept  # the oracle's own rotation
     shape = (*x.shape[:-1], codes.shape[0])
     return Bound(rounded.reshape(shape), sums.reshape(shape), magnitude.reshape(shape))
 
@@ -243,6 +316,7 @@ def error_budget(
     binary: str = "none",
     *,
     slices: int | None = None,
+    rotation: Rotation = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """``(exact, budget)``, both float64 ``[..., N]``: what a kernel computes, and how far it may be from it.
 
@@ -250,10 +324,10 @@ def error_budget(
     + rounding of the output dtype``.
     """
     ct, u = compute_dtype(x.dtype), unit_roundoff(compute_dtype(x.dtype))
-    v = oracle(x, codes, scale, bias)
+    v = oracle(x, codes, scale, bias, rotation)
     exact = epilogue(v, activation, other, binary)
-    found = reference.linear(x.to(ct), codes, scale, bias, threshold, activation, other, binary).double()
-    slack = 2 * bound(x, codes, scale, bias, threshold, slices).sums * _SLOPE[activation]
+    found = reference.linear(x.to(ct), codes, scale, bias, threshold, activation, other, binary, *rotation).double()
+    slack = 2 * bound(x, codes, scale, bias, threshold, slices, rotation).sums * _SLOPE[activation]
     if activation not in ("none", "relu"):
         slack = slack + 2 * _ACTIVATION_ROUNDINGS * u * v.abs()
     if other is not None:
@@ -301,21 +375,30 @@ def assert_within_budget(
     binary: str = "none",
     *,
     slices: int | None = None,
+    rotation: Rotation = PLAIN,
 ) -> None:
     """``error(y) <= 1.05 * error(reference) + rounding``, element by element against float64; see `error_budget`."""
     assert y.dtype == x.dtype
     assert y.shape == (*x.shape[:-1], codes.shape[-2])
-    exact, budget = error_budget(x, codes, scale, bias, threshold, activation, other, binary, slices=slices)
-    magnitude = bound(x, codes, scale, bias, threshold).magnitude
+    epilogue_of = (activation, other, binary)
+    exact, budget = error_budget(x, codes, scale, bias, threshold, *epilogue_of, slices=slices, rotation=rotation)
+    magnitude = bound(x, codes, scale, bias, threshold, rotation=rotation).magnitude
     assert_within(y, exact, budget, magnitude if other is None else magnitude * other.double().abs().clamp_min(1))
 
 
 def assert_within_bound(
-    y: Tensor, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, threshold: float
+    y: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    rotation: Rotation = PLAIN,
 ) -> None:
     """``abs(y - y*) <= Q + S + R`` of `reference.linear`'s docstring, element by element against float64."""
     assert y.dtype == x.dtype
-    exact, terms = oracle(x, codes, scale, bias), bound(x, codes, scale, bias, threshold)
+    exact = oracle(x, codes, scale, bias, rotation)
+    terms = bound(x, codes, scale, bias, threshold, rotation=rotation)
     assert_within(y, exact, terms.total(exact, x.dtype), terms.magnitude)
 
 
@@ -365,3 +448,19 @@ def problems(draw, dtype=dtypes, values=VALUES, layouts=LAYOUTS, batched: bool |
     codes, scale = (torch.stack(parts) if batched else parts[0] for parts in zip(*packed, strict=True))
     bias = None if bias_dtype is None else torch.randn(scale.shape, generator=generator(seed)).to(bias_dtype)
     return Problem(x, codes, scale, bias, draw(thresholds))
+
+
+@st.composite
+def rotated_problems(draw, thresholds=(NO_THRESHOLD, 6.0, INF), tops=(0, 1, 3), **kwargs) -> Problem:
+    """Arguments of `int8fx::linear` with a rotation, columns that are kept, or both."""
+    p = draw(problems(**kwargs))
+    K = p.x.shape[-1]
+    g, count = generator(draw(seeds)), min(K, draw(st.integers(0, 4)))
+    columns = columns_weight = None
+    if count:
+        columns = torch.randperm(K, generator=g)[:count].sort().values
+        dtype = draw(st.sampled_from((p.x.dtype, torch.float16, torch.bfloat16)))
+        columns_weight = torch.randn(*p.codes.shape[:-1], count, generator=g).to(dtype)
+    block = draw(st.sampled_from((1, 2, 16, 64)))
+    rotation = Rotation(block, columns, columns_weight, draw(st.sampled_from(tops)))
+    return Problem(*list(p)[:4], draw(st.sampled_from(thresholds)), rotation)

@@ -18,7 +18,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from int8fx import cpu, native, ops, quantize, reference
+from int8fx import cpu, ops, quantize, reference
 from int8fx.quantize import MAX_K
 
 F32 = unit_roundoff(torch.float32)
@@ -30,21 +30,6 @@ def fast(request, monkeypatch):
     """Both ways of torch's operators to multiply codes: `_int_mm` is exact on every CPU, and fast with VNNI."""
     monkeypatch.setattr(cpu, "has_fast_int_mm", lambda: request.param)
     return request.param
-
-
-KERNELS = ("native", "float_gemm", "int_mm")
-
-
-@pytest.fixture(params=KERNELS, scope="module")
-def kernels(request):
-    """What has ``linear``, ``quantize_rowwise``, ...: the ops (so the C++ kernels), or torch's operators either way."""
-    if request.param == "native":
-        assert native.load(), "there is no C++ compiler: this would test torch's operators again"
-        yield ops
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "has_fast_int_mm", lambda: request.param == "int_mm")
-        yield cpu
 
 
 def codes(*shape: int, seed: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._pytree import tree_map_only
 
 from int8fx import ops, reference
-from int8fx.quantize import MAX_K
+from int8fx.quantize import MAX_K, NO_THRESHOLD
 
 LIBRARY = sorted(
     name.removeprefix("int8fx::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("int8fx::")
@@ -53,6 +53,10 @@ def _experts(E: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.stack(parts) for parts in zip(*(packed_weight(N, K, seed=e) for e in range(E)), strict=True))
 
 
+def _kept(*lead: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor([1, 4, K - 1]), torch.randn(*lead, 3, generator=generator(5)).to(dtype)
+
+
 def _other(*lead: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*lead, N, generator=generator(4)).to(dtype)
 
@@ -75,6 +79,17 @@ def linear_samples():
     yield "batched epilogue", (_x(3, 4), *_experts(3), None, 6.0, "gelu", _other(3, 4), "mul")
     for name in reference.ACTIVATIONS:
         yield name, (_x(5, dtype=torch.bfloat16), *packed, _bias(N), 6.0, name)
+    plain = ("none", None, "none")
+    yield "rotated", (_x(2, 3, grad=True), *packed, _bias(N, grad=True), NO_THRESHOLD, *plain, 8)
+    for dtype in DTYPES:
+        x = _x(5, dtype=dtype, grad=True)
+        yield f"rotated, columns, {dtype}", (x, *packed, None, NO_THRESHOLD, *plain, 4, *_kept(N, dtype=dtype))
+    yield "columns without a rotation", (_x(5, grad=True), *packed, None, 6.0, *plain, 1, *_kept(N))
+    yield "rotated, top", (_x(5, grad=True), *packed, None, NO_THRESHOLD, *plain, 8, None, None, 2)
+    yield "rotated, no rows", (_x(0, grad=True), *packed, None, NO_THRESHOLD, *plain, 8, *_kept(N), 2)
+    yield "rotated, batched", (_x(3, 4, grad=True), *_experts(3), None, NO_THRESHOLD, *plain, 8, *_kept(3, N))
+    epilogue = ("gelu", _other(5), "mul")
+    yield "rotated, epilogue", (_x(5), *packed, _bias(N), NO_THRESHOLD, *epilogue, 8, *_kept(N))
     for binary in ("add", "mul"):
         yield binary, (_x(2, 3), *packed, _bias(N), 6.0, "silu", _other(2, 3), binary)
 
@@ -82,7 +97,9 @@ def linear_samples():
 def linear_quantized_samples():
     for what, (x, weight, scale, bias, threshold, *rest) in linear_samples():
         if weight.dim() == 2 and not what.startswith(("threshold", "only", "expanded", "broadcast", "relu", "gelu")):
-            yield what, (x, *ops.quantize_rowwise(x.detach(), threshold), weight, scale, bias, *rest)
+            block, columns, *_, top = rest[3:] if len(rest) == 7 else (*rest[3:], *(1, None, None, 0)[len(rest[3:]) :])
+            quantized = ops.quantize_rowwise(x.detach(), threshold, block, columns, top)
+            yield what, (x, *quantized, weight, scale, bias, *rest[:6])
 
 
 def quantize_rowwise_samples():
@@ -94,6 +111,10 @@ def quantize_rowwise_samples():
         yield layout, (_x(4, layout=layout), 6.0)
         yield f"{layout}, no outliers", (_x(4, layout=layout), INF)
     yield "threshold 0", (_x(5), 0.0)
+    yield "rotated", (_x(2, 3), NO_THRESHOLD, 8)
+    yield "rotated, columns", (_x(5, dtype=torch.bfloat16, grad=True), NO_THRESHOLD, 8, _kept(N)[0])
+    yield "rotated, top", (_x(5), NO_THRESHOLD, 8, _kept(N)[0], 3)
+    yield "rotated, no rows", (_x(0), NO_THRESHOLD, 8, _kept(N)[0], 3)
 
 
 def grouped_linear_samples():
@@ -106,6 +127,8 @@ def grouped_linear_samples():
     yield "rows behind the last group", (_x(8, grad=True), *_experts(2), None, torch.tensor([3, 5]), 6.0)
     yield "no rows", (_x(0, grad=True), *_experts(2), None, torch.tensor([0, 0]), 6.0)
     yield "transposed", (_x(4, layout="transposed"), *_experts(1), None, torch.tensor([4]), 6.0)
+    rotated = (NO_THRESHOLD, 8, *_kept(2, N), 1)
+    yield "rotated", (_x(6, grad=True), *_experts(2), None, torch.tensor([3, 5]), *rotated)
 
 
 def dequantize_samples():
@@ -117,6 +140,8 @@ def dequantize_samples():
     yield "transposed", (packed_weight(K, N, seed=2)[0].t(), scale, torch.bfloat16)
     yield "sliced", (weight[::2, ::3], scale[::2], torch.float32)
     yield "empty", (weight[:0], scale[:0], torch.float16)
+    yield "rotated", (weight, scale, torch.bfloat16, NO_THRESHOLD, 8)
+    yield "rotated, columns", (*_experts(3), torch.float32, NO_THRESHOLD, 8, *_kept(3, N), 2)
 
 
 SAMPLES = {
@@ -539,19 +564,39 @@ def refusals():
         yield "grouped_linear", {"x": torch.zeros(shape), "offsets": offsets}, message
     for dtype in (torch.int8, torch.complex64, torch.float8_e4m3fn):
         yield "dequantize", {"dtype": dtype}, f"dtype {dtype}; legal: float16, bfloat16, float32 or float64"
+    for name in LIBRARY:
+        for block in (0, -2, 3, 96):
+            yield name, {"block": block}, f"block {block}; legal: a power of two"
+        for columns in (torch.tensor([1], dtype=torch.int32), torch.tensor([[1]]), torch.tensor(1)):
+            wrong = {"columns": columns}
+            if name != "quantize_rowwise":
+                wrong["columns_weight"] = torch.zeros(*legal(name)["weight"].shape[:-1], 1)
+            found = f"columns has shape {tuple(columns.shape)}, dtype {columns.dtype}"
+            yield name, wrong, f"{found}; legal: [C] int64 indices below K = {K}"
+        if name != "linear_quantized":
+            yield name, {"top": -1}, "top -1; legal: a number of columns >= 0"
+        if name == "quantize_rowwise":
+            continue
+        columns, shape = torch.tensor([1, 2]), tuple(legal(name)["weight"].shape[:-1])
+        yield name, {"columns": columns}, "columns without columns_weight; legal: both or none"
+        yield name, {"columns_weight": torch.zeros(*shape, 2)}, "columns_weight without columns; legal: both or none"
+        for kept in (torch.zeros(*shape, 1), torch.zeros(2), torch.zeros(*shape, 2).to(torch.int8)):
+            found = f"columns_weight has shape {tuple(kept.shape)}, dtype {kept.dtype}"
+            message = f"{found}; legal: the float weights of those columns, {(*shape, 2)}"
+            yield name, {"columns": columns, "columns_weight": kept}, message
 
 
 @pytest.mark.parametrize(("name", "wrong", "message"), list(refusals()))
 @pytest.mark.parametrize("kind", ["real", "fake", "meta"])
 def test_bad_arguments_are_refused(name, wrong, message, kind):
-    args = tuple({**legal(name), **wrong}.values())
+    args = {**legal(name), **wrong}
     mode = FakeTensorMode()
     if kind == "fake":
         args = tree_map_only(torch.Tensor, mode.from_tensor, args)
     elif kind == "meta":
         args = tree_map_only(torch.Tensor, lambda t: t.to("meta"), args)
     with pytest.raises(ValueError) as refused:  # noqa: PT011  the message is compared below
-        overload(name)(*args)
+        overload(name)(**args)
     assert f"int8fx::{name}: " in str(refused.value)
     assert message in str(refused.value)
 

@@ -38,4 +38,32 @@ inline Lanes<float>::V widen<float>(const int8_t* codes) {
 }
 #endif
 
+// sums[r * stride] = sum_k(x[r, k] * w[k]) in int32.
+template <int ROWS>
+inline void dot(const int16_t* x, int64_t K, const int8_t* w, int32_t* sums, int64_t stride) {
+  int64_t k = 0;
+  int32_t found[ROWS] = {};
+#ifdef __AVX2__
+  __m256i parts[ROWS];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) parts[r] = _mm256_setzero_si256();
+  for (; k + 16 <= K; k += 16) {
+    const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + k)));
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+      parts[r] = _mm256_add_epi32(
+          parts[r], _mm256_madd_epi16(codes, _mm256_loadu_si256((const __m256i*)(x + r * K + k))));
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    alignas(32) int32_t lanes[8];
+    _mm256_store_si256((__m256i*)lanes, parts[r]);
+    for (const int32_t lane : lanes) found[r] += lane;
+  }
+#endif
+  for (int r = 0; r < ROWS; ++r) {
+    for (int64_t rest = k; rest < K; ++rest) found[r] += int32_t(x[r * K + rest]) * int32_t(w[rest]);
+    sums[r * stride] = found[r];
+  }
+}
+
 }  // namespace int8fx

@@ -3,7 +3,10 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/abs.h>
+#include <ATen/ops/amax.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/topk.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -33,6 +36,33 @@ bool weight_is_legal(const Tensor& x, const Tensor& weight, const Tensor& scale,
   return is_float(x) && x.dim() > 0 && weight.scalar_type() == at::kChar && weight.dim() >= 2 && is_float(scale) &&
       scale.sizes() == channels && weight.size(-1) <= MAX_K && x.size(-1) == weight.size(-1) &&
       (!bias.has_value() || (is_float(*bias) && bias->sizes() == channels));
+}
+
+// Columns that every call keeps, and a rotation of the rest; of any call, `top` more columns.
+struct Rotation {
+  int64_t block;
+  MaybeTensor columns, columns_weight;
+  int64_t top;
+};
+
+bool columns_are_legal(const Rotation& r, int64_t K) {
+  if (r.block < 1 || (r.block & (r.block - 1)) != 0 || r.top < 0) return false;
+  if (!r.columns.has_value()) return true;
+  if (r.columns->scalar_type() != at::kLong || r.columns->dim() != 1) return false;
+  const Tensor columns = r.columns->contiguous();
+  for (int64_t i = 0; i < columns.numel(); ++i) {
+    const int64_t k = columns.const_data_ptr<int64_t>()[i];
+    TORCH_CHECK_INDEX(0 <= k && k < K, "int8fx: columns has ", k, "; legal: 0 to K - 1 for K = ", K);
+  }
+  return true;
+}
+
+bool rotation_is_legal(const Rotation& r, const Tensor& weight) {
+  if (!columns_are_legal(r, weight.size(-1)) || r.columns.has_value() != r.columns_weight.has_value()) return false;
+  if (!r.columns.has_value()) return true;
+  at::DimVector shape(weight.sizes().begin(), weight.sizes().end());
+  shape.back() = r.columns->size(0);
+  return is_float(*r.columns_weight) && r.columns_weight->sizes() == at::IntArrayRef(shape);
 }
 
 at::DimVector shape_of_y(const Tensor& x, const Tensor& weight) {
@@ -95,6 +125,13 @@ void dispatch(const Tensor& x, F&& f) {
   }
 }
 
+std::vector<int64_t> values_of(const MaybeTensor& columns) {
+  if (!columns.has_value()) return {};
+  const Tensor values = columns->contiguous();
+  const int64_t* begin = values.const_data_ptr<int64_t>();
+  return {begin, begin + values.numel()};
+}
+
 std::vector<int64_t> columns_of(const Tensor& mask) {
   std::vector<int64_t> columns;
   const bool* marked = mask.const_data_ptr<bool>();
@@ -107,16 +144,38 @@ struct Quantized {
   Tensor codes, scale, mask;
 };
 
-Quantized quantize(const Tensor& x, double threshold) {
+// Marks the columns that have the largest absmax, among those that are not kept anyway.
+void mark_top(const Tensor& mask, const Tensor& x, const Rotation& rotation) {
+  Tensor absmax = at::amax(at::abs(x), {0});
+  int64_t free = absmax.numel();
+  if (rotation.columns.has_value()) {
+    absmax = absmax.index_fill(0, *rotation.columns, -1.0);
+    free -= rotation.columns->numel();
+  }
+  const Tensor largest = std::get<1>(at::topk(absmax, std::min(rotation.top, free)));
+  for (const int64_t k : values_of(largest)) mask.mutable_data_ptr<bool>()[k] = true;
+}
+
+Quantized quantize(const Tensor& x, double threshold, const Rotation& rotation) {
   const int64_t M = x.size(0), K = x.size(1);
   Quantized q{
       at::empty({M, K}, at::kChar), at::empty({M}, compute_dtype(x)), at::empty({K}, at::kBool)};
+  const std::vector<int64_t> columns = values_of(rotation.columns);
   dispatch(x, [&](auto of) {
     using scalar_t = decltype(of);
     const auto* data = x.const_data_ptr<scalar_t>();
     auto* mask = q.mask.mutable_data_ptr<bool>();
-    const bool any = mark_outliers(data, M, K, threshold, mask);
-    quantize_rows(data, M, K, any ? mask : nullptr, q.codes.mutable_data_ptr<int8_t>(),
+    mark_outliers(data, M, K, threshold, mask);
+    for (const int64_t k : columns) mask[k] = false;
+    if (rotation.top > 0 && M > 0 && K > 0) mark_top(q.mask, x, rotation);
+    Tensor kept = q.mask;
+    if (!columns.empty()) {
+      kept = q.mask.clone();
+      for (const int64_t k : columns) kept.mutable_data_ptr<bool>()[k] = true;
+    }
+    const auto* kept_mask = kept.const_data_ptr<bool>();
+    const bool any = std::find(kept_mask, kept_mask + K, true) != kept_mask + K;
+    quantize_rows(data, M, K, any ? kept_mask : nullptr, rotation.block, q.codes.mutable_data_ptr<int8_t>(),
                   q.scale.mutable_data_ptr<compute_t<scalar_t>>());
   });
   return q;
@@ -125,14 +184,17 @@ Quantized quantize(const Tensor& x, double threshold) {
 // x [M, K], weight [N, K], all contiguous; q is not read where the product is streamed.
 void product_into(
     const Tensor& y, const Tensor& x, const Quantized& q, const Tensor& weight, const Tensor& scale,
-    const Epilogue& epilogue) {
+    const Epilogue& epilogue, const Rotation& rotation) {
   dispatch(x, [&](auto of) {
     using scalar_t = decltype(of);
     using P = Product<scalar_t>;
     P p{};
     p.M = x.size(0), p.N = weight.size(0), p.K = x.size(1);
     p.x = x.const_data_ptr<scalar_t>();
-    if (!P::streamed(p.M)) {
+    p.block = rotation.block;
+    p.columns = values_of(rotation.columns);
+    if (rotation.columns_weight.has_value()) p.columns_weight = rotation.columns_weight->contiguous();
+    if (!P::streamed(p.M, p.block)) {
       p.codes = q.codes.const_data_ptr<int8_t>();
       p.x_scale = q.scale.const_data_ptr<compute_t<scalar_t>>();
       p.outliers = columns_of(q.mask);
@@ -147,47 +209,59 @@ void product_into(
 
 void linear_into(
     const Tensor& y, const Tensor& x, const Tensor& weight, const Tensor& scale, double threshold,
-    const Epilogue& epilogue) {
-  const Quantized q = Product<float>::streamed(x.size(0)) ? Quantized{} : quantize(x, threshold);
-  product_into(y, x, q, weight, scale, epilogue);
+    const Epilogue& epilogue, const Rotation& rotation) {
+  const bool streamed = Product<float>::streamed(x.size(0), rotation.block);
+  product_into(y, x, streamed ? Quantized{} : quantize(x, threshold, rotation), weight, scale, epilogue, rotation);
 }
 
 Tensor of_expert(const Tensor& t, int64_t e) { return t.defined() ? t.select(0, e) : t; }
 
+Rotation of_expert(const Rotation& r, int64_t e) {
+  return {r.block, r.columns, r.columns_weight.has_value() ? MaybeTensor(r.columns_weight->select(0, e)) : std::nullopt,
+          r.top};
+}
+
 Tensor linear(
     const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const MaybeTensor& bias, double threshold,
-    std::string_view activation, const MaybeTensor& other, std::string_view binary) {
-  const bool legal = weight_is_legal(x, weight, weight_scale, bias) &&
+    std::string_view activation, const MaybeTensor& other, std::string_view binary, int64_t block,
+    const MaybeTensor& columns, const MaybeTensor& columns_weight, int64_t top) {
+  const Rotation rotation{block, columns, columns_weight, top};
+  const bool legal = weight_is_legal(x, weight, weight_scale, bias) && rotation_is_legal(rotation, weight) &&
       (weight.dim() == 2 || (weight.dim() == 3 && x.dim() == 3 && x.size(0) == weight.size(0)));
   const auto epilogue = legal ? epilogue_of(x, weight, bias, activation, other, binary) : std::nullopt;
   if (!epilogue)
     refuse(LINEAR, x, weight, weight_scale, bias, threshold, std::string(activation), other,
-           std::string(binary));
+           std::string(binary), block, columns, columns_weight, top);
   const Tensor y = at::empty(shape_of_y(x, weight), x.options().memory_format(at::MemoryFormat::Contiguous));
   const Tensor codes = weight.contiguous(), scale = weight_scale.contiguous();
   if (weight.dim() == 2) {
-    linear_into(y, rows_of(x), codes, scale, threshold, *epilogue);
+    linear_into(y, rows_of(x), codes, scale, threshold, *epilogue, rotation);
     return y;
   }
   for (int64_t e = 0; e < weight.size(0); ++e) {
     const Epilogue of_e{
         of_expert(epilogue->bias, e), epilogue->activation, of_expert(epilogue->other, e), epilogue->binary};
-    linear_into(y[e], rows_of(x[e]), codes[e], scale[e], threshold, of_e);
+    linear_into(y[e], rows_of(x[e]), codes[e], scale[e], threshold, of_e, of_expert(rotation, e));
   }
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_rowwise(const Tensor& x, double threshold) {
-  if (!is_float(x) || x.dim() == 0) refuse(QUANTIZE_ROWWISE, x, threshold);
-  const Quantized q = quantize(rows_of(x), threshold);
+std::tuple<Tensor, Tensor, Tensor> quantize_rowwise(
+    const Tensor& x, double threshold, int64_t block, const MaybeTensor& columns, int64_t top) {
+  const Rotation rotation{block, columns, std::nullopt, top};
+  if (!is_float(x) || x.dim() == 0 || !columns_are_legal(rotation, x.size(-1)))
+    refuse(QUANTIZE_ROWWISE, x, threshold, block, columns, top);
+  const Quantized q = quantize(rows_of(x), threshold, rotation);
   return {q.codes, q.scale, q.mask};
 }
 
 Tensor linear_quantized(
     const Tensor& x, const Tensor& codes, const Tensor& x_scale, const Tensor& outlier_mask, const Tensor& weight,
     const Tensor& weight_scale, const MaybeTensor& bias, std::string_view activation, const MaybeTensor& other,
-    std::string_view binary) {
-  bool legal = weight_is_legal(x, weight, weight_scale, bias) && weight.dim() == 2;
+    std::string_view binary, int64_t block, const MaybeTensor& columns, const MaybeTensor& columns_weight) {
+  const Rotation rotation{block, columns, columns_weight, 0};
+  bool legal = weight_is_legal(x, weight, weight_scale, bias) && weight.dim() == 2 &&
+      rotation_is_legal(rotation, weight);
   if (legal) {
     const int64_t K = weight.size(1), M = K == 0 ? codes.size(0) : x.numel() / K;
     legal = codes.scalar_type() == at::kChar && codes.sizes() == at::IntArrayRef({M, K}) &&
@@ -197,20 +271,22 @@ Tensor linear_quantized(
   const auto epilogue = legal ? epilogue_of(x, weight, bias, activation, other, binary) : std::nullopt;
   if (!epilogue)
     refuse(LINEAR_QUANTIZED, x, codes, x_scale, outlier_mask, weight, weight_scale, bias,
-           std::string(activation), other, std::string(binary));
+           std::string(activation), other, std::string(binary), block, columns, columns_weight);
   const Tensor y = at::empty(shape_of_y(x, weight), x.options().memory_format(at::MemoryFormat::Contiguous));
   const Quantized q{codes.contiguous(), x_scale.contiguous(), outlier_mask.contiguous()};
-  product_into(y, rows_of(x), q, weight.contiguous(), weight_scale.contiguous(), *epilogue);
+  product_into(y, rows_of(x), q, weight.contiguous(), weight_scale.contiguous(), *epilogue, rotation);
   return y;
 }
 
 Tensor grouped_linear(
     const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const MaybeTensor& bias, const Tensor& offsets,
-    double threshold) {
+    double threshold, int64_t block, const MaybeTensor& columns, const MaybeTensor& columns_weight, int64_t top) {
+  const Rotation rotation{block, columns, columns_weight, top};
   const bool legal = weight_is_legal(x, weight, weight_scale, bias) && weight.dim() == 3 && x.dim() == 2 &&
-      offsets.dim() == 1 && offsets.size(0) == weight.size(0) &&
+      rotation_is_legal(rotation, weight) && offsets.dim() == 1 && offsets.size(0) == weight.size(0) &&
       (offsets.scalar_type() == at::kInt || offsets.scalar_type() == at::kLong);
-  if (!legal) refuse(GROUPED_LINEAR, x, weight, weight_scale, bias, offsets, threshold);
+  if (!legal)
+    refuse(GROUPED_LINEAR, x, weight, weight_scale, bias, offsets, threshold, block, columns, columns_weight, top);
   const Tensor y = at::zeros({x.size(0), weight.size(1)}, x.options());
   const Tensor rows = x.contiguous(), codes = weight.contiguous(), scale = weight_scale.contiguous();
   const Tensor biases = bias.has_value() ? bias->contiguous() : Tensor();
@@ -220,7 +296,7 @@ Tensor grouped_linear(
     const int64_t end = ends.const_data_ptr<int64_t>()[e];
     if (end > begin)
       linear_into(y.slice(0, begin, end), rows.slice(0, begin, end), codes[e], scale[e], threshold,
-                  {of_expert(biases, e), Activation::none, Tensor(), Binary::none});
+                  {of_expert(biases, e), Activation::none, Tensor(), Binary::none}, of_expert(rotation, e));
     begin = end;
   }
   return y;

@@ -1,14 +1,18 @@
-// y = epilogue(x_int8 @ weight.T * scales + x_outlier @ (weight * scale).T): the product, its residual, one store.
+// y = epilogue(x_int8 @ weight.T * scales + x_kept @ weight_kept.T): the product, its residual, one store.
 //
-// The weight is read as it is stored, [N, K] codes. Two forms:
+// The weight is read as it is stored, [N, K] codes. Three forms:
 //
 // blocked   M > FEW_ROWS. x is packed once, for the tiles of the instruction set. A task is BLOCK_M rows x NR channels:
 //           it packs its channels' codes, DEPTH of K at a time (which stay in the first-level cache while all its rows
-//           pass), sums tiles in int32, adds the residual of the outlier columns in floating point, scales, stores.
-// streamed  M <= FEW_ROWS. Time is reading the weight, and arithmetic is free: activations are not quantised at all.
-//           Codes are dequantised on the way and multiplied in floating point, so the result is more exact than the
-//           scheme asks for, and a row's result does not depend on the others.
+//           pass), sums tiles in int32, adds the residual of the kept columns in floating point, scales, stores.
+// few       M <= FEW_ROWS of rotated x. The same, but sums are made along K, from codes where they lie: time is reading
+//           the weight. Integers and the rest of the arithmetic are those of the blocked form, so that a row's result
+//           does not depend on how many others there are.
+// streamed  M <= FEW_ROWS, not rotated. Arithmetic is free here: activations are not quantised at all. Codes are
+//           dequantised on the way and multiplied in floating point, so the result is more exact than the scheme asks.
 #pragma once
+
+#include <utility>
 
 #include "epilogue.h"
 #include "lanes.h"
@@ -42,18 +46,21 @@ struct Product {
   const scalar_t* x;  // [M, K]
   const int8_t* codes;  // [M, K]; not read by the streamed form
   const T* x_scale;  // [M]
-  std::vector<int64_t> outliers;  // columns
-  const int8_t* weight;  // [N, K]
+  std::vector<int64_t> outliers;  // columns of x that this call keeps
+  const int8_t* weight;  // [N, K], rotated in blocks of `block`
   at::Tensor weight_scale;  // [N]
+  int64_t block;
+  std::vector<int64_t> columns;  // that every call keeps
+  at::Tensor columns_weight;  // [N, columns]
   Epilogue epilogue;
   scalar_t* y;  // [M, N]
   int64_t M, N, K;
 
-  static bool streamed(int64_t M) { return M <= FEW_ROWS; }
+  static bool streamed(int64_t M, int64_t block) { return M <= FEW_ROWS && block == 1; }
 
   void run() const {
     if (M == 0 || N == 0) return;
-    if (!streamed(M)) return blocked();
+    if (!streamed(M, block)) return blocked();
     switch (M) {
       case 1: return stream<1>();
       case 2: return stream<2>();
@@ -67,10 +74,15 @@ struct Product {
 
   template <int ROWS>
   void stream() const {
-    std::vector<T> rows(ROWS * K);
+    const int64_t C = columns.size();
+    std::vector<T> rows(ROWS * K), kept(ROWS * C);
     load(x, rows.data(), ROWS * K);
+    for (int r = 0; r < ROWS; ++r)
+      for (int64_t c = 0; c < C; ++c) kept[r * C + c] = std::exchange(rows[r * K + columns[c]], T(0));
     constexpr int64_t width = 16;
-    at::parallel_for(0, (N + width - 1) / width, std::max<int64_t>(1, 32768 / (K * width + 1)), [&](int64_t begin, int64_t end) {
+    const int64_t grain = std::max<int64_t>(1, 32768 / (K * width + 1));
+    at::parallel_for(0, (N + width - 1) / width, grain, [&](int64_t begin, int64_t end) {
+      std::vector<T> kept_weight(C);
       T sums[ROWS][width], scale[width], bias[width] = {};
       for (int64_t block = begin; block < end; ++block) {
         const int64_t n0 = block * width, count = std::min(width, N - n0);
@@ -78,7 +90,13 @@ struct Product {
         if (epilogue.bias.defined()) load_any(epilogue.bias, n0, count, width, bias);
         for (int r = 0; r < ROWS; ++r)
           for (int64_t n = 0; n < width; ++n) sums[r][n] = 0;
-        for (int64_t n = 0; n < count; ++n) dot<ROWS>(rows.data(), weight + (n0 + n) * K, scale[n], &sums[0][n], width);
+        for (int64_t n = 0; n < count; ++n) {
+          dot_float<ROWS>(rows.data(), weight + (n0 + n) * K, scale[n], &sums[0][n], width);
+          if (C == 0) continue;
+          load_any(columns_weight, (n0 + n) * C, C, C, kept_weight.data());
+          for (int r = 0; r < ROWS; ++r)
+            for (int64_t c = 0; c < C; ++c) sums[r][n] += kept[r * C + c] * kept_weight[c];
+        }
         for (int r = 0; r < ROWS; ++r) epilogue.store(sums[r], bias, r, n0, count, width, N, y);
       }
     });
@@ -86,7 +104,7 @@ struct Product {
 
   // sums[r] = sum_k(rows[r, k] * (w[k] * scale)), in two vectors of partial sums.
   template <int ROWS>
-  void dot(const T* rows, const int8_t* w, T scale, T* sums, int64_t stride) const {
+  void dot_float(const T* rows, const int8_t* w, T scale, T* sums, int64_t stride) const {
     constexpr int L = Lanes<T>::N;
     using V = typename Lanes<T>::V;
     V partial[ROWS][2] = {};
@@ -106,34 +124,49 @@ struct Product {
     }
   }
 
-  // ---- blocked -----------------------------------------------------------------------------------------------------
+  // ---- blocked, few ------------------------------------------------------------------------------------------------
 
   void blocked() const {
     constexpr int MR = Tile::MR, NR = Tile::NR, KG = Tile::KG;
-    const int64_t groups = (K + KG - 1) / KG, tiles = (M + MR - 1) / MR, C = outliers.size();
-    const at::Tensor packed_x = at::empty({tiles * groups * MR * KG * int64_t(sizeof(typename Tile::X))}, at::kByte);
-    const at::Tensor packed_residual = at::empty({tiles * C * MR * int64_t(sizeof(T))}, at::kByte);
-    auto* xp = static_cast<typename Tile::X*>(packed_x.data_ptr());
-    auto* rp = static_cast<T*>(packed_residual.data_ptr());
+    const bool few = M <= FEW_ROWS;
+    const int64_t groups = (K + KG - 1) / KG, tiles = (M + MR - 1) / MR, C = outliers.size() + columns.size();
+    const int64_t size = few ? M * K * sizeof(int16_t) : tiles * groups * MR * KG * sizeof(typename Tile::X);
+    const at::Tensor packed = at::empty({size}, at::kByte);
+    const at::Tensor packed_kept = at::empty({tiles * C * MR * int64_t(sizeof(T))}, at::kByte);
+    const at::Tensor rotated = rotated_outliers();
+    Packed p{few, groups, packed.data_ptr(), static_cast<T*>(packed_kept.data_ptr()),
+             rotated.defined() ? rotated.const_data_ptr<T>() : nullptr};
+    if (few)
+      for (int64_t i = 0; i < M * K; ++i) static_cast<int16_t*>(p.x)[i] = codes[i];
     at::parallel_for(0, tiles, std::max<int64_t>(1, 32768 / (K * MR + 1)), [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t m0 = tile * MR, rows = std::min<int64_t>(MR, M - m0);
-        pack_rows<MR, KG>(codes + m0 * K, K, rows, K, xp + tile * groups * MR * KG, Tile::FLIP);
+        auto* out = static_cast<typename Tile::X*>(p.x) + tile * groups * MR * KG;
+        if (!few) pack_rows<MR, KG>(codes + m0 * K, K, rows, K, out, Tile::FLIP);
         for (int64_t c = 0; c < C; ++c)
           for (int64_t m = 0; m < MR; ++m)
-            rp[(tile * C + c) * MR + m] = m < rows ? static_cast<T>(x[(m0 + m) * K + outliers[c]]) : T(0);
+            p.kept[(tile * C + c) * MR + m] = m < rows ? static_cast<T>(x[(m0 + m) * K + kept_column(c)]) : T(0);
       }
     });
     const int64_t panels = (N + NR - 1) / NR, blocks = (tiles * MR + BLOCK_M - 1) / BLOCK_M;
     const int64_t block_tiles = (tiles + blocks - 1) / blocks;  // blocks of one size: threads get as many each
-    at::parallel_for(0, blocks * panels, 1, [&](int64_t begin, int64_t end) {
+    const int64_t grain = few ? std::max<int64_t>(1, 32768 / (K * NR + 1)) : 1;
+    at::parallel_for(0, blocks * panels, grain, [&](int64_t begin, int64_t end) {
       Scratch scratch;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task / panels * block_tiles, last = std::min(tiles, first + block_tiles);
-        panel(task % panels * NR, first, last, groups, xp, rp, scratch);
+        panel(task % panels * NR, first, last, p, scratch);
       }
     });
   }
+
+  struct Packed {
+    bool few;
+    int64_t groups;
+    void* x;  // [tiles][groups][MR][KG] of Tile::X; [M][K] of int16 for few rows
+    T* kept;  // [tiles][C][MR], columns of x
+    const T* rotated;  // [N][outliers], columns of the dequantised weight, if it is rotated
+  };
 
   struct Scratch {
     alignas(64) int32_t sums[BLOCK_M * Tile::NR];
@@ -142,31 +175,82 @@ struct Product {
     alignas(64) T kept[DEPTH * Tile::NR];
   };
 
-  void panel(int64_t n0, int64_t first, int64_t last, int64_t groups, const typename Tile::X* xp, const T* rp,
-             Scratch& s) const {
+  int64_t kept_column(int64_t c) const {
+    const int64_t of_call = outliers.size();
+    return c < of_call ? outliers[c] : columns[c - of_call];
+  }
+
+  // Columns `outliers` of rotate(weight * scale), [N][outliers]; undefined if there is nothing to rotate.
+  at::Tensor rotated_outliers() const {
+    if (block == 1 || outliers.empty()) return {};
+    const int64_t C = outliers.size();
+    const at::Tensor kept = at::empty({N, C}, std::is_same_v<T, double> ? at::kDouble : at::kFloat);
+    T* out = kept.mutable_data_ptr<T>();
+    at::parallel_for(0, N, std::max<int64_t>(1, 32768 / (K + 1)), [&](int64_t begin, int64_t end) {
+      std::vector<T> row(K);
+      for (int64_t n = begin; n < end; ++n) {
+        T scale;
+        load_any(weight_scale, n, 1, 1, &scale);
+        for (int64_t k = 0; k < K; ++k) row[k] = T(weight[n * K + k]) * scale;
+        rotate_row(row.data(), K, block);
+        for (int64_t c = 0; c < C; ++c) out[n * C + c] = row[outliers[c]];
+      }
+    });
+    return kept;
+  }
+
+  // kept[i][n]: the weight of kept column c + i in channel n0 + n, 0 where there is none.
+  void keep(int64_t c, int64_t depth, int64_t n0, int64_t count, const T* scale, const Packed& p, T* kept) const {
+    constexpr int NR = Tile::NR;
+    const int64_t of_call = outliers.size(), of_calls = columns.size();
+    for (int64_t i = 0; i < depth; ++i)
+      for (int64_t n = count; n < NR; ++n) kept[i * NR + n] = T(0);
+    for (int64_t n = 0; n < count; ++n) {
+      int64_t i = 0;
+      for (; i < depth && c + i < of_call; ++i)
+        kept[i * NR + n] = p.rotated != nullptr ? p.rotated[(n0 + n) * of_call + c + i]
+                                                : T(weight[(n0 + n) * K + outliers[c + i]]) * scale[n];
+      for (; i < depth; ++i)
+        load_any(columns_weight, (n0 + n) * of_calls + c + i - of_call, 1, 1, &kept[i * NR + n]);
+    }
+  }
+
+  void panel(int64_t n0, int64_t first, int64_t last, const Packed& p, Scratch& s) const {
     constexpr int MR = Tile::MR, NR = Tile::NR, KG = Tile::KG;
-    const int64_t count = std::min<int64_t>(NR, N - n0), C = outliers.size();
+    const int64_t count = std::min<int64_t>(NR, N - n0), C = outliers.size() + columns.size();
     alignas(64) T scale[NR], bias[NR] = {}, values[NR];
     load_any(weight_scale, n0, count, NR, scale);
     if (epilogue.bias.defined()) load_any(epilogue.bias, n0, count, NR, bias);
 
-    int64_t k = 0;
-    do {
-      const int64_t depth = std::min(DEPTH, K - k);
-      Tile::pack_w(weight + n0 * K + k, K, count, depth, s.w);
-      for (int64_t tile = first; tile < last; ++tile)
-        Tile::run((depth + KG - 1) / KG, xp + (tile * groups + k / KG) * MR * KG, s.w,
-                  s.sums + (tile - first) * MR * NR, k == 0);
-      k += depth;
-    } while (k < K);
+    if (p.few) {
+      const auto* rows = static_cast<const int16_t*>(p.x);
+      for (int64_t n = 0; n < count; ++n) {
+        const int8_t* w = weight + (n0 + n) * K;
+        if (M == 1) dot<1>(rows, K, w, s.sums + n, NR);
+        if (M == 2) dot<2>(rows, K, w, s.sums + n, NR);
+        if (M == 3) dot<3>(rows, K, w, s.sums + n, NR);
+        if (M == 4) dot<4>(rows, K, w, s.sums + n, NR);
+      }
+      for (int64_t m = 0; m < M; ++m)
+        for (int64_t n = count; n < NR; ++n) s.sums[m * NR + n] = 0;
+    } else {
+      const auto* packed = static_cast<const typename Tile::X*>(p.x);
+      int64_t k = 0;
+      do {
+        const int64_t depth = std::min(DEPTH, K - k);
+        Tile::pack_w(weight + n0 * K + k, K, count, depth, s.w);
+        for (int64_t tile = first; tile < last; ++tile)
+          Tile::run((depth + KG - 1) / KG, packed + (tile * p.groups + k / KG) * MR * KG, s.w,
+                    s.sums + (tile - first) * MR * NR, k == 0);
+        k += depth;
+      } while (k < K);
+    }
 
     for (int64_t c = 0; c < C; c += DEPTH) {
       const int64_t depth = std::min(DEPTH, C - c);
-      for (int64_t i = 0; i < depth; ++i)
-        for (int64_t n = 0; n < NR; ++n)
-          s.kept[i * NR + n] = n < count ? T(weight[(n0 + n) * K + outliers[c + i]]) * scale[n] : T(0);
+      keep(c, depth, n0, count, scale, p, s.kept);
       for (int64_t tile = first; tile < last; ++tile)
-        add_residual(depth, rp + (tile * C + c) * MR, s.kept, s.residual + (tile - first) * MR * NR, c == 0);
+        add_residual(depth, p.kept + (tile * C + c) * MR, s.kept, s.residual + (tile - first) * MR * NR, c == 0);
     }
 
     for (int64_t m = first * MR; m < std::min(M, last * MR); ++m) {

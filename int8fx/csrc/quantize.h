@@ -57,14 +57,13 @@ inline void mark_row(const T* __restrict row, int64_t K, T threshold, bits_t<T>*
   }
 }
 
-// mask[k] = any_m(abs(x[m, k]) >= threshold). An infinite threshold marks nothing, not even an infinity.
+// mask[k] = any_m(abs(x[m, k]) >= threshold). A threshold that no value reaches marks nothing, not even an infinity.
 template <typename scalar_t>
-bool mark_outliers(const scalar_t* x, int64_t M, int64_t K, double threshold, bool* mask) {
+void mark_outliers(const scalar_t* x, int64_t M, int64_t K, double threshold, bool* mask) {
   using T = compute_t<scalar_t>;
   std::memset(mask, 0, K);
-  if (std::isinf(threshold)) return false;
+  if (!(threshold < std::numeric_limits<double>::max())) return;
   std::mutex merging;
-  bool any = false;
   at::parallel_for(0, M, std::max<int64_t>(1, 65536 / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
     std::vector<T> row(K);
     std::vector<bits_t<T>> found(K, 0);
@@ -73,19 +72,32 @@ bool mark_outliers(const scalar_t* x, int64_t M, int64_t K, double threshold, bo
       mark_row(row.data(), K, static_cast<T>(threshold), found.data());
     }
     const std::lock_guard<std::mutex> lock(merging);
-    for (int64_t k = 0; k < K; ++k) {
-      mask[k] |= found[k] != 0;
-      any |= found[k] != 0;
-    }
+    for (int64_t k = 0; k < K; ++k) mask[k] |= found[k] != 0;
   });
-  return any;
 }
 
-// The scale of a row and its codes; what is masked becomes 0 in the row. NaN and infinities make the scale NaN.
+// quantize.rotate in place: blocks of `block` columns, then the powers of two that the rest is made of. Sums are made in
+// that function's order, so the results are its results, bit for bit.
 template <typename T>
-inline T quantize_row(T* __restrict row, int64_t K, const uint8_t* __restrict mask, int8_t* __restrict codes) {
-  if (mask != nullptr)
-    for (int64_t k = 0; k < K; ++k) row[k] = mask[k] ? T(0) : row[k];
+inline void rotate_row(T* row, int64_t K, int64_t block) {
+  for (int64_t n = block; n > 0; n /= 2) {
+    const T norm = static_cast<T>(std::pow(static_cast<double>(n), -0.5));
+    for (; n <= K; row += n, K -= n) {
+      for (int64_t h = 1; h < n; h *= 2)
+        for (int64_t i = 0; i < n; i += 2 * h)
+          for (int64_t j = i; j < i + h; ++j) {
+            const T a = row[j], b = row[j + h];
+            row[j] = a + b;
+            row[j + h] = a - b;
+          }
+      for (int64_t j = 0; j < n; ++j) row[j] *= norm;
+    }
+  }
+}
+
+// The scale of a row and its codes. NaN and infinities make the scale NaN.
+template <typename T>
+inline T quantize_row(const T* __restrict row, int64_t K, int8_t* __restrict codes) {
   bits_t<T> largest = 0;
   for (int64_t k = 0; k < K; ++k) largest = std::max(largest, abs_bits(row[k]));
   T absmax;
@@ -97,17 +109,25 @@ inline T quantize_row(T* __restrict row, int64_t K, const uint8_t* __restrict ma
   return s;
 }
 
-// scale[m] = max(abs(x[m, k])) / 127 and codes[m, k] = round(x[m, k] / scale[m]) over the columns that mask leaves
-// (nullptr: all).
+template <typename T>
+inline void clear(T* __restrict row, int64_t K, const uint8_t* __restrict mask) {
+  for (int64_t k = 0; k < K; ++k) row[k] = mask[k] ? T(0) : row[k];
+}
+
+// scale[m] = max(abs(z[m, k])) / 127 and codes[m, k] = round(z[m, k] / scale[m]), where z is x without the columns of
+// `mask` (nullptr: with all), rotated in blocks (1: not).
 template <typename scalar_t>
 void quantize_rows(
-    const scalar_t* x, int64_t M, int64_t K, const bool* mask, int8_t* codes, compute_t<scalar_t>* scale) {
+    const scalar_t* x, int64_t M, int64_t K, const bool* mask, int64_t block, int8_t* codes,
+    compute_t<scalar_t>* scale) {
   using T = compute_t<scalar_t>;
   at::parallel_for(0, M, std::max<int64_t>(1, 32768 / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
     std::vector<T> row(K);
     for (int64_t m = begin; m < end; ++m) {
       load(x + m * K, row.data(), K);
-      scale[m] = quantize_row(row.data(), K, reinterpret_cast<const uint8_t*>(mask), codes + m * K);
+      if (mask != nullptr) clear(row.data(), K, reinterpret_cast<const uint8_t*>(mask));
+      if (block > 1) rotate_row(row.data(), K, block);
+      scale[m] = quantize_row(row.data(), K, codes + m * K);
     }
   });
 }

@@ -23,17 +23,23 @@ def call(graph: Graph, target: Callable, *args: object, **kwargs: object) -> Nod
     return node
 
 
-def emit(graph: Graph, product: Product, codes: Node, scale: Node, threshold: float) -> Node:
-    """int8fx ops for ``product`` at the graph's insertion point.
-
-    ``codes [..., N, K]`` and ``scale [..., N]`` are those of its source.
-    """
+def emit(graph: Graph, product: Product) -> Node:
+    """int8fx ops for ``product``, whose source is an ``int8fx::dequantize``, at the graph's insertion point."""
     ops = torch.ops.int8fx
+    source, arguments = product.w.source, ops.dequantize.default._schema.arguments
+    given = dict(zip((a.name for a in arguments), source.args, strict=False)) | source.kwargs
+    codes, scale, _, threshold, block, columns, columns_weight, top = (
+        given.get(a.name, a.default_value) for a in arguments
+    )
     for op, dim, *args in product.w.selections:
         inserted = args if op is aten.index.Tensor else (dim, *args)
         codes, scale = (call(graph, op, t, *inserted) for t in (codes, scale))
+        if columns_weight is not None:
+            columns_weight = call(graph, op, columns_weight, *inserted)
+    rotation = without_defaults((block, columns, columns_weight, top), NO_ROTATION)
     if product.form == "grouped":
-        return call(graph, ops.grouped_linear.default, product.x, codes, scale, None, product.offsets, threshold)
+        products = (product.x, codes, scale, None, product.offsets, threshold, *rotation)
+        return call(graph, ops.grouped_linear.default, *products)
     x = product.x
     if product.form == "left":
         x = _swap_last(graph, x)
@@ -41,7 +47,8 @@ def emit(graph: Graph, product: Product, codes: Node, scale: Node, threshold: fl
         x = call(graph, aten.permute.default, x, list(product.x_order))
     bias = product.bias
     per_channel = bias is None or _is_vector(bias, product)
-    y = call(graph, ops.linear.default, x, codes, scale, bias if per_channel else None, threshold)
+    epilogue = ("none", None, "none", *rotation) if rotation else ()
+    y = call(graph, ops.linear.default, x, codes, scale, bias if per_channel else None, threshold, *epilogue)
     if not per_channel:  # addmm with a matrix: as an add, which `fold` takes into the epilogue
         y = call(graph, aten.add.Tensor, y, bias)
     swapped = product.form == "left"
@@ -52,6 +59,17 @@ def emit(graph: Graph, product: Product, codes: Node, scale: Node, threshold: fl
     if swapped:  # views of the product, in the graph or behind it, count on its strides
         y = call(graph, aten.clone.default, y, memory_format=torch.contiguous_format)
     return y
+
+
+NO_ROTATION = (1, None, None, 0)  # block, columns, columns_weight, top
+
+
+def without_defaults(args: tuple, defaults: tuple) -> tuple:
+    """``args`` up to the last that is not its default: as AOTAutograd writes calls."""
+    n = len(args)
+    while n and args[n - 1] == defaults[n - 1]:
+        n -= 1
+    return args[:n]
 
 
 def _swap_last(graph: Graph, x: Node) -> Node:

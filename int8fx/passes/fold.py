@@ -52,7 +52,7 @@ def fold(graph: Graph) -> int:
 def _next(node: Node, bias_at: int, epilogue_at: int) -> tuple[Node, list] | None:
     """The operation that can be folded into ``node`` next, and the arguments of the product that does both."""
     args = [*node.args, *("none", None, "none")[len(node.args) - epilogue_at :]]
-    activation, other, _ = args[epilogue_at:]
+    activation, other = args[epilogue_at : epilogue_at + 2]
     if other is not None or not node.users:
         return None
     _drop_clone(node)
@@ -80,7 +80,7 @@ def _next(node: Node, bias_at: int, epilogue_at: int) -> tuple[Node, list] | Non
             return user, args
     if found != expected:
         return None
-    args[epilogue_at + 1 :] = [operand, binary]
+    args[epilogue_at + 1 : epilogue_at + 3] = [operand, binary]
     return user, args
 
 

@@ -48,11 +48,8 @@ def lower(graph: Graph) -> int:
         product = read_product(node, shape_of)
         if product is None or product.layout != "NK" or not product.fits():
             continue
-        source = product.w.source
-        codes, scale = source.args[:2]
-        threshold = source.args[3] if len(source.args) > 3 else source.kwargs.get("threshold", 6.0)
         with graph.inserting_before(node):
-            replaced = [(node, emit(graph, product, codes, scale, threshold))]
+            replaced = [(node, emit(graph, product))]
         replaced = _without_views(graph, *replaced[0]) or replaced
         for old, new in replaced:
             verify(old, new)

@@ -11,7 +11,8 @@ After::
     q = int8fx.linear_quantized(x, codes, x_scale, outlier_mask, wq, sq, None)
     k = int8fx.linear_quantized(x, codes, x_scale, outlier_mask, wk, sk, None)
 
-x itself stays an input: the residual multiplies its outlier columns in 16 bits.
+x itself stays an input: the residual multiplies its outlier columns in 16 bits. Products that keep columns share if
+these are one tensor: `convert` ties equal ones.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections import defaultdict
 import torch
 from torch.fx import Graph, Node
 
-from .emit import call, erase_dead
+from .emit import NO_ROTATION, call, erase_dead, without_defaults
 from .verify import verify
 
 aten = torch.ops.aten
@@ -47,19 +48,23 @@ def share(graph: Graph) -> int:
     for node in graph.find_nodes(op="call_function", target=torch.ops.int8fx.linear.default):
         weight = node.args[1].meta.get("val")
         if weight is not None and weight.dim() == 2 and "val" in node.args[0].meta:
-            groups[_value(node.args[0]), node.args[4]].append(node)
+            block, columns, _, top = (*node.args[8:], *NO_ROTATION[len(node.args[8:]) :])
+            groups[_value(node.args[0]), node.args[4], block, columns, top].append(node)
     saved = 0
-    for (_, threshold), nodes in groups.items():
+    for (_, threshold, block, columns, top), nodes in groups.items():
         if len(nodes) < 2:
             continue
         x = nodes[0].args[0]
         with graph.inserting_before(nodes[0]):
-            quantized = call(graph, torch.ops.int8fx.quantize_rowwise.default, x, threshold)
+            rotation = without_defaults((block, columns, top), (1, None, 0))
+            quantized = call(graph, torch.ops.int8fx.quantize_rowwise.default, x, threshold, *rotation)
             parts = [call(graph, operator.getitem, quantized, i) for i in range(3)]
         for node in nodes:
-            _, weight, scale, bias, _, *epilogue = node.args
+            _, weight, scale, bias, _, *rest = node.args
+            if len(rest) > 6:  # linear_quantized has no top
+                rest.pop()
             with graph.inserting_before(node):
-                new = call(graph, torch.ops.int8fx.linear_quantized.default, x, *parts, weight, scale, bias, *epilogue)
+                new = call(graph, torch.ops.int8fx.linear_quantized.default, x, *parts, weight, scale, bias, *rest)
             verify(node, new)
             node.replace_all_uses_with(new)
             erase_dead(node)

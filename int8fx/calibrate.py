@@ -1,0 +1,87 @@
+"""``calibrate``: what the inputs of a model's products look like on data, and which columns to keep by it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Calibration:
+    """What `calibrate` found; ``torch.save`` keeps it.
+
+    absmax: layer name -> ``[K]`` float32: the largest absolute value of each input column.
+    rows: layer name -> how many rows were seen.
+    """
+
+    absmax: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+
+    def see(self, name: str, x: Tensor) -> None:
+        """Takes in rows ``x [M, K]`` of the layer ``name``."""
+        if x.shape[0]:
+            absmax = x.abs().amax(0).float().cpu()
+            self.absmax[name] = torch.maximum(self.absmax[name], absmax) if name in self.absmax else absmax
+            self.rows[name] = self.rows.get(name, 0) + x.shape[0]
+
+
+def choose_columns(weight: Tensor, count: int, names: Iterable[str], calibration: Calibration | None) -> Tensor:
+    """The ``count`` columns of ``weight [..., N, K]`` to keep in 16 bits, in ascending order: ``[count]`` int64.
+
+    Those with the largest absmax in the calibration data of the layers ``names``; without data, those of the weight
+    that are largest in Euclidean norm, whose rounding would cost most for inputs that are all alike.
+    """
+    known = {} if calibration is None else calibration.absmax
+    found = [known[name].to(weight.device) for name in names if name in known]
+    size = torch.stack(found).amax(0) if found else weight.float().square().flatten(0, -2).sum(0)
+    return size.topk(count).indices.sort().values
+
+
+def calibrate(model: nn.Module, data: Iterable[Any], *, progress: bool | None = None) -> Calibration:
+    """Runs ``model`` on ``data`` and notes ``absmax[k] = max_m(abs(x[m, k]))`` of every product's input.
+
+    A few batches of what the model is for are enough: outlier columns are the same for any text (Dettmers et al. 2022,
+    arXiv 2208.07339, section 4). `convert(..., calibration=...)` chooses static columns by it.
+
+    Args:
+        model: not converted yet; any ``nn.Module``. It is run without gradients, in the mode that it is in.
+        data: batches: a tensor (the first argument), a tuple or list (arguments) or a mapping (keyword arguments).
+        progress: whether to show a bar on stderr; by default if that is a terminal.
+
+    Raises:
+        ValueError: there are no batches, or no product with a weight of the model was seen.
+    """
+    from .observe import observe
+
+    calibration, batches = Calibration(), list(data)
+    bar = sys.stderr.isatty() if progress is None else progress
+    with torch.no_grad(), observe(model, calibration.see):
+        for i, batch in enumerate(batches):
+            if bar:
+                show_progress("calibrating", i, len(batches))
+            run_batch(model, batch)
+    if bar:
+        show_progress("calibrating", len(batches), len(batches))
+    if not calibration.absmax:
+        found = "no batches" if not batches else "no product with a weight of the model in these batches"
+        raise ValueError(f"int8fx.calibrate: {found}; legal: data that the model runs on, before int8fx.convert")
+    return calibration
+
+
+def run_batch(model: Any, batch: Any) -> Any:
+    """``model(batch)``, with a tuple or list as its arguments and a mapping as its keyword arguments."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def show_progress(what: str, done: int, total: int) -> None:
+    """A bar on stderr, over the one before."""
+    width = 32 * done // max(total, 1)
+    end = "\n" if done == total else ""
+    print(f"\r{what} [{'#' * width}{'.' * (32 - width)}] {done}/{total}", end=end, file=sys.stderr, flush=True)
