@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from . import cpu, reference
+from . import cpu, gpu, reference
 from .quantize import MAX_K, compute_dtype
 from .quantize import dequantize as _dequantize
 
@@ -111,6 +111,11 @@ def _linear_cpu(x, weight, weight_scale, bias, threshold, activation="none", oth
     return cpu.linear(x, weight, weight_scale, bias, threshold, activation, other, binary)
 
 
+def _linear_gpu(x, weight, weight_scale, bias, threshold, activation="none", other=None, binary="none"):
+    _check_linear("linear", x, weight, weight_scale, bias, activation, other, binary)
+    return gpu.linear(x, weight, weight_scale, bias, threshold, activation, other, binary)
+
+
 def _linear_fake(x, weight, weight_scale, bias, threshold, activation="none", other=None, binary="none"):
     return x.new_empty(_check_linear("linear", x, weight, weight_scale, bias, activation, other, binary))
 
@@ -161,6 +166,11 @@ def _quantize_rowwise_cpu(x, threshold):
     return cpu.quantize_rowwise(x, threshold)
 
 
+def _quantize_rowwise_gpu(x, threshold):
+    _check_x("quantize_rowwise", x)
+    return gpu.quantize_rowwise(x, threshold)
+
+
 def _quantize_rowwise_fake(x, threshold):
     _check_x("quantize_rowwise", x)
     M = 1
@@ -209,6 +219,13 @@ def _linear_quantized_cpu(
     return cpu.linear_quantized(x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation, other, binary)
 
 
+def _linear_quantized_gpu(
+    x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation="none", other=None, binary="none"
+):
+    _check_linear_quantized(x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation, other, binary)
+    return gpu.linear_quantized(x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation, other, binary)
+
+
 def _linear_quantized_fake(
     x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation="none", other=None, binary="none"
 ):
@@ -242,6 +259,11 @@ def _check_grouped(x, weight, weight_scale, bias, offsets):
 def _grouped_linear_cpu(x, weight, weight_scale, bias, offsets, threshold):
     _check_grouped(x, weight, weight_scale, bias, offsets)
     return cpu.grouped_linear(x, weight, weight_scale, bias, offsets, threshold)
+
+
+def _grouped_linear_gpu(x, weight, weight_scale, bias, offsets, threshold):
+    _check_grouped(x, weight, weight_scale, bias, offsets)
+    return gpu.grouped_linear(x, weight, weight_scale, bias, offsets, threshold)
 
 
 def _grouped_linear_fake(x, weight, weight_scale, bias, offsets, threshold):
@@ -299,6 +321,10 @@ _LIB.impl("linear", _linear_cpu, "CPU")
 _LIB.impl("linear_quantized", _linear_quantized_cpu, "CPU")
 _LIB.impl("quantize_rowwise", _quantize_rowwise_cpu, "CPU")
 _LIB.impl("grouped_linear", _grouped_linear_cpu, "CPU")
+_LIB.impl("linear", _linear_gpu, "CUDA")  # the key of ROCm's tensors too
+_LIB.impl("linear_quantized", _linear_quantized_gpu, "CUDA")
+_LIB.impl("quantize_rowwise", _quantize_rowwise_gpu, "CUDA")
+_LIB.impl("grouped_linear", _grouped_linear_gpu, "CUDA")
 _LIB.impl("dequantize", _dequantize_kernel, "CompositeExplicitAutograd")
 
 _FAKES: dict[str, Callable] = {

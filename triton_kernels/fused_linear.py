@@ -10,6 +10,7 @@ from . import configs
 from .epilogue import finish
 from .quantize_rowwise import row_scale
 from .split_k import arrive, collect, k_range
+from .tuning import fastest
 
 
 @triton.jit
@@ -70,8 +71,8 @@ def _fused_linear_kernel(
         )  # fmt: skip
     else:
         tile = e * tl.num_programs(0) + tile_n
-        if arrive(acc, partial_ptr, counter_ptr, tile, split, BLOCK_M, BLOCK_N, SPLIT_K):
-            acc = collect(partial_ptr, tile, BLOCK_M, BLOCK_N, SPLIT_K)
+        if arrive(acc, m < end, partial_ptr, counter_ptr, tile, split, BLOCK_M, BLOCK_N, SPLIT_K):
+            acc = collect(partial_ptr, m < end, tile, BLOCK_M, BLOCK_N, SPLIT_K)
             finish(
                 acc, weight_scale_ptr, bias_ptr, other_ptr, y_ptr, rows, m < end, n, N, e, stride_om, stride_on,
                 ACTIVATION, BINARY,
@@ -135,7 +136,16 @@ def fused_linear(
     y = (x.new_empty if offsets is None else x.new_zeros)((rows, N))
     if 0 in (E, rows, N):
         return y
-    config = config or configs.fused_linear(M, N, K, E, x.device)
+    if config is None:
+        candidates = configs.few_rows(M, N, K, E, x.dtype, x.device)
+        shape = (triton.next_power_of_2(M), N, K, E, x.dtype, threshold != float("inf"), configs.name(x.device))
+        config = fastest(
+            "fused_linear", shape, candidates,
+            lambda c: fused_linear(
+                x, weight, weight_scale, bias, threshold, activation, other, binary,
+                int8_max=int8_max, tiny=tiny, offsets=offsets, config=c,
+            ),
+        )  # fmt: skip
     if M > config.BLOCK_M:
         raise ValueError(f"fused_linear: x has {M} rows; legal: at most {config.BLOCK_M}, or outliers would be missed")
     split, (partial, counter) = config.SPLIT_K, configs.workspace(config, N, E, x.device)

@@ -11,6 +11,7 @@ from . import configs
 from .epilogue import finish
 from .groups import row_tiles, tile_rows
 from .outliers import BLOCK_O
+from .tuning import fastest
 
 
 @triton.jit
@@ -117,7 +118,16 @@ def int8_matmul(
     y = (codes.new_empty if offsets is None else codes.new_zeros)((R, N), dtype=dtype)
     if 0 in (E, R, N):
         return y
-    config = config or configs.int8_matmul(M, N, K, x_scale.device)
+    if config is None:
+        candidates = configs.int8_matmul(M, N, E, dtype, codes.device)
+        shape = (triton.next_power_of_2(M), N, K, E, dtype, offsets is not None, configs.name(codes.device))
+        config = fastest(
+            "int8_matmul", shape, candidates,
+            lambda c: int8_matmul(
+                codes, x_scale, weight, weight_scale, outliers, bias, dtype, activation, other, binary,
+                offsets=offsets, config=c,
+            ),
+        )  # fmt: skip
     BLOCK_M, BLOCK_N = config.BLOCK_M, config.BLOCK_N
     grid = (row_tiles(M, E, BLOCK_M, offsets is not None) * triton.cdiv(N, BLOCK_N), 1 if offsets is not None else E)
     panel, columns, count = (None, None, None) if outliers is None or K == 0 else outliers

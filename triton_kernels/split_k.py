@@ -13,16 +13,17 @@ def k_range(split, K, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
 
 @triton.jit
 def arrive(
-    acc, partial_ptr, counter_ptr, tile, split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr
-):
-    """Leaves ``acc`` in ``partial[tile, split]``; true for the program that does so last.
+    acc, row_mask, partial_ptr, counter_ptr, tile, split,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """Leaves the rows of ``acc`` that exist in ``partial[tile, split]``; true for the program that does so last.
 
     ``counter[tile]`` starts at 0 and is left at 0. Whoever is last, `collect` adds the parts in the order of
     ``split``: the sum depends on no timing.
     """
     tile_ptr = partial_ptr + (tile.to(tl.int64) * SPLIT_K + split) * (BLOCK_M * BLOCK_N)
     at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    tl.store(tile_ptr + at, acc)
+    tl.store(tile_ptr + at, acc, mask=row_mask[:, None])
     tl.debug_barrier()  # every thread's part is written before one thread announces it
     last = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1
     if last:
@@ -31,11 +32,12 @@ def arrive(
 
 
 @triton.jit
-def collect(partial_ptr, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr):
+def collect(partial_ptr, row_mask, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr):
     """``sum_split(partial[tile, split])``, always in the same order."""
     tile_ptr = partial_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_M * BLOCK_N)
     at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    acc = tl.load(tile_ptr + at, cache_modifier=".cg")
+    mask = row_mask[:, None]
+    acc = tl.load(tile_ptr + at, mask=mask, other=0, cache_modifier=".cg")
     for split in tl.static_range(1, SPLIT_K):
-        acc += tl.load(tile_ptr + split * (BLOCK_M * BLOCK_N) + at, cache_modifier=".cg")
+        acc += tl.load(tile_ptr + split * (BLOCK_M * BLOCK_N) + at, mask=mask, other=0, cache_modifier=".cg")
     return acc

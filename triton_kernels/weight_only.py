@@ -9,6 +9,7 @@ from torch import Tensor
 from . import configs
 from .epilogue import finish
 from .split_k import arrive, collect, k_range
+from .tuning import fastest
 
 
 @triton.jit
@@ -51,8 +52,8 @@ def _weight_only_kernel(
         )  # fmt: skip
     else:
         tile += e * tl.num_programs(0)
-        if arrive(acc, partial_ptr, counter_ptr, tile, split, BLOCK_M, BLOCK_N, SPLIT_K):
-            acc = collect(partial_ptr, tile, BLOCK_M, BLOCK_N, SPLIT_K)
+        if arrive(acc, m < M, partial_ptr, counter_ptr, tile, split, BLOCK_M, BLOCK_N, SPLIT_K):
+            acc = collect(partial_ptr, m < M, tile, BLOCK_M, BLOCK_N, SPLIT_K)
             finish(
                 acc, weight_scale_ptr, bias_ptr, other_ptr, y_ptr, rows, m < M, n, N, e, stride_om, stride_on,
                 ACTIVATION, BINARY,
@@ -92,7 +93,12 @@ def weight_only(
     y = x.new_empty(E * M, N)
     if 0 in y.shape:
         return y
-    config = config or configs.weight_only(M, N, K, E, x.device)
+    if config is None:
+        candidates = configs.few_rows(M, N, K, E, x.dtype, x.device)
+        config = fastest(
+            "weight_only", (triton.next_power_of_2(M), N, K, E, x.dtype, configs.name(x.device)), candidates,
+            lambda c: weight_only(x, weight, weight_scale, bias, activation, other, binary, config=c),
+        )  # fmt: skip
     tiles_m = triton.cdiv(M, config.BLOCK_M)
     partial, counter = configs.workspace(config, N, E * tiles_m, x.device)
     _weight_only_kernel[(triton.cdiv(N, config.BLOCK_N) * tiles_m, config.SPLIT_K, E)](
