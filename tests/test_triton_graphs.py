@@ -1,0 +1,26 @@
+"""The tests of the passes again, with every int8fx op on the Triton kernels in the interpreter."""
+
+import interpreter  # noqa: F401
+import pytest
+import test_fold
+import test_lower
+import test_share
+from test_fold import *  # noqa: F403
+from test_fold import test_near_miss_is_left as test_near_miss_is_left_by_fold  # noqa: F401
+from test_lower import *  # noqa: F403
+from test_lower import test_dynamic_shapes as test_dynamic_shapes_lower  # noqa: F401
+from test_lower import test_near_miss_is_left as test_near_miss_is_left_by_lower  # noqa: F401
+from test_share import *  # noqa: F403
+
+from int8fx import gpu, ops
+
+
+@pytest.fixture(autouse=True)
+def on_triton(monkeypatch):
+    monkeypatch.setattr(ops, "cpu", gpu)
+
+
+def test_no_test_hides_another_of_the_same_name():
+    here = {value for value in globals().values() if callable(value)}
+    for module in (test_fold, test_lower, test_share):
+        assert {f for name, f in vars(module).items() if name.startswith("test_") and callable(f)} <= here
