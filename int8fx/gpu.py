@@ -48,8 +48,7 @@ def linear(
         elif x3d.shape[1] <= FUSED_ROWS:
             y = fused_linear(x3d, *packed, threshold, activation, other2d, binary, **_CONSTANTS)
         else:
-            quantized = _quantize(x3d, threshold)
-            y = _product(x3d, *quantized, *packed, activation, other2d, binary)
+            y = _product(x3d, _quantize(x3d, threshold), packed, activation, other2d, binary)
     return y.view(*x.shape[:-1], weight.shape[-2])
 
 
@@ -85,7 +84,7 @@ def linear_quantized(
     with torch.cuda.device_of(x):
         packed = _packed(weight, weight_scale, bias)
         quantized = codes.contiguous(), x_scale.contiguous(), mask.contiguous()[None]
-        y = _product(x3d, *quantized, *packed, activation, _rows(other), binary)
+        y = _product(x3d, quantized, packed, activation, _rows(other), binary)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -109,7 +108,7 @@ def grouped_linear(
         if x.shape[0] <= FUSED_ROWS:
             return fused_linear(x[None], *packed, threshold, **_CONSTANTS, offsets=offsets)
         quantized = _quantize(x[None], threshold, offsets, weight.shape[0])
-        return _product(x[None], *quantized, *packed, offsets=offsets)
+        return _product(x[None], quantized, packed, offsets=offsets)
 
 
 def _matrices(x: Tensor, weight: Tensor) -> Tensor:
@@ -138,22 +137,20 @@ def _quantize(x: Tensor, threshold: float, offsets: Tensor | None = None, expert
 
 def _product(
     x: Tensor,
-    codes: Tensor,
-    x_scale: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
+    quantized: tuple[Tensor, Tensor, Tensor | None],
+    packed: tuple[Tensor, Tensor, Tensor | None],
     activation: str = "none",
     other: Tensor | None = None,
     binary: str = "none",
     *,
     offsets: Tensor | None = None,
 ) -> Tensor:
+    """``quantized``: codes, x_scale and mask; ``packed``: weight, weight_scale and bias."""
     from .triton_kernels.int8_matmul import int8_matmul
     from .triton_kernels.outliers import extract_outliers
 
+    codes, x_scale, mask = quantized
     outliers = None if mask is None else extract_outliers(x, mask, offsets)
     return int8_matmul(
-        codes, x_scale, weight, weight_scale, outliers, bias, x.dtype, activation, other, binary, offsets=offsets
+        codes, x_scale, *packed[:2], outliers, packed[2], x.dtype, activation, other, binary, offsets=offsets
     )

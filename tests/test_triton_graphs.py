@@ -6,10 +6,9 @@ import test_fold
 import test_lower
 import test_share
 from test_fold import *  # noqa: F403
+from test_fold import test_dynamic_shapes as test_dynamic_shapes_fold  # noqa: F401
 from test_fold import test_near_miss_is_left as test_near_miss_is_left_by_fold  # noqa: F401
 from test_lower import *  # noqa: F403
-from test_lower import test_dynamic_shapes as test_dynamic_shapes_lower  # noqa: F401
-from test_lower import test_near_miss_is_left as test_near_miss_is_left_by_lower  # noqa: F401
 from test_share import *  # noqa: F403
 
 from int8fx import gpu, ops

@@ -206,7 +206,7 @@ def test_fakes_on_cuda(name, args):
 
 
 class WithoutDeviceGuards(TorchFunctionMode):
-    """``x[...]`` and ``x.contiguous()`` by operators: the methods guard the device, which a build without CUDA cannot."""
+    """``x[...]`` and ``x.contiguous()`` by operators: the methods want the device's guard, which is not built in."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.contiguous:
@@ -247,9 +247,8 @@ def test_a_converted_model_is_a_graph_of_int8fx_ops_on_cuda(make, expected):
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         state = {name: on_cuda(t) for name, t in state.items()}
         ids = on_cuda(inputs["input_ids"])
-        mask = torch.zeros(
-            1, 1, ids.shape[1], ids.shape[1], dtype=torch.float16, device="cuda"
-        )  # as it enters attention
+        length = ids.shape[1]
+        mask = torch.zeros(1, 1, length, length, dtype=torch.float16, device="cuda")  # in the form attention takes
         run = backend.without_dynamo(lambda s, *args: functional_call(model, s, args, {"use_cache": False}).logits)
         with WithoutDeviceGuards():
             y = run(state, ids, mask)
