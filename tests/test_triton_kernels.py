@@ -30,7 +30,7 @@ from int8fx.triton_kernels import outliers as outliers_kernels
 from int8fx.triton_kernels.configs import Config
 from int8fx.triton_kernels.fused_linear import fused_linear
 from int8fx.triton_kernels.int8_matmul import int8_matmul
-from int8fx.triton_kernels.outliers import extract_outliers, outlier_mask
+from int8fx.triton_kernels.outliers import extract_outliers, gather_weight, outlier_mask
 from int8fx.triton_kernels.quantize_rowwise import quantize_rowwise
 from int8fx.triton_kernels.weight_only import weight_only
 
@@ -144,6 +144,20 @@ def test_int8_matmul_is_as_exact_as_the_reference(p):
     packed = one(weight, scale)
     y = int8_matmul(codes, x_scale, *packed, outlying, *one(bias), x.dtype, activation_name, other, binary, config=TILE)
     assert_within_budget(y, *p)
+
+
+@pytest.mark.parametrize("K", [64, 1100])
+@pytest.mark.parametrize("where", ["some", "columns", "none"])
+def test_many_rows_gather_the_weight_of_their_outliers_once(K, where, monkeypatch):
+    """With K = 64 there are more outliers than were gathered: the product fetches the rest."""
+    monkeypatch.setattr("int8fx.triton_kernels.int8_matmul.GATHER_ROWS", 1)
+    x, weight, scale, bias, threshold = problem(33, K, 40, outliers=where, dtype=torch.bfloat16)
+    codes, x_scale, outlying = quantized(x, threshold)
+    gathered = gather_weight(weight[None], *outlying[1:])
+    columns = outlying[1][0, : min(int(outlying[2]), gathered.shape[2])].long()
+    assert torch.equal(gathered[0, :, : len(columns)], weight[:, columns])
+    y = int8_matmul(codes, x_scale, *one(weight, scale), outlying, *one(bias), x.dtype, config=TILE)
+    assert_within_budget(y, x, weight, scale, bias, threshold)
 
 
 @EXAMPLES

@@ -137,28 +137,23 @@ def test_outliers_are_found_once_for_siblings(monkeypatch, on_triton):
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 @pytest.mark.parametrize("M", [1, 16, 17, 64])
-def test_a_tile_of_few_rows_holds_them_all(M, dtype, monkeypatch):
-    monkeypatch.setattr(configs, "processors", lambda device: 132)
+def test_a_tile_of_few_rows_holds_them_all(M, dtype):
     for N, K in ((4096, 4096), (1024, 4096), (28672, 8192), (8, 16)):
-        for config in configs.few_rows(M, N, K, 1, dtype, torch.device("cpu")):
+        for config in configs.few_rows(M, N, K, 1, dtype, "sm_90", 132):
             assert config.BLOCK_M >= M
             assert config.SPLIT_K == 1 or 4 * config.SPLIT_K * config.BLOCK_K <= K
 
 
-def test_k_is_split_until_every_processor_works(monkeypatch):
-    monkeypatch.setattr(configs, "processors", lambda device: 132)
-
+def test_k_is_split_until_every_processor_works():
     def split(N, K):
-        return configs.few_rows(1, N, K, 1, torch.float16, torch.device("cpu"))[0].SPLIT_K
+        return configs.few_rows(1, N, K, 1, torch.float16, "sm_90", 132)[0].SPLIT_K
 
     assert (split(4096, 4096), split(8192, 8192), split(28672, 8192), split(1024, 4096)) == (8, 4, 1, 8)
 
 
-def test_the_largest_tile_that_fills_the_device_comes_first(monkeypatch):
-    monkeypatch.setattr(configs, "processors", lambda device: 132)
-
+def test_the_largest_tile_that_fills_the_device_comes_first():
     def tile(M, N):
-        config = configs.int8_matmul(M, N, 1, torch.float16, torch.device("cpu"))[0]
+        config = configs.int8_matmul(M, N, 1, torch.float16, "sm_90", 132)[0]
         return config.BLOCK_M, config.BLOCK_N
 
     assert (tile(2048, 8192), tile(2048, 4096), tile(512, 4096), tile(128, 4096)) == (

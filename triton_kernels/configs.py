@@ -54,7 +54,7 @@ FEW_ROWS_FLOAT32 = {16: (16, 32, 32, 4, 2), 32: (32, 32, 32, 4, 2), 64: (64, 32,
 
 
 @cache
-def target(device: torch.device) -> str:
+def target_of(device: torch.device) -> str:
     """The column of the table for a device: its architecture, or the nearest that asks for no more."""
     if device.type != "cuda":
         return "sm_80"  # the interpreter
@@ -70,31 +70,31 @@ def target(device: torch.device) -> str:
 
 
 @cache
-def processors(device: torch.device) -> int:
+def processors_of(device: torch.device) -> int:
     """How many multiprocessors the device has; 1 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @cache
-def name(device: torch.device) -> str:
+def name_of(device: torch.device) -> str:
     """What a timing is remembered for."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def int8_matmul(M: int, N: int, E: int, dtype: torch.dtype, device: torch.device) -> tuple[Config, ...]:
+def int8_matmul(M: int, N: int, E: int, dtype: torch.dtype, target: str, processors: int) -> tuple[Config, ...]:
     """Candidates for `int8_matmul`, best guess first: the largest tile that still gives every processor a program."""
-    table = FLOAT32 if dtype == torch.float32 else INT8_MATMUL[target(device)]
+    table = FLOAT32 if dtype == torch.float32 else INT8_MATMUL[target]
     configs = [Config(*row) for row in table]
 
     def programs(c: Config) -> int:
         return triton.cdiv(M, c.BLOCK_M) * triton.cdiv(N, c.BLOCK_N) * E
 
-    guess = next((c for c in configs if programs(c) >= processors(device)), configs[-1])
-    near = [c for c in configs if c != guess and programs(c) >= processors(device) // 2]
+    guess = next((c for c in configs if programs(c) >= processors), configs[-1])
+    near = [c for c in configs if c != guess and programs(c) >= processors // 2]
     return guess, *near[-2:]
 
 
-def few_rows(M: int, N: int, K: int, E: int, dtype: torch.dtype, device: torch.device) -> tuple[Config, ...]:
+def few_rows(M: int, N: int, K: int, E: int, dtype: torch.dtype, target: str, processors: int) -> tuple[Config, ...]:
     """Candidates for `fused_linear` and `weight_only`: K is split until every processor has a program.
 
     Each part keeps at least four K blocks. The second candidate splits once more.
@@ -102,7 +102,7 @@ def few_rows(M: int, N: int, K: int, E: int, dtype: torch.dtype, device: torch.d
     if dtype == torch.float32:
         table = FEW_ROWS_FLOAT32
     else:
-        table = FEW_ROWS["hip" if target(device).startswith("gfx") else "cuda"]
+        table = FEW_ROWS["hip" if target.startswith("gfx") else "cuda"]
     rows = next((rows for rows in table if rows >= M), max(table))
     config = Config(*table[rows])
     tiles = triton.cdiv(M, rows) * triton.cdiv(N, config.BLOCK_N) * E
@@ -111,7 +111,7 @@ def few_rows(M: int, N: int, K: int, E: int, dtype: torch.dtype, device: torch.d
         return split < MOST_SPLITS and 8 * split * config.BLOCK_K <= K
 
     split = 1
-    while tiles * split < processors(device) and may_split(split):
+    while tiles * split < processors and may_split(split):
         split *= 2
     guess = replace(config, SPLIT_K=split)
     return (guess, replace(config, SPLIT_K=2 * split)) if may_split(split) else (guess,)

@@ -137,8 +137,8 @@ def fused_linear(
     if 0 in (E, rows, N):
         return y
     if config is None:
-        candidates = configs.few_rows(M, N, K, E, x.dtype, x.device)
-        shape = (triton.next_power_of_2(M), N, K, E, x.dtype, threshold != float("inf"), configs.name(x.device))
+        candidates = configs.few_rows(M, N, K, E, x.dtype, configs.target_of(x.device), configs.processors_of(x.device))
+        shape = (triton.next_power_of_2(M), N, K, E, x.dtype, threshold != float("inf"), configs.name_of(x.device))
         config = fastest(
             "fused_linear", shape, candidates,
             lambda c: fused_linear(

@@ -10,14 +10,21 @@ from torch import Tensor
 from . import configs
 from .epilogue import finish
 from .groups import row_tiles, tile_rows
-from .outliers import BLOCK_O
+from .outliers import BLOCK_O, gather_weight
 from .tuning import fastest
 
 
 @triton.jit
+def _fetch(weight_ptr, column_ptrs, channels, stride_wn, stride_wk):
+    """The weight's codes ``[BLOCK_O, BLOCK_N]`` in some columns, from where they stand."""
+    columns = tl.load(column_ptrs).to(tl.int64)
+    return tl.load(weight_ptr + channels[None, :] * stride_wn + columns[:, None] * stride_wk)
+
+
+@triton.jit
 def _int8_matmul_kernel(
-    codes_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, panel_ptr, columns_ptr, count_ptr, offsets_ptr,
-    bias_ptr, other_ptr, y_ptr, M, N, K, E, pitch, stride_we, stride_wn, stride_wk, stride_om, stride_on,
+    codes_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, panel_ptr, columns_ptr, count_ptr, gathered_ptr, offsets_ptr,
+    bias_ptr, other_ptr, y_ptr, M, N, K, E, pitch, capacity, stride_we, stride_wn, stride_wk, stride_om, stride_on,
     rows_per_weight,
     ACTIVATION: tl.constexpr, BINARY: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -60,14 +67,23 @@ def _int8_matmul_kernel(
         columns_ptr += e.to(tl.int64) * pitch
         for start in range(0, tl.load(count_ptr + e), BLOCK_O):
             x = tl.load(panel_ptr + rows[:, None] * pitch + (start + o)[None, :])
-            columns = tl.load(columns_ptr + start + o).to(tl.int64)
-            w = tl.load(weight_ptr + channels[None, :] * stride_wn + columns[:, None] * stride_wk)
+            if gathered_ptr is None:
+                w = _fetch(weight_ptr, columns_ptr + start + o, channels, stride_wn, stride_wk)
+            elif start < capacity:
+                at = (e.to(tl.int64) * N + channels)[None, :] * capacity + (start + o)[:, None]
+                w = tl.load(gathered_ptr + at)
+            else:
+                w = _fetch(weight_ptr, columns_ptr + start + o, channels, stride_wn, stride_wk)
             acc = tl.dot(x, w.to(x.dtype), acc, input_precision="ieee")
     rows = e.to(tl.int64) * rows_per_weight + m
     finish(
         acc, weight_scale_ptr, bias_ptr, other_ptr, y_ptr, rows, m < end, n, N, e, stride_om, stride_on,
         ACTIVATION, BINARY,
     )  # fmt: skip
+
+
+GATHER_ROWS = 512
+"""From how many rows per weight on the outlier columns of the weight are gathered before the product."""
 
 
 def int8_matmul(
@@ -119,8 +135,10 @@ def int8_matmul(
     if 0 in (E, R, N):
         return y
     if config is None:
-        candidates = configs.int8_matmul(M, N, E, dtype, codes.device)
-        shape = (triton.next_power_of_2(M), N, K, E, dtype, offsets is not None, configs.name(codes.device))
+        candidates = configs.int8_matmul(
+            M, N, E, dtype, configs.target_of(codes.device), configs.processors_of(codes.device)
+        )
+        shape = (triton.next_power_of_2(M), N, K, E, dtype, offsets is not None, configs.name_of(codes.device))
         config = fastest(
             "int8_matmul", shape, candidates,
             lambda c: int8_matmul(
@@ -131,9 +149,13 @@ def int8_matmul(
     BLOCK_M, BLOCK_N = config.BLOCK_M, config.BLOCK_N
     grid = (row_tiles(M, E, BLOCK_M, offsets is not None) * triton.cdiv(N, BLOCK_N), 1 if offsets is not None else E)
     panel, columns, count = (None, None, None) if outliers is None or K == 0 else outliers
+    gathered = None
+    if columns is not None and GATHER_ROWS * (E if offsets is not None else 1) <= M:
+        gathered = gather_weight(weight, columns, count)
     _int8_matmul_kernel[grid](
-        codes, x_scale, weight, weight_scale, panel, columns, count, offsets, bias, other, y,
-        M, N, K, E, 0 if panel is None else panel.shape[1], *weight.stride(),
+        codes, x_scale, weight, weight_scale, panel, columns, count, gathered, offsets, bias, other, y,
+        M, N, K, E, 0 if panel is None else panel.shape[1], 0 if gathered is None else gathered.shape[2],
+        *weight.stride(),
         *((0, 0) if other is None else other.stride()), 0 if offsets is not None else M,
         activation, binary, K % config.BLOCK_K == 0, BLOCK_O, triton.next_power_of_2(E),
         **config.kernel_options(GROUP_M=8),

@@ -118,7 +118,8 @@ def extract_outliers(x: Tensor, mask: Tensor, offsets: Tensor | None = None) -> 
     pitch = triton.cdiv(K, BLOCK_O) * BLOCK_O
     panel = torch.empty(E * M, pitch, dtype=x.dtype, device=x.device)
     columns = torch.empty(groups, pitch, dtype=torch.int32, device=x.device)
-    count = torch.empty(groups, dtype=torch.int32, device=x.device)
+    make = torch.empty if offsets is None else torch.zeros  # a group may have no rows, and so no program
+    count = make(groups, dtype=torch.int32, device=x.device)
     BLOCK_M = 16
     grid = (row_tiles(M, groups, BLOCK_M, offsets is not None), E)
     if 0 not in (groups, M, K):
@@ -128,3 +129,46 @@ def extract_outliers(x: Tensor, mask: Tensor, offsets: Tensor | None = None) -> 
             BLOCK_M=BLOCK_M, BLOCK_K=256, BLOCK_O=BLOCK_O, BLOCK_E=triton.next_power_of_2(groups), num_warps=4,
         )  # fmt: skip
     return panel, columns, count
+
+
+@triton.jit
+def _gather_kernel(
+    weight_ptr, columns_ptr, count_ptr, gathered_ptr, N, capacity, pitch, stride_we, stride_wn, stride_wk,
+    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    e = tl.program_id(2)
+    start = tl.program_id(1) * BLOCK_O
+    if start >= tl.load(count_ptr + e):
+        return
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    o = start + tl.arange(0, BLOCK_O)
+    columns = tl.load(columns_ptr + e.to(tl.int64) * pitch + o).to(tl.int64)
+    at = e.to(tl.int64) * stride_we + n[:, None] * stride_wn + columns[None, :] * stride_wk
+    mask = (n < N)[:, None]
+    w = tl.load(weight_ptr + at, mask=mask)
+    tl.store(gathered_ptr + (e.to(tl.int64) * N + n)[:, None] * capacity + o[None, :], w, mask=mask)
+
+
+def gather_weight(weight: Tensor, columns: Tensor, count: Tensor) -> Tensor:
+    """``gathered[e, n, o] = weight[e, n, columns[e, o]]`` for the first P outliers, ``P = K / 16``.
+
+    For many rows: each row tile of the product would fetch 32 bytes for every single code of an outlier column; this
+    does so once. Outliers beyond P, should there be so many, the product fetches itself. Exact.
+
+    Args:
+        weight: ``[E, N, K]`` int8, any strides.
+        columns, count: of `extract_outliers`.
+
+    Returns:
+        ``[E, N, P]`` int8.
+    """
+    E, N, K = weight.shape
+    capacity = triton.cdiv(K, 16 * BLOCK_O) * BLOCK_O
+    gathered = torch.empty(E, N, capacity, dtype=torch.int8, device=weight.device)
+    if 0 not in gathered.shape:
+        BLOCK_N = 64
+        _gather_kernel[(triton.cdiv(N, BLOCK_N), capacity // BLOCK_O, E)](
+            weight, columns, count, gathered, N, capacity, columns.shape[1], *weight.stride(),
+            BLOCK_N=BLOCK_N, BLOCK_O=BLOCK_O, num_warps=4,
+        )  # fmt: skip
+    return gathered

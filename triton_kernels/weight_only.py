@@ -94,9 +94,9 @@ def weight_only(
     if 0 in y.shape:
         return y
     if config is None:
-        candidates = configs.few_rows(M, N, K, E, x.dtype, x.device)
+        candidates = configs.few_rows(M, N, K, E, x.dtype, configs.target_of(x.device), configs.processors_of(x.device))
         config = fastest(
-            "weight_only", (triton.next_power_of_2(M), N, K, E, x.dtype, configs.name(x.device)), candidates,
+            "weight_only", (triton.next_power_of_2(M), N, K, E, x.dtype, configs.name_of(x.device)), candidates,
             lambda c: weight_only(x, weight, weight_scale, bias, activation, other, binary, config=c),
         )  # fmt: skip
     tiles_m = triton.cdiv(M, config.BLOCK_M)
