@@ -153,7 +153,7 @@ def test_k_is_split_until_every_processor_works():
 
 def test_the_largest_tile_that_fills_the_device_comes_first():
     def tile(M, N):
-        config = configs.int8_matmul(M, N, 1, torch.float16, "sm_90", 132)[0]
+        config = configs.int8_matmul(M, N, 1, torch.float16, False, "sm_90", 132)[0]
         return config.BLOCK_M, config.BLOCK_N
 
     assert (tile(2048, 8192), tile(2048, 4096), tile(512, 4096), tile(128, 4096)) == (

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from . import configs, cost_model
 from .assembly import ASYNC_COPY, FLOAT_MATRIX, INT8_MATRIX, TARGETS, WIDE_LOAD, Machine, compile_kernel
 from .fused_linear import _fused_linear_kernel
@@ -96,14 +98,13 @@ def everything(target: str) -> Iterator[Variant]:
     yield from shipped(target)
     few = configs.FEW_ROWS[TARGETS[target].backend]
     heavy = (("ACTIVATION", "gelu"), ("BINARY", "mul"))
-    for row in configs.INT8_MATMUL[target]:
-        yield Variant("int8_matmul", configs.Config(*row), "fp16", heavy)
-    for row in configs.FLOAT32:
-        yield Variant("int8_matmul", configs.Config(*row), "fp32", heavy)
+    for name, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
+        for config in configs.tiles(dtype, target, epilogue=True):
+            yield Variant("int8_matmul", config, name, heavy)
     for kernel in ("fused_linear", "weight_only"):
         for row in few.values():
             yield Variant(kernel, configs.Config(*row, SPLIT_K=1), "fp16", heavy)
-            yield Variant(kernel, configs.Config(*row, SPLIT_K=configs.MOST_SPLITS), "fp16")
+            yield Variant(kernel, configs.Config(*row, SPLIT_K=configs.MOST_SPLITS), "fp16", heavy)
         for row in configs.FEW_ROWS_FLOAT32.values():
             yield Variant(kernel, configs.Config(*row, SPLIT_K=4), "fp32")
     yield Variant("fused_linear", configs.Config(*few[16], SPLIT_K=4), "bf16", (("OUTLIERS", False),))
@@ -201,13 +202,8 @@ def main(argv: list[str] | None = None) -> int:
 def _machine(target: str, kernel: str, config: configs.Config, outliers: bool = True) -> Machine:
     constants: tuple[tuple[str, Any], ...] = (("other_ptr", None), ("OUTLIERS", outliers))
     if kernel == "int8_matmul" and not outliers:
-        constants = (
-            *constants,
-            ("count_ptr", None),
-            ("panel_ptr", None),
-            ("columns_ptr", None),
-            ("gathered_ptr", None),
-        )
+        names = ("count_ptr", "panel_ptr", "columns_ptr", "gathered_ptr")
+        constants = (*constants, *((name, None) for name in names))
     return Variant(kernel, config, "bf16", constants).compile(target)
 
 

@@ -47,7 +47,7 @@ FLOAT32 = ((64, 32, 64, 4, 2),)  # its residual runs without matrix instructions
 
 # For few rows, by the most rows a tile holds.
 FEW_ROWS = {
-    "cuda": {16: (16, 128, 128, 4, 4), 32: (32, 128, 128, 4, 4), 64: (64, 128, 128, 8, 3)},
+    "cuda": {16: (16, 128, 128, 4, 4), 32: (32, 128, 128, 8, 4), 64: (64, 128, 128, 8, 3)},
     "hip": {16: (16, 128, 128, 4, 2), 32: (32, 128, 128, 4, 2), 64: (64, 128, 128, 8, 2)},
 }
 FEW_ROWS_FLOAT32 = {16: (16, 32, 32, 4, 2), 32: (32, 32, 32, 4, 2), 64: (64, 32, 32, 8, 2)}
@@ -81,10 +81,20 @@ def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def int8_matmul(M: int, N: int, E: int, dtype: torch.dtype, target: str, processors: int) -> tuple[Config, ...]:
+def tiles(dtype: torch.dtype, target: str, epilogue: bool) -> list[Config]:
+    """The tiles of `int8_matmul`, largest first.
+
+    A tile of more than 128 x 128 has no registers left for an activation or another tensor.
+    """
+    configs = [Config(*row) for row in (FLOAT32 if dtype == torch.float32 else INT8_MATMUL[target])]
+    return [c for c in configs if not epilogue or c.BLOCK_M * c.BLOCK_N <= 128 * 128]
+
+
+def int8_matmul(
+    M: int, N: int, E: int, dtype: torch.dtype, epilogue: bool, target: str, processors: int
+) -> tuple[Config, ...]:
     """Candidates for `int8_matmul`, best guess first: the largest tile that still gives every processor a program."""
-    table = FLOAT32 if dtype == torch.float32 else INT8_MATMUL[target]
-    configs = [Config(*row) for row in table]
+    configs = tiles(dtype, target, epilogue)
 
     def programs(c: Config) -> int:
         return triton.cdiv(M, c.BLOCK_M) * triton.cdiv(N, c.BLOCK_N) * E
@@ -99,19 +109,17 @@ def few_rows(M: int, N: int, K: int, E: int, dtype: torch.dtype, target: str, pr
 
     Each part keeps at least four K blocks. The second candidate splits once more.
     """
-    if dtype == torch.float32:
-        table = FEW_ROWS_FLOAT32
-    else:
-        table = FEW_ROWS["hip" if target.startswith("gfx") else "cuda"]
+    table = FEW_ROWS["hip" if target.startswith("gfx") else "cuda"]
+    table = FEW_ROWS_FLOAT32 if dtype == torch.float32 else table
     rows = next((rows for rows in table if rows >= M), max(table))
     config = Config(*table[rows])
-    tiles = triton.cdiv(M, rows) * triton.cdiv(N, config.BLOCK_N) * E
+    programs = triton.cdiv(M, rows) * triton.cdiv(N, config.BLOCK_N) * E
 
     def may_split(split: int) -> bool:
         return split < MOST_SPLITS and 8 * split * config.BLOCK_K <= K
 
     split = 1
-    while tiles * split < processors and may_split(split):
+    while programs * split < processors and may_split(split):
         split *= 2
     guess = replace(config, SPLIT_K=split)
     return (guess, replace(config, SPLIT_K=2 * split)) if may_split(split) else (guess,)

@@ -171,7 +171,7 @@ def few_rows(gpu: Gpu, compiled: Compile, M: int, N: int, K: int, outliers: floa
 
 def many_rows(gpu: Gpu, compiled: Compile, M: int, N: int, K: int, outliers: float) -> Cost:
     """`outlier_mask`, `quantize_rowwise`, `extract_outliers`, `gather_weight`, `int8_matmul`."""
-    config = configs.int8_matmul(M, N, 1, torch.bfloat16, gpu.target, gpu.processors)[0]
+    config = configs.int8_matmul(M, N, 1, torch.bfloat16, False, gpu.target, gpu.processors)[0]
     machine = compiled(gpu.target, "int8_matmul", config)
     int8, _ = _instructions(machine, INT8_MATRIX)
     float16, _ = _instructions(machine, FLOAT_MATRIX)
@@ -207,8 +207,9 @@ def many_rows(gpu: Gpu, compiled: Compile, M: int, N: int, K: int, outliers: flo
 def bitsandbytes(M: int, N: int, K: int, outliers: float) -> tuple[int, float]:
     """Launches and bytes of bitsandbytes 0.50's CUDA path with threshold > 0, counted from its source, fp16 x.
 
-    abs, >=, any over all, its copy to the host, any over rows, nonzero (3), row quantisation, zeroing of outlier columns,
-    two gathers, dequantisation of the gathered weight (2), cuBLASLt's int8 product to int32, its dequantisation, addmm.
+    abs, >=, any over all, its copy to the host, any over rows, nonzero (2), row quantisation, zeroing of the outlier
+    columns, two gathers, dequantisation of the gathered weight (2), cuBLASLt's int8 product to int32, its
+    dequantisation, addmm. The synchronisations with the host (2) cost time that no byte shows.
     """
     columns = math.ceil(outliers * K)
     x = M * K * (4 + 3 + 1 + 1 + 3)

@@ -11,6 +11,7 @@ from .epilogue import finish
 from .quantize_rowwise import row_scale
 from .split_k import arrive, collect, k_range
 from .tuning import fastest
+from .widen import widen
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def _fused_linear_kernel(
         if OUTLIERS:
             if tl.max(outlier, 0) > 0:
                 kept = tl.where(outlier[None, :] > 0, x, tl.zeros_like(x))
-                acc = tl.dot(kept, w.to(x.dtype), acc, input_precision="ieee")
+                acc = tl.dot(kept, widen(w, x.dtype), acc, input_precision="ieee")
         x_ptrs += BLOCK_K * stride_xk
         weight_ptrs += BLOCK_K * stride_wk
 

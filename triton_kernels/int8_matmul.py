@@ -12,6 +12,7 @@ from .epilogue import finish
 from .groups import row_tiles, tile_rows
 from .outliers import BLOCK_O, gather_weight
 from .tuning import fastest
+from .widen import widen
 
 
 @triton.jit
@@ -74,7 +75,7 @@ def _int8_matmul_kernel(
                 w = tl.load(gathered_ptr + at)
             else:
                 w = _fetch(weight_ptr, columns_ptr + start + o, channels, stride_wn, stride_wk)
-            acc = tl.dot(x, w.to(x.dtype), acc, input_precision="ieee")
+            acc = tl.dot(x, widen(w, x.dtype), acc, input_precision="ieee")
     rows = e.to(tl.int64) * rows_per_weight + m
     finish(
         acc, weight_scale_ptr, bias_ptr, other_ptr, y_ptr, rows, m < end, n, N, e, stride_om, stride_on,
@@ -135,10 +136,10 @@ def int8_matmul(
     if 0 in (E, R, N):
         return y
     if config is None:
-        candidates = configs.int8_matmul(
-            M, N, E, dtype, configs.target_of(codes.device), configs.processors_of(codes.device)
-        )
-        shape = (triton.next_power_of_2(M), N, K, E, dtype, offsets is not None, configs.name_of(codes.device))
+        device, epilogue = codes.device, activation != "none" or other is not None
+        target, processors = configs.target_of(device), configs.processors_of(device)
+        candidates = configs.int8_matmul(M, N, E, dtype, epilogue, target, processors)
+        shape = (triton.next_power_of_2(M), N, K, E, dtype, offsets is not None, configs.name_of(device))
         config = fastest(
             "int8_matmul", shape, candidates,
             lambda c: int8_matmul(

@@ -95,7 +95,7 @@ def _extract_kernel(
     )
 
 
-BLOCK_O = 32
+BLOCK_O = 16
 """How many outlier columns the residual multiplies at a time; the panel is padded with zeros to a multiple."""
 
 

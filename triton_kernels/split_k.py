@@ -38,6 +38,6 @@ def collect(partial_ptr, row_mask, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
     at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = row_mask[:, None]
     acc = tl.load(tile_ptr + at, mask=mask, other=0, cache_modifier=".cg")
-    for split in tl.static_range(1, SPLIT_K):
+    for split in range(1, SPLIT_K):
         acc += tl.load(tile_ptr + split * (BLOCK_M * BLOCK_N) + at, mask=mask, other=0, cache_modifier=".cg")
     return acc

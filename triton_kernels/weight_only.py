@@ -10,6 +10,7 @@ from . import configs
 from .epilogue import finish
 from .split_k import arrive, collect, k_range
 from .tuning import fastest
+from .widen import widen
 
 
 @triton.jit
@@ -40,7 +41,7 @@ def _weight_only_kernel(
         else:
             x = tl.load(x_ptrs, mask=k[None, :] < K - start, other=0)
             w = tl.load(weight_ptrs, mask=k[:, None] < K - start, other=0)
-        acc = tl.dot(x, w.to(x.dtype), acc, input_precision="ieee")
+        acc = tl.dot(x, widen(w, x.dtype), acc, input_precision="ieee")
         x_ptrs += BLOCK_K * stride_xk
         weight_ptrs += BLOCK_K * stride_wk
 
