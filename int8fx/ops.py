@@ -103,17 +103,16 @@ def _check_linear(op, x, weight, weight_scale, bias, activation, other, binary):
     return shape
 
 
+def _kernels(x: Tensor):
+    return gpu if x.is_cuda else cpu
+
+
 # ---- int8fx::linear --------------------------------------------------------------------------------------------------
 
 
-def _linear_cpu(x, weight, weight_scale, bias, threshold, activation="none", other=None, binary="none"):
+def _linear_kernel(x, weight, weight_scale, bias, threshold, activation="none", other=None, binary="none"):
     _check_linear("linear", x, weight, weight_scale, bias, activation, other, binary)
-    return cpu.linear(x, weight, weight_scale, bias, threshold, activation, other, binary)
-
-
-def _linear_gpu(x, weight, weight_scale, bias, threshold, activation="none", other=None, binary="none"):
-    _check_linear("linear", x, weight, weight_scale, bias, activation, other, binary)
-    return gpu.linear(x, weight, weight_scale, bias, threshold, activation, other, binary)
+    return _kernels(x).linear(x, weight, weight_scale, bias, threshold, activation, other, binary)
 
 
 def _linear_fake(x, weight, weight_scale, bias, threshold, activation="none", other=None, binary="none"):
@@ -161,14 +160,9 @@ def _linear_backward(ctx, grad):
 # ---- int8fx::quantize_rowwise and int8fx::linear_quantized -----------------------------------------------------------
 
 
-def _quantize_rowwise_cpu(x, threshold):
+def _quantize_rowwise_kernel(x, threshold):
     _check_x("quantize_rowwise", x)
-    return cpu.quantize_rowwise(x, threshold)
-
-
-def _quantize_rowwise_gpu(x, threshold):
-    _check_x("quantize_rowwise", x)
-    return gpu.quantize_rowwise(x, threshold)
+    return _kernels(x).quantize_rowwise(x, threshold)
 
 
 def _quantize_rowwise_fake(x, threshold):
@@ -212,18 +206,13 @@ def _check_linear_quantized(x, codes, x_scale, outlier_mask, weight, weight_scal
     return shape
 
 
-def _linear_quantized_cpu(
+def _linear_quantized_kernel(
     x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation="none", other=None, binary="none"
 ):
     _check_linear_quantized(x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation, other, binary)
-    return cpu.linear_quantized(x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation, other, binary)
-
-
-def _linear_quantized_gpu(
-    x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation="none", other=None, binary="none"
-):
-    _check_linear_quantized(x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation, other, binary)
-    return gpu.linear_quantized(x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation, other, binary)
+    return _kernels(x).linear_quantized(
+        x, codes, x_scale, outlier_mask, weight, weight_scale, bias, activation, other, binary
+    )
 
 
 def _linear_quantized_fake(
@@ -256,14 +245,9 @@ def _check_grouped(x, weight, weight_scale, bias, offsets):
         _refuse(op, found, f"[S, K] and one integer end per group, [{weight.shape[0]}]")
 
 
-def _grouped_linear_cpu(x, weight, weight_scale, bias, offsets, threshold):
+def _grouped_linear_kernel(x, weight, weight_scale, bias, offsets, threshold):
     _check_grouped(x, weight, weight_scale, bias, offsets)
-    return cpu.grouped_linear(x, weight, weight_scale, bias, offsets, threshold)
-
-
-def _grouped_linear_gpu(x, weight, weight_scale, bias, offsets, threshold):
-    _check_grouped(x, weight, weight_scale, bias, offsets)
-    return gpu.grouped_linear(x, weight, weight_scale, bias, offsets, threshold)
+    return _kernels(x).grouped_linear(x, weight, weight_scale, bias, offsets, threshold)
 
 
 def _grouped_linear_fake(x, weight, weight_scale, bias, offsets, threshold):
@@ -317,14 +301,11 @@ def _dequantize_fake(weight, weight_scale, dtype, threshold=6.0):
 
 # ---- registration ----------------------------------------------------------------------------------------------------
 
-_LIB.impl("linear", _linear_cpu, "CPU")
-_LIB.impl("linear_quantized", _linear_quantized_cpu, "CPU")
-_LIB.impl("quantize_rowwise", _quantize_rowwise_cpu, "CPU")
-_LIB.impl("grouped_linear", _grouped_linear_cpu, "CPU")
-_LIB.impl("linear", _linear_gpu, "CUDA")  # the key of ROCm's tensors too
-_LIB.impl("linear_quantized", _linear_quantized_gpu, "CUDA")
-_LIB.impl("quantize_rowwise", _quantize_rowwise_gpu, "CUDA")
-_LIB.impl("grouped_linear", _grouped_linear_gpu, "CUDA")
+for _key in ("CPU", "CUDA"):  # ROCm's tensors have the key CUDA too
+    _LIB.impl("linear", _linear_kernel, _key)
+    _LIB.impl("linear_quantized", _linear_quantized_kernel, _key)
+    _LIB.impl("quantize_rowwise", _quantize_rowwise_kernel, _key)
+    _LIB.impl("grouped_linear", _grouped_linear_kernel, _key)
 _LIB.impl("dequantize", _dequantize_kernel, "CompositeExplicitAutograd")
 
 _FAKES: dict[str, Callable] = {

@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 
 import pytest
-
 from int8fx.triton_kernels import assembly, configs, cost_model
 from int8fx.triton_kernels.assembly import ASYNC_COPY, FLOAT_MATRIX, INT8_MATRIX, WIDE_LOAD, Loop, Machine
 
@@ -69,7 +68,10 @@ def test_the_lean_loop_is_lean(rows):
         (INT8_MATRIX, ["IMMA.16832.S8.S8.SAT", "IGMMA.64x128x32.S8.S8", "UTCIMMA", "v_mfma_i32_32x32x16_i8"]),
         (FLOAT_MATRIX, ["HMMA.16816.F32.BF16", "HGMMA.64x128x16.F32", "UTCHMMA", "v_mfma_f32_16x16x16_f16"]),
         (ASYNC_COPY, ["LDGSTS.E.BYPASS.128 [R1], [R2]", "UTMALDG.2D", "buffer_load_dword v1, s[0:3], 0 lds"]),
-        (WIDE_LOAD, ["LDG.E.128 R4, [R2]", "LDGSTS.E.BYPASS.128 [R1], [R2]", "global_load_dwordx4 v[0:3], v[4:5], off"]),
+        (
+            WIDE_LOAD,
+            ["LDG.E.128 R4, [R2]", "LDGSTS.E.BYPASS.128 [R1], [R2]", "global_load_dwordx4 v[0:3], v[4:5]"],
+        ),
     ],
 )
 def test_kinds_of_instructions(pattern, found):
