@@ -6,12 +6,13 @@ No output's shape depends on data: the number of outlier columns never leaves an
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from . import cpu, native
+from . import cpu, gpu, native
 from .checks import check_dequantize, check_grouped, check_linear, check_linear_quantized, check_quantize
 from .quantize import compute_dtype
 from .quantize import dequantize as _dequantize
@@ -50,9 +51,9 @@ dequantize = torch.ops.int8fx.dequantize
 # ---- int8fx::linear --------------------------------------------------------------------------------------------------
 
 
-def _linear_cpu(x, weight, weight_scale, bias, threshold, activation="none", other=None, binary="none", *rotation):
+def _linear(kernels, x, weight, weight_scale, bias, threshold, activation="none", other=None, binary="none", *rotation):
     check_linear(x, weight, weight_scale, bias, activation, other, binary, *rotation)
-    return cpu.linear(x, weight, weight_scale, bias, threshold, activation, other, binary, *rotation)
+    return kernels.linear(x, weight, weight_scale, bias, threshold, activation, other, binary, *rotation)
 
 
 def _linear_fake(x, weight, weight_scale, bias, threshold, activation="none", other=None, binary="none", *rotation):
@@ -101,9 +102,9 @@ def _linear_backward(ctx, grad):
 # ---- int8fx::quantize_rowwise and int8fx::linear_quantized -----------------------------------------------------------
 
 
-def _quantize_rowwise_cpu(x, threshold, *rotation):
+def _quantize_rowwise(kernels, x, threshold, *rotation):
     check_quantize(x, *rotation)
-    return cpu.quantize_rowwise(x, threshold, *rotation)
+    return kernels.quantize_rowwise(x, threshold, *rotation)
 
 
 def _quantize_rowwise_fake(x, threshold, *rotation):
@@ -128,9 +129,9 @@ def _quantize_rowwise_backward(ctx, *grads):
     return (None,) * 5
 
 
-def _linear_quantized_cpu(*args):
+def _linear_quantized(kernels, *args):
     check_linear_quantized(*args)
-    return cpu.linear_quantized(*args)
+    return kernels.linear_quantized(*args)
 
 
 def _linear_quantized_fake(x, *args):
@@ -150,9 +151,9 @@ def _linear_quantized_backward(ctx, grad):
 # ---- int8fx::grouped_linear ------------------------------------------------------------------------------------------
 
 
-def _grouped_linear_cpu(x, weight, weight_scale, bias, offsets, threshold, *rotation):
+def _grouped_linear(kernels, x, weight, weight_scale, bias, offsets, threshold, *rotation):
     check_grouped(x, weight, weight_scale, bias, offsets, *rotation)
-    return cpu.grouped_linear(x, weight, weight_scale, bias, offsets, threshold, *rotation)
+    return kernels.grouped_linear(x, weight, weight_scale, bias, offsets, threshold, *rotation)
 
 
 def _grouped_linear_fake(x, weight, weight_scale, bias, offsets, threshold, *rotation):
@@ -206,26 +207,34 @@ def _dequantize_fake(weight, weight_scale, dtype, *scheme):
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 
-def _without_library(name: str, kernel: Callable) -> Callable:
-    """What CPU tensors reach until the C++ kernels are loaded: loads them, or runs ``kernel`` if that fails."""
-    op = getattr(torch.ops.int8fx, name).default
+def kernel_on(kernels: ModuleType, name: str) -> Callable:
+    """The op ``name`` on the kernels of one module, `cpu` or `gpu`, with its checks."""
+    checked = _CHECKED[name]
+    return lambda *args: checked(kernels, *args)
+
+
+def _without_library(name: str) -> Callable:
+    """What CPU tensors reach until the C++ kernels are loaded: loads them, or runs `cpu` if that fails."""
+    op, kernel = getattr(torch.ops.int8fx, name).default, kernel_on(cpu, name)
 
     def run(x, *args):
         if x.device.type != "cpu":
-            raise NotImplementedError(f"int8fx::{name}: no kernel for tensors on {x.device}; legal: cpu")
+            raise NotImplementedError(f"int8fx::{name}: no kernel for tensors on {x.device}; legal: cpu, cuda")
         return op(x, *args) if native.load() else kernel(x, *args)
 
     return run
 
 
-for _name, _kernel in (
-    ("linear", _linear_cpu),
-    ("linear_quantized", _linear_quantized_cpu),
-    ("quantize_rowwise", _quantize_rowwise_cpu),
-    ("grouped_linear", _grouped_linear_cpu),
-):
+_CHECKED: dict[str, Callable] = {
+    "linear": _linear,
+    "linear_quantized": _linear_quantized,
+    "quantize_rowwise": _quantize_rowwise,
+    "grouped_linear": _grouped_linear,
+}
+for _name in _CHECKED:
     # An alias key: the library's kernels, for the key CPU, go before it.
-    _LIB.impl(_name, _without_library(_name, _kernel), "CompositeExplicitAutograd")
+    _LIB.impl(_name, _without_library(_name), "CompositeExplicitAutograd")
+    _LIB.impl(_name, kernel_on(gpu, _name), "CUDA")  # and ROCm
 _LIB.impl("dequantize", _dequantize_kernel, "CompositeExplicitAutograd")
 
 _FAKES: dict[str, Callable] = {

@@ -1,0 +1,269 @@
+"""The ops on the Triton kernels: dispatch in the interpreter, and whole models on CUDA tensors that do not exist."""
+
+import math
+
+import interpreter
+import models
+import pytest
+import torch
+from graphs import GraphBackend
+from helpers import DTYPES, INF, assert_within_bound, assert_within_budget, problem, problems
+from hypothesis import Phase, given, settings
+from int8fx.triton_kernels import configs, fused_linear, int8_matmul, outliers, tuning, weight_only
+from test_ops import CASES, LIBRARY, SAMPLES, overload
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+import int8fx
+from int8fx import gpu, ops, reference
+from int8fx.passes import count_ops, fold, lower, share
+
+
+@pytest.fixture
+def on_triton():
+    with interpreter.cpu_tensors_on_triton():
+        yield
+
+
+# ---- dispatch --------------------------------------------------------------------------------------------------------
+
+
+WITHOUT_ROTATION = {"linear": 8, "linear_quantized": 10, "quantize_rowwise": 2, "grouped_linear": 6, "dequantize": 99}
+PLAIN, ROTATED = (
+    [case for case in CASES if (len(case.values[1]) > WITHOUT_ROTATION[case.values[0]]) == rotated]
+    for rotated in (False, True)
+)
+
+
+@pytest.mark.parametrize(("name", "args"), ROTATED)
+def test_rotations_and_kept_columns_are_refused(name, args, on_triton):
+    with pytest.raises(
+        NotImplementedError, match=f"int8fx::{name}: the Triton kernels neither rotate nor keep columns"
+    ):
+        overload(name)(*args)
+
+
+@pytest.mark.parametrize(("name", "args"), PLAIN)
+def test_ops_on_triton_agree_with_the_reference(name, args, on_triton):
+    args = tree_map_only(torch.Tensor, torch.Tensor.detach, args)
+    found = overload(name)(*args)
+    if name == "quantize_rowwise":
+        x, threshold = args
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        mask = reference.outlier_mask(x, threshold)
+        for a, b in zip(found, (*reference.quantize_rowwise(x, mask), mask), strict=True):
+            assert torch.equal(a, b)
+    elif name == "linear":
+        x, weight, scale, bias, threshold, *rest = args
+        if not rest:
+            assert_within_bound(found, x, weight, scale, bias, threshold)
+        exact = reference.linear(*args)
+        assert (found.shape, found.dtype) == (exact.shape, exact.dtype)
+        torch.testing.assert_close(found.double(), exact.double(), rtol=0, atol=2 * code_step(x, weight, scale, args))
+    elif name == "linear_quantized":
+        x, _, _, mask, weight, scale, bias, *epilogue = args
+        threshold = 6.0 if mask.any() else INF
+        assert_within_budget(found, x, weight, scale, bias, threshold, *epilogue)
+    elif name == "grouped_linear":
+        x, weight, scale, bias, offsets, threshold = args
+        begin = 0
+        for e, end in enumerate(offsets.tolist()):
+            if end > begin:
+                b = None if bias is None else bias[e]
+                assert_within_bound(found[begin:end], x[begin:end], weight[e], scale[e], b, threshold)
+            begin = end
+        assert not found[begin:].any()
+
+
+def code_step(x, weight, scale, args) -> float:
+    """What two roundings of x to codes can make of an output, through an epilogue of slope below 1.13."""
+    if not x.numel():
+        return 0.0
+    step = x.abs().double().clamp(max=6.0).max().item() / 127 / 2
+    other = args[6].abs().max().item() if len(args) > 6 and args[7] == "mul" else 1.0
+    w = (weight.double().abs() * scale.double().unsqueeze(-1)).sum(-1).max().item()
+    magnitude = reference.linear(*args).abs().max().item()
+    return 1.13 * step * w * max(other, 1.0) + 4 * torch.finfo(x.dtype).eps * magnitude
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_opcheck_on_triton(name, on_triton):
+    args = next(args for what, args in SAMPLES[name]() if "float16" in what)
+    torch.library.opcheck(overload(name), args)
+
+
+@settings(max_examples=10, phases=(Phase.explicit, Phase.generate))
+@given(problems(batched=None))
+def test_any_linear_on_triton_is_within_the_bound(p):
+    y = gpu.linear(*p)
+    if p.codes.dim() == 2:
+        assert_within_bound(y, *p)
+    else:
+        for e in range(p.x.shape[0]):
+            assert_within_bound(
+                y[e], p.x[e], p.codes[e], p.scale[e], None if p.bias is None else p.bias[e], p.threshold
+            )
+
+
+def spied(monkeypatch, module, name):
+    calls = []
+    kernel = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: calls.append(args) or kernel(*args, **kwargs))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("M", "threshold", "dtype", "expected"),
+    [
+        (1, 6.0, torch.float16, [1, 0, 0, 0]),
+        (64, 6.0, torch.bfloat16, [1, 0, 0, 0]),
+        (65, 6.0, torch.bfloat16, [0, 1, 1, 0]),
+        (65, INF, torch.bfloat16, [0, 1, 0, 0]),
+        (1, 0.0, torch.float16, [0, 0, 0, 1]),
+        (65, 0.0, torch.float16, [0, 0, 0, 1]),
+        (2, 6.0, torch.float64, [0, 0, 0, 0]),
+    ],
+)
+def test_the_table_of_kernels(M, threshold, dtype, expected, monkeypatch):
+    kernels = [
+        (fused_linear, "fused_linear"),
+        (int8_matmul, "int8_matmul"),
+        (outliers, "extract_outliers"),
+        (weight_only, "weight_only"),
+    ]
+    calls = [spied(monkeypatch, *kernel) for kernel in kernels]
+    gpu.linear(*problem(M, 32, 16, dtype=dtype, threshold=threshold))
+    assert [len(c) for c in calls] == expected
+
+
+def test_outliers_are_found_once_for_siblings(monkeypatch, on_triton):
+    calls = spied(monkeypatch, outliers, "outlier_mask")
+    p = problem(65, 32, 16)
+    quantized = ops.quantize_rowwise(p.x, 6.0)
+    for _ in range(3):
+        ops.linear_quantized(p.x, *quantized, p.codes, p.scale, p.bias)
+    assert len(calls) == 1
+
+
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("M", [1, 16, 17, 64])
+def test_a_tile_of_few_rows_holds_them_all(M, dtype):
+    for N, K in ((4096, 4096), (1024, 4096), (28672, 8192), (8, 16)):
+        for config in configs.few_rows(M, N, K, 1, dtype, "sm_90", 132):
+            assert config.BLOCK_M >= M
+            assert config.SPLIT_K == 1 or 4 * config.SPLIT_K * config.BLOCK_K <= K
+
+
+def test_k_is_split_until_every_processor_works():
+    def split(N, K):
+        return configs.few_rows(1, N, K, 1, torch.float16, "sm_90", 132)[0].SPLIT_K
+
+    assert (split(4096, 4096), split(8192, 8192), split(28672, 8192), split(1024, 4096)) == (8, 4, 1, 8)
+
+
+def test_the_largest_tile_that_fills_the_device_comes_first():
+    def tile(M, N):
+        config = configs.int8_matmul(M, N, 1, torch.float16, False, "sm_90", 132)[0]
+        return config.BLOCK_M, config.BLOCK_N
+
+    assert (tile(2048, 8192), tile(2048, 4096), tile(512, 4096), tile(128, 4096)) == (
+        (128, 256), (128, 256), (64, 128), (64, 64),
+    )  # fmt: skip
+
+
+def test_tiles_are_timed_once_and_never_while_a_graph_is_captured(monkeypatch, tmp_path):
+    candidates = tuple(configs.Config(16, 16, 32, warps, 2) for warps in (1, 2, 4))
+    timed = []
+    capturing = True
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "_fastest", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(tuning, "_time", lambda run: timed.append(run()) or abs(timed[-1] - 2))
+
+    def choose():
+        return tuning.fastest("kernel", (1, 2, 3), candidates, lambda config: config.num_warps)
+
+    assert choose() is candidates[0]
+    assert timed == []
+    capturing = False
+    assert choose() is choose() is candidates[1]
+    monkeypatch.setattr(tuning, "_fastest", {})  # another process
+    assert choose() is candidates[1]
+    assert timed == [1, 2, 4]
+    assert tuning.fastest("kernel", (1,), candidates[:1], None) is candidates[0]
+
+
+# ---- CUDA tensors without CUDA ---------------------------------------------------------------------------------------
+
+
+def on_cuda(t):
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
+
+
+@pytest.mark.parametrize(("name", "args"), CASES)
+def test_fakes_on_cuda(name, args):
+    with FakeTensorMode():
+        args = tree_map_only(torch.Tensor, lambda t: on_cuda(t), args)
+        result = overload(name)(*args)
+        for y in (result,) if isinstance(result, torch.Tensor) else result:
+            assert y.device.type == "cuda"
+
+
+class WithoutDeviceGuards(TorchFunctionMode):
+    """``x[...]`` and ``x.contiguous()`` by operators: the methods want the device's guard, which is not built in."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.contiguous:
+            return torch.clone(args[0], memory_format=torch.contiguous_format)
+        if func is not torch.Tensor.__getitem__:
+            return func(*args, **(kwargs or {}))
+        x, index = args
+        index = index if isinstance(index, tuple) else (index,)
+        given = sum(i is not None and i is not Ellipsis for i in index)
+        at = 0
+        for i in index:
+            if i is Ellipsis:
+                at += x.dim() - at - (given - sum(j is not None for j in index[: index.index(Ellipsis)]))
+            elif i is None:
+                x, at = x.unsqueeze(at), at + 1
+            elif isinstance(i, slice):
+                x, at = torch.ops.aten.slice.Tensor(x, at, i.start, i.stop, i.step or 1), at + 1
+            elif isinstance(i, torch.Tensor):
+                x, at = torch.ops.aten.index.Tensor(x, [*[None] * at, i]), at + i.dim()
+            else:
+                x = x.select(at, i)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (models.llama, {"quantize_rowwise": 4, "linear_quantized": 10, "linear": 4}),
+        (models.mixtral, {"quantize_rowwise": 2, "linear_quantized": 6, "linear": 2, "grouped_linear": 4}),
+    ],
+)
+def test_a_converted_model_is_a_graph_of_int8fx_ops_on_cuda(make, expected):
+    """Traced, lowered, shared and folded on CUDA tensors that do not exist; nothing is left on the CPU."""
+    model, inputs = make()
+    model = int8fx.convert(model.half())
+    backend = GraphBackend([lower, share, fold])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        state = {name: on_cuda(t) for name, t in state.items()}
+        ids = on_cuda(inputs["input_ids"])
+        length = ids.shape[1]
+        mask = torch.zeros(1, 1, length, length, dtype=torch.float16, device="cuda")  # in the form attention takes
+        run = backend.without_dynamo(lambda s, *args: functional_call(model, s, args, {"use_cache": False}).logits)
+        with WithoutDeviceGuards():
+            y = run(state, ids, mask)
+        assert y.device.type == "cuda"
+    (graph,) = backend.after
+    assert count_ops(graph) == expected
+    values = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    assert {value.device.type for value in values if value.dim()} == {"cuda"}

@@ -1,0 +1,211 @@
+"""``python -m int8fx.triton_kernels.audit``: what every kernel compiles to on every target, without a GPU.
+
+Nothing here ran on a GPU. Registers, spills, shared memory and instructions are the compilers'; occupancy follows from
+them; the times of the second table are modelled (`cost_model`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from . import configs, cost_model
+from .assembly import ASYNC_COPY, FLOAT_MATRIX, INT8_MATRIX, TARGETS, WIDE_LOAD, Machine, compile_kernel
+from .fused_linear import _fused_linear_kernel
+from .int8_matmul import _int8_matmul_kernel
+from .outliers import BLOCK_O, _extract_kernel, _gather_kernel, _mask_kernel
+from .quantize_rowwise import _quantize_rowwise_kernel
+from .weight_only import _weight_only_kernel
+
+_STRIDES = {
+    "stride_xe": "i32:16", "stride_xm": "i32:16", "stride_xk": 1, "stride_we": "i32:16", "stride_wn": "i32:16",
+    "stride_wk": 1, "stride_om": "i32:16", "stride_on": 1,
+}  # fmt: skip
+_SIZES = {"M": "i32", "N": "i32:16", "K": "i32:16", "E": 1, "pitch": "i32:16", "capacity": "i32:16"}
+_CONSTANTS = {"INT8_MAX": 127, "TINY": 2.0**-126, "EVEN_K": True, "BLOCK_O": BLOCK_O, "BLOCK_E": 1, "GROUP_M": 8}
+
+
+def arguments(kernel: Any, dtype: str, **constants: Any) -> dict[str, Any]:
+    """What a launch with x of ``dtype``, contiguous tensors and sizes that are multiples of 16 passes to ``kernel``."""
+    of_x = {f"{name}_ptr": f"*{dtype}:16" for name in ("x", "bias", "other", "y", "panel")}
+    int8 = {f"{name}_ptr": "*i8:16" for name in ("codes", "weight", "gathered")}
+    floats = {f"{name}_ptr": "*fp32:16" for name in ("x_scale", "scale", "weight_scale", "partial")}
+    ints = {f"{name}_ptr": "*i32:16" for name in ("columns", "count", "counter")}
+    rest = {"mask_ptr": "*i1:16", "offsets_ptr": None, "rows_per_weight": "i32", "threshold": "fp32"}
+    epilogue = {"ACTIVATION": "none", "BINARY": "none", "OUTLIERS": True}
+    known = {**of_x, **int8, **floats, **ints, **rest, **_STRIDES, **_SIZES, **_CONSTANTS, **epilogue, **constants}
+    return {name: known[name] for name in kernel.arg_names}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel, one tile, one dtype of x, and what its constants switch on."""
+
+    kernel: str
+    config: configs.Config
+    dtype: str
+    constants: tuple[tuple[str, Any], ...] = ()
+
+    def compile(self, target: str) -> Machine:
+        kernel = _KERNELS[self.kernel]
+        options = self.config.kernel_options()
+        warps, stages = options.pop("num_warps"), options.pop("num_stages")
+        constants = {**options, "SPLIT_K": self.config.SPLIT_K, **dict(self.constants)}
+        return compile_kernel(kernel, arguments(kernel, self.dtype, **constants), target, warps, stages)
+
+    @property
+    def label(self) -> str:
+        c = self.config
+        split = f"/{c.SPLIT_K}" if c.SPLIT_K > 1 else ""
+        extra = "".join(f" {value}" for _, value in self.constants if isinstance(value, str))
+        tile = f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K}{split}"
+        return f"{self.kernel} {tile} {c.num_warps}w {c.num_stages}s {self.dtype}{extra}"
+
+    def wide_loads_per_step(self, threads: int) -> float:
+        """16-byte loads of the weight that a thread makes for one step of K."""
+        return self.config.BLOCK_N * self.config.BLOCK_K / 16 / threads
+
+
+_KERNELS = {
+    "int8_matmul": _int8_matmul_kernel,
+    "fused_linear": _fused_linear_kernel,
+    "weight_only": _weight_only_kernel,
+    "outlier_mask": _mask_kernel,
+    "quantize_rowwise": _quantize_rowwise_kernel,
+    "extract_outliers": _extract_kernel,
+    "gather_weight": _gather_kernel,
+}
+PRODUCTS = ("int8_matmul", "fused_linear", "weight_only")
+
+
+def shipped(target: str) -> Iterator[Variant]:
+    """Every tile of the tables for ``target``, bfloat16, as most calls use it."""
+    backend = TARGETS[target].backend
+    for row in configs.INT8_MATMUL[target]:
+        yield Variant("int8_matmul", configs.Config(*row), "bf16", (("other_ptr", None),))
+    for row in configs.FEW_ROWS[backend].values():
+        for kernel in ("fused_linear", "weight_only"):
+            yield Variant(kernel, configs.Config(*row, SPLIT_K=4), "bf16", (("other_ptr", None),))
+
+
+def everything(target: str) -> Iterator[Variant]:
+    """`shipped`, and the other dtypes, splits, epilogues and kernels."""
+    yield from shipped(target)
+    few = configs.FEW_ROWS[TARGETS[target].backend]
+    heavy = (("ACTIVATION", "gelu"), ("BINARY", "mul"))
+    for name, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
+        for config in configs.tiles(dtype, target, epilogue=True):
+            yield Variant("int8_matmul", config, name, heavy)
+    for kernel in ("fused_linear", "weight_only"):
+        for row in few.values():
+            yield Variant(kernel, configs.Config(*row, SPLIT_K=1), "fp16", heavy)
+            yield Variant(kernel, configs.Config(*row, SPLIT_K=configs.MOST_SPLITS), "fp16", heavy)
+        for row in configs.FEW_ROWS_FLOAT32.values():
+            yield Variant(kernel, configs.Config(*row, SPLIT_K=4), "fp32")
+    yield Variant("fused_linear", configs.Config(*few[16], SPLIT_K=4), "bf16", (("OUTLIERS", False),))
+    yield Variant("outlier_mask", configs.Config(32, 1, 128, 4, 2), "bf16")
+    yield Variant("extract_outliers", configs.Config(16, 1, 256, 4, 2), "bf16")
+    yield Variant("quantize_rowwise", configs.Config(1, 1, 4096, 4, 2), "bf16")
+    yield Variant("gather_weight", configs.Config(1, 64, 1, 4, 2), "bf16")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    programs: how many run on one processor at a time. int8, float16: matrix instructions in the innermost loop that has
+    any. others: its other instructions per step of K, of one warp. wide: its 16-byte loads per step, of one thread;
+    weight_loads: how many of those the weight needs.
+    """
+
+    target: str
+    kernel: str
+    label: str
+    registers: int
+    spills: int
+    shared: int
+    programs: int
+    int8: int
+    instruction: str
+    float16: int
+    async_copies: int
+    others: int
+    wide: int
+    weight_loads: float
+    fits: bool
+
+
+def row(variant: Variant, target: str) -> Row:
+    machine = variant.compile(target)
+    device = cost_model.LIMITS[target]
+    loop = machine.loop(INT8_MATRIX) or machine.loop(FLOAT_MATRIX)
+    counts = [0, 0, 0, 0, 0]
+    name = "-"
+    if loop is not None:
+        counts = [loop.count(INT8_MATRIX), loop.count(FLOAT_MATRIX), loop.count(ASYNC_COPY), loop.count(WIDE_LOAD)]
+        counts.append(loop.instructions - counts[0] - counts[1])
+        name = next((op for op in loop.opcodes if INT8_MATRIX.search(op)), "-")
+    int8, float16, copies, wide, others = counts
+    return Row(
+        target, variant.kernel, variant.label, machine.registers, machine.spills, machine.shared,
+        device.programs(machine.registers, machine.shared, variant.config.num_warps), int8, name, float16, copies,
+        others, wide, variant.wide_loads_per_step(variant.config.num_warps * TARGETS[target].warp_size),
+        machine.shared <= device.shared_per_program,
+    )  # fmt: skip
+
+
+HEADER = (
+    f"{'target':8}{'kernel, tile, warps, stages, x':52}{'regs':>5}{'spill':>6}{'shared':>8}{'progs':>6}"
+    f"{'int8':>5}{'16bit':>6}{'async':>6}{'others':>7}{'16B':>4}  int8 instruction"
+)
+
+
+def line(r: Row) -> str:
+    return (
+        f"{r.target:8}{r.label:52}{r.registers:5}{r.spills:6}{r.shared:8}{r.programs:6}"
+        f"{r.int8:5}{r.float16:6}{r.async_copies:6}{r.others:7}{r.wide:4}  {r.instruction}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m int8fx.triton_kernels.audit", description=__doc__)
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--shipped", action="store_true", help="the tiles of the tables in bfloat16 only")
+    parser.add_argument("--json", action="store_true", help="one line of JSON per row, no cost model")
+    parser.add_argument("--histogram", action="store_true", help="what the loop of sm_90's largest tile consists of")
+    args = parser.parse_args(argv)
+    if args.histogram:
+        machine = next(v for v in shipped("sm_90")).compile("sm_90")
+        loop = machine.loop(INT8_MATRIX)
+        assert loop is not None
+        print("\n".join(f"{count:5}  {opcode}" for opcode, count in loop.opcodes.most_common()))
+        return 0
+    if not args.json:
+        print(HEADER)
+    failed = 0
+    for target in args.targets:
+        for variant in (shipped if args.shipped else everything)(target):
+            found = row(variant, target)
+            failed += bool(found.spills) or not found.fits
+            print(json.dumps(asdict(found)) if args.json else line(found), flush=True)
+    if not args.json:
+        print(f"\n{failed} of these spill or need more shared memory than their target has.\n")
+        print(cost_model.report(_machine))
+    return 1 if failed else 0
+
+
+def _machine(target: str, kernel: str, config: configs.Config, outliers: bool = True) -> Machine:
+    constants: tuple[tuple[str, Any], ...] = (("other_ptr", None), ("OUTLIERS", outliers))
+    if kernel == "int8_matmul" and not outliers:
+        names = ("count_ptr", "panel_ptr", "columns_ptr", "gathered_ptr")
+        constants = (*constants, *((name, None) for name in names))
+    return Variant(kernel, config, "bf16", constants).compile(target)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

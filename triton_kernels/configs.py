@@ -1,0 +1,134 @@
+"""The tiles the kernels run with: one table by device and number of rows, and how a tile is chosen from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile ``BLOCK_M x BLOCK_N``, K in steps of ``BLOCK_K``, its K loop shared by ``SPLIT_K`` programs."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    SPLIT_K: int = 1
+
+    def kernel_options(self, **more: int) -> dict[str, int]:
+        tile = {"BLOCK_M": self.BLOCK_M, "BLOCK_N": self.BLOCK_N, "BLOCK_K": self.BLOCK_K}
+        return {**tile, **more, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+FUSED_ROWS = 64
+"""Up to how many rows one launch does it all; the largest BLOCK_M below. The scheme needs all rows in one tile."""
+
+MOST_SPLITS = 8
+
+# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages. `python -m int8fx.triton_kernels.audit` compiles every one of them;
+# what spilled or needed more shared memory than its target has was taken out.
+_AMPERE = ((128, 256, 128, 8, 3), (128, 128, 128, 8, 3), (64, 128, 128, 4, 3), (64, 64, 128, 4, 4))
+_AMD = ((256, 128, 64, 8, 2), (128, 128, 64, 4, 2), (64, 64, 128, 4, 2))
+INT8_MATMUL = {
+    "sm_80": _AMPERE,
+    "sm_89": _AMPERE,
+    "sm_90": ((128, 256, 128, 8, 4), (128, 128, 128, 8, 4), (64, 128, 128, 4, 4), (64, 64, 128, 4, 4)),
+    "sm_100": _AMPERE,
+    "gfx90a": _AMD,
+    "gfx942": _AMD,
+}
+FLOAT32 = ((64, 32, 64, 4, 2),)  # its residual runs without matrix instructions: a larger tile spills
+
+# For few rows, by the most rows a tile holds.
+FEW_ROWS = {
+    "cuda": {16: (16, 128, 128, 4, 4), 32: (32, 128, 128, 8, 4), 64: (64, 128, 128, 8, 3)},
+    "hip": {16: (16, 128, 128, 4, 2), 32: (32, 128, 128, 4, 2), 64: (64, 128, 128, 8, 2)},
+}
+FEW_ROWS_FLOAT32 = {16: (16, 32, 32, 4, 2), 32: (32, 32, 32, 4, 2), 64: (64, 32, 32, 8, 2)}
+
+
+@cache
+def target_of(device: torch.device) -> str:
+    """The column of the table for a device: its architecture, or the nearest that asks for no more."""
+    if device.type != "cuda":
+        return "sm_80"  # the interpreter
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        name = properties.gcnArchName.split(":")[0]
+        return name if name in INT8_MATMUL else "gfx90a"
+    major, minor = properties.major, properties.minor
+    exact = f"sm_{major}{minor}"
+    if exact in INT8_MATMUL:
+        return exact
+    return "sm_100" if major == 10 else "sm_89"  # the others have 99 KiB of shared memory, like sm_89
+
+
+@cache
+def processors_of(device: torch.device) -> int:
+    """How many multiprocessors the device has; 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def name_of(device: torch.device) -> str:
+    """What a timing is remembered for."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def tiles(dtype: torch.dtype, target: str, epilogue: bool) -> list[Config]:
+    """The tiles of `int8_matmul`, largest first.
+
+    A tile of more than 128 x 128 has no registers left for an activation or another tensor.
+    """
+    configs = [Config(*row) for row in (FLOAT32 if dtype == torch.float32 else INT8_MATMUL[target])]
+    return [c for c in configs if not epilogue or c.BLOCK_M * c.BLOCK_N <= 128 * 128]
+
+
+def int8_matmul(
+    M: int, N: int, E: int, dtype: torch.dtype, epilogue: bool, target: str, processors: int
+) -> tuple[Config, ...]:
+    """Candidates for `int8_matmul`, best guess first: the largest tile that still gives every processor a program."""
+    configs = tiles(dtype, target, epilogue)
+
+    def programs(c: Config) -> int:
+        return triton.cdiv(M, c.BLOCK_M) * triton.cdiv(N, c.BLOCK_N) * E
+
+    guess = next((c for c in configs if programs(c) >= processors), configs[-1])
+    near = [c for c in configs if c != guess and programs(c) >= processors // 2]
+    return guess, *near[-2:]
+
+
+def few_rows(M: int, N: int, K: int, E: int, dtype: torch.dtype, target: str, processors: int) -> tuple[Config, ...]:
+    """Candidates for `fused_linear` and `weight_only`: K is split until every processor has a program.
+
+    Each part keeps at least four K blocks. The second candidate splits once more.
+    """
+    table = FEW_ROWS["hip" if target.startswith("gfx") else "cuda"]
+    table = FEW_ROWS_FLOAT32 if dtype == torch.float32 else table
+    rows = next((rows for rows in table if rows >= M), max(table))
+    config = Config(*table[rows])
+    programs = triton.cdiv(M, rows) * triton.cdiv(N, config.BLOCK_N) * E
+
+    def may_split(split: int) -> bool:
+        return split < MOST_SPLITS and 8 * split * config.BLOCK_K <= K
+
+    split = 1
+    while programs * split < processors and may_split(split):
+        split *= 2
+    guess = replace(config, SPLIT_K=split)
+    return (guess, replace(config, SPLIT_K=2 * split)) if may_split(split) else (guess,)
+
+
+def workspace(config: Config, N: int, tiles: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Room for the parts of a split K loop, and a counter per tile that starts at 0; nothing without a split."""
+    if config.SPLIT_K == 1:
+        return None, None
+    tiles *= triton.cdiv(N, config.BLOCK_N)
+    partial = torch.empty(tiles, config.SPLIT_K, config.BLOCK_M, config.BLOCK_N, dtype=torch.float32, device=device)
+    return partial, torch.zeros(tiles, dtype=torch.int32, device=device)

@@ -1,0 +1,164 @@
+"""The product of quantised activations: a lean int8 loop, then the outliers in 16 bits, then one rounding."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .epilogue import finish
+from .groups import row_tiles, tile_rows
+from .outliers import BLOCK_O, gather_weight
+from .tuning import fastest
+from .widen import widen
+
+
+@triton.jit
+def _fetch(weight_ptr, column_ptrs, channels, stride_wn, stride_wk):
+    """The weight's codes ``[BLOCK_O, BLOCK_N]`` in some columns, from where they stand."""
+    columns = tl.load(column_ptrs).to(tl.int64)
+    return tl.load(weight_ptr + channels[None, :] * stride_wn + columns[:, None] * stride_wk)
+
+
+@triton.jit
+def _int8_matmul_kernel(
+    codes_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, panel_ptr, columns_ptr, count_ptr, gathered_ptr, offsets_ptr,
+    bias_ptr, other_ptr, y_ptr, M, N, K, E, pitch, capacity, stride_we, stride_wn, stride_wk, stride_om, stride_on,
+    rows_per_weight,
+    ACTIVATION: tl.constexpr, BINARY: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    # Programs that run at the same time share weight and x tiles: GROUP_M row tiles go down before the next column.
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_m = tl.num_programs(0) // tiles_n
+    band = tl.program_id(0) // (GROUP_M * tiles_n)
+    height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
+    tile_m = band * GROUP_M + tl.program_id(0) % (GROUP_M * tiles_n) % height
+    tile_n = tl.program_id(0) % (GROUP_M * tiles_n) // height
+
+    e, first, end = tile_rows(tile_m, tl.program_id(1), offsets_ptr, M, E, BLOCK_M, BLOCK_E)
+    if e >= E:
+        return
+    m = first + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows and channels beyond the last are read as the last and never stored: the loop needs no mask for them.
+    rows = e.to(tl.int64) * rows_per_weight + tl.minimum(m, end - 1)
+    channels = tl.minimum(n, N - 1).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    codes_ptrs = codes_ptr + rows[:, None] * K + k[None, :]
+    weight_ptr += e.to(tl.int64) * stride_we
+    weight_ptrs = weight_ptr + channels[None, :] * stride_wn + k[:, None] * stride_wk
+
+    products = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a, b = tl.load(codes_ptrs), tl.load(weight_ptrs)
+        else:
+            a = tl.load(codes_ptrs, mask=k[None, :] < K - start, other=0)
+            b = tl.load(weight_ptrs, mask=k[:, None] < K - start, other=0)
+        products = tl.dot(a, b, products, out_dtype=tl.int32)
+        codes_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K * stride_wk
+
+    acc = products.to(tl.float32) * tl.load(x_scale_ptr + rows)[:, None]
+    if count_ptr is not None:
+        o = tl.arange(0, BLOCK_O)
+        columns_ptr += e.to(tl.int64) * pitch
+        for start in range(0, tl.load(count_ptr + e), BLOCK_O):
+            x = tl.load(panel_ptr + rows[:, None] * pitch + (start + o)[None, :])
+            if gathered_ptr is None:
+                w = _fetch(weight_ptr, columns_ptr + start + o, channels, stride_wn, stride_wk)
+            elif start < capacity:
+                at = (e.to(tl.int64) * N + channels)[None, :] * capacity + (start + o)[:, None]
+                w = tl.load(gathered_ptr + at)
+            else:
+                w = _fetch(weight_ptr, columns_ptr + start + o, channels, stride_wn, stride_wk)
+            acc = tl.dot(x, widen(w, x.dtype), acc, input_precision="ieee")
+    rows = e.to(tl.int64) * rows_per_weight + m
+    finish(
+        acc, weight_scale_ptr, bias_ptr, other_ptr, y_ptr, rows, m < end, n, N, e, stride_om, stride_on,
+        ACTIVATION, BINARY,
+    )  # fmt: skip
+
+
+GATHER_ROWS = 512
+"""From how many rows per weight on the outlier columns of the weight are gathered before the product."""
+
+
+def int8_matmul(
+    codes: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    outliers: tuple[Tensor, Tensor, Tensor] | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    activation: str = "none",
+    other: Tensor | None = None,
+    binary: str = "none",
+    *,
+    offsets: Tensor | None = None,
+    config: configs.Config | None = None,
+) -> Tensor:
+    """``y = binary(activation((codes @ weight.T * x_scale + residual) * weight_scale + bias), other)``, where
+    ``residual = panel @ weight[:, columns].T``.
+
+    The int8 sum is exact in int32. The residual multiplies x's own 16-bit values by the weight's *codes*, which
+    float16 and bfloat16 hold exactly, so its products are exact and only its float32 sum rounds; the channel's scale
+    comes after, once for both parts. That is `int8fx.reference.linear`'s formula with fewer roundings, and its error
+    bound: int32 to float32, two scales, one rounding per outlier and addition, one at the store. float32 x is
+    multiplied in float32, without tensor cores.
+
+    A program of a group without rows ends at once; a tile reads the rows of one group only. Nothing depends on data on
+    the host: the residual's loop reads its length from ``count``.
+
+    Args:
+        codes: ``[R, K]`` int8, contiguous, and x_scale: ``[R]`` float32, of `quantize_rowwise`; ``R = E * M``.
+        weight: ``[E, N, K]`` int8, any strides; 16-byte loads if K is contiguous and a multiple of 16.
+        weight_scale: ``[E, N]`` float32, contiguous.
+        outliers: panel, columns and count of `extract_outliers`; None for none.
+        bias: ``[E, N]``, any float dtype, contiguous, or None.
+        dtype: of y.
+        activation, other, binary: as in `int8fx::linear`; other is ``[R, N]``, any strides.
+        offsets: ``[E]``, the end of each group's rows; then R is the number of all rows and those behind the last
+            group get 0.
+        config: a tile; None for the table's.
+
+    Returns:
+        ``[R, N]`` of ``dtype``.
+    """
+    E, N, K = weight.shape
+    R = codes.shape[0]
+    M = R if offsets is not None else R // max(E, 1)
+    y = (codes.new_empty if offsets is None else codes.new_zeros)((R, N), dtype=dtype)
+    if 0 in (E, R, N):
+        return y
+    if config is None:
+        device, epilogue = codes.device, activation != "none" or other is not None
+        target, processors = configs.target_of(device), configs.processors_of(device)
+        candidates = configs.int8_matmul(M, N, E, dtype, epilogue, target, processors)
+        shape = (triton.next_power_of_2(M), N, K, E, dtype, offsets is not None, configs.name_of(device))
+        config = fastest(
+            "int8_matmul", shape, candidates,
+            lambda c: int8_matmul(
+                codes, x_scale, weight, weight_scale, outliers, bias, dtype, activation, other, binary,
+                offsets=offsets, config=c,
+            ),
+        )  # fmt: skip
+    BLOCK_M, BLOCK_N = config.BLOCK_M, config.BLOCK_N
+    grid = (row_tiles(M, E, BLOCK_M, offsets is not None) * triton.cdiv(N, BLOCK_N), 1 if offsets is not None else E)
+    panel, columns, count = (None, None, None) if outliers is None or K == 0 else outliers
+    gathered = None
+    if columns is not None and GATHER_ROWS * (E if offsets is not None else 1) <= M:
+        gathered = gather_weight(weight, columns, count)
+    _int8_matmul_kernel[grid](
+        codes, x_scale, weight, weight_scale, panel, columns, count, gathered, offsets, bias, other, y,
+        M, N, K, E, 0 if panel is None else panel.shape[1], 0 if gathered is None else gathered.shape[2],
+        *weight.stride(),
+        *((0, 0) if other is None else other.stride()), 0 if offsets is not None else M,
+        activation, binary, K % config.BLOCK_K == 0, BLOCK_O, triton.next_power_of_2(E),
+        **config.kernel_options(GROUP_M=8),
+    )  # fmt: skip
+    return y

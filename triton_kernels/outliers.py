@@ -1,0 +1,174 @@
+"""Which columns of x are outliers, and what they hold: found, counted and kept on the device."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .groups import row_tiles, tile_rows
+
+
+@triton.jit
+def _mask_kernel(
+    x_ptr, mask_ptr, offsets_ptr, M, K, E, stride_xe, stride_xm, stride_xk, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    e, first, end = tile_rows(tl.program_id(0), tl.program_id(2), offsets_ptr, M, E, BLOCK_M, BLOCK_E)
+    m = first + tl.arange(0, BLOCK_M)
+    x_ptr += e.to(tl.int64) * stride_xe
+    at = m.to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
+    mask = (e < E) & (m < end)[:, None] & (k < K)[None, :]
+    x = tl.load(x_ptr + at, mask=mask, other=0).to(tl.float32)
+    found = tl.max((mask & (tl.abs(x) >= threshold)).to(tl.int32), 0) > 0
+    # Programs of other rows may store the same true at the same place: no atomics are needed.
+    tl.store(mask_ptr + e.to(tl.int64) * K + k, found, mask=found & (k < K))
+
+
+def _strides(x: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
+    """With groups the rows of all weights lie in one matrix."""
+    return 0 if offsets is not None else x.stride(0), x.stride(1), x.stride(2)
+
+
+def outlier_mask(x: Tensor, threshold: float, offsets: Tensor | None = None, experts: int = 1) -> Tensor:
+    """``mask[e, k] = any_m(abs(x[m, k]) >= threshold)`` over the rows m of weight e; NaN is no outlier.
+
+    Source: LLM.int8() (arXiv 2208.07339), section 3.2. ``threshold=inf`` marks no column and reads nothing. Exact.
+
+    Args:
+        x: ``[E, M, K]`` float16, bfloat16 or float32, any strides; ``[1, S, K]`` with offsets.
+        threshold: >= 0.
+        offsets: ``[experts]`` int32 or int64, the end of each group's rows; None without groups.
+        experts: how many groups there are.
+
+    Returns:
+        ``[E, K]`` bool, ``[experts, K]`` with offsets.
+    """
+    E, M, K = x.shape
+    groups = experts if offsets is not None else E
+    mask = torch.zeros(groups, K, dtype=torch.bool, device=x.device)
+    if threshold == float("inf") or 0 in (groups, M, K):
+        return mask
+    BLOCK_M, BLOCK_K = 32, 128
+    grid = (row_tiles(M, groups, BLOCK_M, offsets is not None), triton.cdiv(K, BLOCK_K), E)
+    _mask_kernel[grid](
+        x, mask, offsets, M, K, groups, *_strides(x, offsets), threshold,
+        BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_E=triton.next_power_of_2(groups), num_warps=4,
+    )  # fmt: skip
+    return mask
+
+
+@triton.jit
+def _extract_kernel(
+    x_ptr, mask_ptr, offsets_ptr, panel_ptr, columns_ptr, count_ptr, M, K, E, pitch, stride_xe, stride_xm, stride_xk,
+    rows_per_weight, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    e, first, end = tile_rows(tl.program_id(0), tl.program_id(1), offsets_ptr, M, E, BLOCK_M, BLOCK_E)
+    if e >= E:
+        return
+    m = first + tl.arange(0, BLOCK_M)
+    rows = e.to(tl.int64) * rows_per_weight + m
+    x_ptr += e.to(tl.int64) * stride_xe
+    mask_ptr += e.to(tl.int64) * K
+    columns_ptr += e.to(tl.int64) * pitch
+    count = 0
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        found = tl.load(mask_ptr + k, mask=k < K, other=0).to(tl.int32)
+        o = count + tl.cumsum(found, 0) - 1
+        count += tl.sum(found, 0)
+        tl.store(columns_ptr + o, k, mask=found > 0)  # the same from every program
+        here = (found > 0)[None, :] & (m < end)[:, None]
+        at = m.to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
+        x = tl.load(x_ptr + at, mask=here, other=0)
+        tl.store(panel_ptr + rows[:, None] * pitch + o[None, :], x, mask=here)
+    tl.store(count_ptr + e, count)
+    o = count + tl.arange(0, BLOCK_O)  # what a block of the residual reads beyond the last column
+    behind = o < (count + BLOCK_O - 1) // BLOCK_O * BLOCK_O
+    tl.store(columns_ptr + o, tl.zeros_like(o), mask=behind)
+    tl.store(
+        panel_ptr + rows[:, None] * pitch + o[None, :],
+        tl.zeros((BLOCK_M, BLOCK_O), panel_ptr.dtype.element_ty),
+        mask=behind[None, :] & (m < end)[:, None],
+    )
+
+
+BLOCK_O = 16
+"""How many outlier columns the residual multiplies at a time; the panel is padded with zeros to a multiple."""
+
+
+def extract_outliers(x: Tensor, mask: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """``columns[e, :count[e]] = nonzero(mask[e])``, ``panel[m, o] = x[m, columns[e, o]]``: the outliers side by side.
+
+    How many there are stays on the device, so the panel is as wide as x, but only ``count`` of its columns, and zeros
+    up to a multiple of `BLOCK_O`, are ever touched. Exact.
+
+    Args:
+        x: ``[E, M, K]`` float16, bfloat16 or float32, any strides; ``[1, S, K]`` with offsets.
+        mask: ``[E, K]`` bool, one row per weight.
+        offsets: as in `outlier_mask`.
+
+    Returns:
+        ``panel [E * M, P]`` of x's dtype, ``columns [E, P]`` int32, ``count [E]`` int32; P is K rounded up.
+    """
+    E, M, K = x.shape
+    groups = mask.shape[0]
+    pitch = triton.cdiv(K, BLOCK_O) * BLOCK_O
+    panel = torch.empty(E * M, pitch, dtype=x.dtype, device=x.device)
+    columns = torch.empty(groups, pitch, dtype=torch.int32, device=x.device)
+    make = torch.empty if offsets is None else torch.zeros  # a group may have no rows, and so no program
+    count = make(groups, dtype=torch.int32, device=x.device)
+    BLOCK_M = 16
+    grid = (row_tiles(M, groups, BLOCK_M, offsets is not None), E)
+    if 0 not in (groups, M, K):
+        _extract_kernel[grid](
+            x, mask, offsets, panel, columns, count, M, K, groups, pitch, *_strides(x, offsets),
+            M if offsets is None else 0,
+            BLOCK_M=BLOCK_M, BLOCK_K=256, BLOCK_O=BLOCK_O, BLOCK_E=triton.next_power_of_2(groups), num_warps=4,
+        )  # fmt: skip
+    return panel, columns, count
+
+
+@triton.jit
+def _gather_kernel(
+    weight_ptr, columns_ptr, count_ptr, gathered_ptr, N, capacity, pitch, stride_we, stride_wn, stride_wk,
+    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    e = tl.program_id(2)
+    start = tl.program_id(1) * BLOCK_O
+    if start >= tl.load(count_ptr + e):
+        return
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    o = start + tl.arange(0, BLOCK_O)
+    columns = tl.load(columns_ptr + e.to(tl.int64) * pitch + o).to(tl.int64)
+    at = e.to(tl.int64) * stride_we + n[:, None] * stride_wn + columns[None, :] * stride_wk
+    mask = (n < N)[:, None]
+    w = tl.load(weight_ptr + at, mask=mask)
+    tl.store(gathered_ptr + (e.to(tl.int64) * N + n)[:, None] * capacity + o[None, :], w, mask=mask)
+
+
+def gather_weight(weight: Tensor, columns: Tensor, count: Tensor) -> Tensor:
+    """``gathered[e, n, o] = weight[e, n, columns[e, o]]`` for the first P outliers, ``P = K / 16``.
+
+    For many rows: each row tile of the product would fetch 32 bytes for every single code of an outlier column; this
+    does so once. Outliers beyond P, should there be so many, the product fetches itself. Exact.
+
+    Args:
+        weight: ``[E, N, K]`` int8, any strides.
+        columns, count: of `extract_outliers`.
+
+    Returns:
+        ``[E, N, P]`` int8.
+    """
+    E, N, K = weight.shape
+    capacity = triton.cdiv(K, 16 * BLOCK_O) * BLOCK_O
+    gathered = torch.empty(E, N, capacity, dtype=torch.int8, device=weight.device)
+    if 0 not in gathered.shape:
+        BLOCK_N = 64
+        _gather_kernel[(triton.cdiv(N, BLOCK_N), capacity // BLOCK_O, E)](
+            weight, columns, count, gathered, N, capacity, columns.shape[1], *weight.stride(),
+            BLOCK_N=BLOCK_N, BLOCK_O=BLOCK_O, num_warps=4,
+        )  # fmt: skip
+    return gathered
