@@ -5,11 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 from . import __version__, llm_int8
 
 PROMPT = "Photosynthesis is the process by which"
 DEMO_NEEDS = ("accelerate", "gguf", "platformdirs", "rich", "transformers")
+BENCH_NEEDS = (*DEMO_NEEDS, "matplotlib", "numpy")
+SUITES = {
+    "products": "single products, against every peer that is installed and the machine's own limits",
+    "outliers": "what outlier columns cost",
+    "overhead": "what a call costs beyond F.linear",
+    "scaling": "time against M, N, K and threads",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,6 +37,17 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument("--prompt", default=PROMPT, help="what to continue")
     demo.add_argument("--tokens", type=int, default=32, help="how many tokens to generate")
     demo.add_argument("--quick", action="store_true", help="shorter text, fewer rounds, less to compile")
+    bench = commands.add_parser(
+        "bench",
+        help="measure int8fx against its peers and against this machine's limits",
+        description="Without a suite, all of them run. Best and median of interleaved rounds; tables, CSV, PNG plots.",
+    )
+    for name, what in SUITES.items():
+        bench.add_argument(f"--{name}", action="append_const", dest="suites", const=name, help=what)
+    bench.add_argument("--quick", action="store_true", help="fewer sizes and rounds, models of two layers")
+    bench.add_argument("--rounds", type=int, help="of each case, at most (10; 3 with --quick)")
+    bench.add_argument("--threads", type=int, help="of torch and its peers (torch's default)")
+    bench.add_argument("--output", type=Path, default=Path("int8fx-bench"), help="directory for CSV and plots")
     commands.add_parser("build", help="compile the CPU kernels now instead of at their first use")
     args = parser.parse_args(argv)
     if args.command is None:
@@ -36,6 +55,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.command == "build":
         return build()
+    if args.command == "bench":
+        for name, value in (("rounds", args.rounds), ("threads", args.threads)):
+            if value is not None and value < 1:
+                bench.error(f"--{name} is {value}; legal: 1 or more")
+        return run_bench(args)
     if args.tokens < 4:
         demo.error(f"--tokens is {args.tokens}; legal: 4 or more")
     if not args.prompt:
@@ -44,9 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         llm_int8(args.scheme_threshold)
     except ValueError as error:
         demo.error(str(error))
-    missing = [name for name in DEMO_NEEDS if find_spec(name) is None]
-    if missing:
-        print(f'int8fx demo needs {", ".join(missing)}: pip install "int8fx[demo]"', file=sys.stderr)
+    if lacks("demo", DEMO_NEEDS):
         return 1
     from .demo import Demo
     from .models import ModelError
@@ -60,6 +82,30 @@ def main(argv: list[str] | None = None) -> int:
         print("int8fx demo: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def lacks(command: str, needs: tuple[str, ...]) -> bool:
+    """Whether a package that ``command`` needs is not installed; says which, and how to install them."""
+    missing = [name for name in needs if find_spec(name) is None]
+    if missing:
+        print(f'int8fx {command} needs {", ".join(missing)}: pip install "int8fx[{command}]"', file=sys.stderr)
+    return bool(missing)
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """Measures; returns the exit code."""
+    if lacks("bench", BENCH_NEEDS):
+        return 1
+    from .bench.command import Options, run
+
+    try:
+        return run(Options(tuple(args.suites or ()), args.quick, args.rounds, args.threads, args.output))
+    except KeyboardInterrupt:
+        print("int8fx bench: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"int8fx bench: {error}", file=sys.stderr)
+        return 1
 
 
 def build() -> int:
