@@ -17,6 +17,8 @@ SUITES = {
     "outliers": "what outlier columns cost",
     "overhead": "what a call costs beyond F.linear",
     "scaling": "time against M, N, K and threads",
+    "models": "language models: forwards, decoding, generate()",
+    "memory": "bytes of a converted model, peak of a forward",
 }
 
 

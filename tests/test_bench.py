@@ -5,19 +5,22 @@ from __future__ import annotations
 import csv
 import math
 import time
+from functools import partial
 from itertools import pairwise
 
 import pytest
+import tiny_models
 import torch
 from rich.console import Console
 
-from int8fx import cli
-from int8fx.bench import candidates, command, machine, plots, products, report, timing
+from int8fx import cli, is_packed
+from int8fx.bench import candidates, command, machine, memory, models, plots, products, report, timing
 from int8fx.bench.candidates import BITSANDBYTES, CANDIDATES, INT8FX, ONNXRUNTIME, Candidate
 from int8fx.bench.command import Options
 from int8fx.bench.machine import Limits
 from int8fx.bench.products import Settings
 from int8fx.bench.timing import Case, Measured, interleave
+from int8fx.models import ModelError
 
 SHAPE = (96, 64)
 OURS = tuple(c for c in CANDIDATES if not c.needs)
@@ -229,6 +232,135 @@ def test_scaling_varies_one_size_at_a_time(monkeypatch):
     for case in cases:
         assert case.measured == {}
     assert torch.get_num_threads() == 1
+
+
+@pytest.fixture
+def tiny_lm(monkeypatch):
+    """Stands in for every model; compiled without Inductor."""
+    from transformers import LlamaForCausalLM
+
+    config = tiny_models.lm_config(tie_word_embeddings=False)
+    monkeypatch.setattr(models, "load", lambda name, layers: LlamaForCausalLM(config).bfloat16().eval())
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(models, "CACHE", 7)
+    monkeypatch.setattr(models, "NEW_TOKENS", 3)
+    monkeypatch.setattr(models, "MODELS", ("tiny",))
+
+
+def test_models_in_every_form_run_every_case(tiny_lm, monkeypatch):
+    absent = models.Form("absent", lambda model: model, needs=("no_such_package",))
+    forms = [form for form in models.FORMS if not models.missing(*form.needs)]
+    monkeypatch.setattr(models, "FORMS", (*forms, absent))
+    cases = list(models.models(settings(quick=True)))
+    names = ["forward, 64 tokens", f"forward, {models.HEAD_16}", f"forward, {models.HEAD_8}"]
+    names += [f"decode, batch 1, {models.HEAD_16}", f"decode, batch 1, {models.HEAD_8}", "generate(), 3 tokens, eager"]
+    assert [case.name for case in cases] == names
+    for case in cases:
+        assert case.subject == "tiny, 2 layers"
+        assert case.measured.pop("absent") == Measured(note="not installed: no_such_package")
+        assert not [m.note for m in case.measured.values() if m.note]
+        assert all(len(m.values) == 2 for m in case.measured.values())
+        assert case.ratio(INT8FX) == 1
+        expected = [form.name for form in forms if form.compiled or form.name == BITSANDBYTES or case != cases[-1]]
+        assert list(case.measured)[:1] == expected[:1]
+
+
+def test_both_batches_decode_in_a_full_run(tiny_lm, monkeypatch):
+    monkeypatch.setattr(models, "FORMS", [form for form in models.FORMS if form.name == INT8FX])
+    monkeypatch.setattr(models, "TOKENS", 8)
+    names = [case.name for case in models.models(settings())]
+    assert [name for name in names if name.startswith("decode")] == [
+        f"decode, batch {batch}, {head}" for batch in (1, 8) for head in (models.HEAD_16, models.HEAD_8)
+    ]
+
+
+def test_a_decode_step_begins_anew_when_the_cache_is_full(tiny_lm):
+    contender = models.contend(models.load("", 2), models.FORMS[0])
+    contender.compiled = False
+    torch.manual_seed(0)
+    with torch.no_grad():
+        step = models.decode_step(contender, 2)
+        found = [step() for _ in range(2 * (models.CACHE - models.PROMPT))]
+    assert found[0].shape == (2, 1, 64)
+    half = len(found) // 2
+    assert all(torch.equal(a, b) for a, b in zip(found[:half], found[half:], strict=True))
+
+
+def test_forms_convert_copies(tiny_lm):
+    model = models.load("", 2)
+    before = {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
+    for form in models.FORMS:
+        if not models.missing(*form.needs):
+            contender = models.contend(model, form)
+            assert (contender.heads[models.HEAD_16] is contender.heads[models.HEAD_8]) == (not form.converts_head)
+    assert {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()} == before
+    ours = models.contend(model, models.FORMS[0])
+    assert is_packed(ours.decoder.layers[0].mlp.down_proj)
+    assert is_packed(ours.heads[models.HEAD_8])
+    assert not is_packed(ours.heads[models.HEAD_16])
+
+
+def test_random_models_have_the_outliers_of_trained_ones():
+    from int8fx.bench.models import SMALL, load
+
+    torch.manual_seed(0)
+    model = load(SMALL, 1)
+    seen = []
+    model.model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=torch.randint(0, 49152, (1, 64)))
+    outliers = (seen[0].flatten(0, -2).abs() >= 6).any(0)
+    assert outliers.sum() == products.OUTLIERS
+
+
+def test_a_model_that_cannot_be_had_is_listed(monkeypatch):
+    def load(name, layers):
+        raise ModelError("no network\nadvice")
+
+    monkeypatch.setattr(models, "load", load)
+    cases = list(models.models(settings()))
+    assert [case.subject for case in cases] == list(models.MODELS)
+    assert all(case.measured[INT8FX].note == "not run: no network" for case in cases)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bytes_of_a_converted_model(monkeypatch, tied):
+    """Counted by hand, in this process; the peak is only there."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_models.lm_config(tie_word_embeddings=tied)).bfloat16().eval()
+    linears = [m.weight.shape for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    unique = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    expected = sum(unique.values()) - sum(N * K - 4 * N for N, K in linears)
+    monkeypatch.setattr(memory, "load", lambda name, layers: model)
+    found = memory.main("", None, 8, True, 1)
+    assert found[memory.IDEAL] == expected
+    assert found[memory.BYTES] <= 1.02 * expected
+    assert found[memory.PEAK] > 0
+
+
+def test_memory_is_measured_in_processes_of_their_own(monkeypatch, capsys):
+    def measure(name, layers, tokens, convert, threads):
+        if name == models.LARGE:
+            return {"note": "failed: MemoryError"}
+        return {memory.BYTES: 60.0, memory.LIVE: 65.0, memory.PEAK: 90.0} | ({memory.IDEAL: 50.0} if convert else {})
+
+    monkeypatch.setattr(memory, "measure", measure)
+    cases = list(memory.memory(settings(quick=True)))
+    assert [case.subject for case in cases] == [f"{name}, 2 layers" for name in models.MODELS for _ in range(3)]
+    assert cases[0].measured[INT8FX].note == "failed: MemoryError"
+    assert [case.ratio(INT8FX) for case in cases[3:]] == [1.2, 1.3, 1.0]
+    report.show(Console(width=200), cases)
+    assert "1.200x" in capsys.readouterr().out
+
+
+def test_a_process_reports_its_memory():
+    found = memory.measure(models.SMALL, 1, 8, True, 1)
+    assert set(found) == {memory.IDEAL, memory.BYTES, memory.LIVE, memory.PEAK}
+    assert found[memory.BYTES] < found[memory.PEAK]
+    failed = memory.measure("no such model", 1, 8, True, 1)
+    assert failed == {"note": f"failed: ValueError: no model 'no such model'; legal: {', '.join(models.MODELS)}"}
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import candidates, plots, products, report
+from . import candidates, memory, models, plots, products, report
 from .machine import describe, limits
 from .products import Settings
 from .timing import Case
@@ -21,6 +21,8 @@ SUITES: dict[str, Callable[[Settings], Iterator[Case]]] = {
     "outliers": products.outliers,
     "overhead": products.overhead,
     "scaling": products.scaling,
+    "models": models.models,
+    "memory": memory.memory,
 }
 
 WIDTH = 130  # of tables in a file

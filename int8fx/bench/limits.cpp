@@ -1,7 +1,7 @@
 // The most that this machine can do: int8 multiply-adds on registers, and bytes read from memory.
 //
-// The multiply-add loops keep enough sums in flight to hide their latency and read no memory. An empty asm statement that
-// claims to change an operand keeps the compiler from computing a product once for all turns.
+// The multiply-add loops keep enough sums in flight to hide their latency and read no memory. Where the compiler could
+// compute a product once for all turns, an empty asm statement claims to change an operand.
 #include <cstdint>
 
 #if defined(__x86_64__)
@@ -62,15 +62,12 @@ constexpr int64_t OPS = SUMS * 2 * 64;
 bool permitted() { return true; }
 
 int64_t multiply(int64_t turns) {
-  __m512i sums[SUMS], a = _mm512_set1_epi8(1);
-  const __m512i b = _mm512_set1_epi8(1);
+  __m512i sums[SUMS];
+  const __m512i a = _mm512_set1_epi8(1), b = _mm512_set1_epi8(1);
   for (auto& sum : sums) sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < turns; ++i)
 #pragma GCC unroll 16
-    for (int j = 0; j < SUMS; ++j) {
-      asm volatile("" : "+v"(a));
-      sums[j] = _mm512_dpbusd_epi32(sums[j], a, b);
-    }
+    for (int j = 0; j < SUMS; ++j) sums[j] = _mm512_dpbusd_epi32(sums[j], a, b);
   for (int j = 1; j < SUMS; ++j) sums[0] = _mm512_add_epi32(sums[0], sums[j]);
   return _mm512_reduce_add_epi32(sums[0]);
 }
@@ -78,7 +75,7 @@ int64_t multiply(int64_t turns) {
 #elif defined(__AVX2__)
 
 constexpr char NAME[] = "vpmaddwd";
-constexpr int SUMS = 12;
+constexpr int SUMS = 6;  // more would spill
 constexpr int64_t OPS = SUMS * 2 * 16;
 
 bool permitted() { return true; }
@@ -88,7 +85,7 @@ int64_t multiply(int64_t turns) {
   const __m256i b = _mm256_set1_epi16(1);
   for (auto& sum : sums) sum = _mm256_setzero_si256();
   for (int64_t i = 0; i < turns; ++i)
-#pragma GCC unroll 12
+#pragma GCC unroll 6
     for (int j = 0; j < SUMS; ++j) {
       asm volatile("" : "+x"(a));
       sums[j] = _mm256_add_epi32(sums[j], _mm256_madd_epi16(a, b));

@@ -19,7 +19,7 @@ TITLES = {
     "overhead": "Overhead of a call: us, and what is beyond F.linear; the best of the rounds above the median",
     "scaling": "Scaling of int8fx: best / median ms, shares of this machine's limits",
     "models": "Models: ms, and as multiples of int8fx's time; the best of the rounds above the median",
-    "memory": "Memory: MB, and as multiples of the first column",
+    "memory": "Memory: MB, and as multiples of codes + scales + rest, or of bfloat16's peak",
 }
 COLUMNS = (
     *("date", "machine", "isa", "threads", "python", "versions"),
@@ -166,7 +166,7 @@ def _scaling(cases: list[Case]) -> Table:
 def _memory(cases: list[Case]) -> Table:
     table = Table(box=box.SIMPLE)
     labels = list(dict.fromkeys(label for case in cases for label in case.measured))
-    for title in ("", *labels):
+    for title in ("", "", *labels):
         table.add_column(title, justify="right" if title else "left")
     for case in cases:
         cells = []
@@ -174,5 +174,5 @@ def _memory(cases: list[Case]) -> Table:
             measured = case.measured.get(label, Measured())
             text = f"{measured.best / 1e6:,.1f}  {case.ratio(label):.3f}x" if measured.values else measured.note or "-"
             cells.append(text)
-        table.add_row(case.name, *cells)
+        table.add_row(case.subject, case.name, *cells)
     return table
