@@ -96,8 +96,10 @@ def test_short_calls_are_warm(clock):
 
 
 def test_a_slow_candidate_gets_fewer_rounds_and_a_note(clock):
-    found = interleave({"slow": [clock.call(3.0)], "fast": [clock.call(0.5)]}, 10)
-    assert (len(found["slow"].values), len(found["fast"].values)) == (2, 10)
+    seconds = {"slowest": 40.0, "slow": 3.0, "fast": 0.5}
+    found = interleave({label: [clock.call(s)] for label, s in seconds.items()}, 10)
+    assert {label: m.values for label, m in found.items()} == {"slowest": [40.0], "slow": [3.0] * 2, "fast": [0.5] * 10}
+    assert found["slowest"].note == "1 of 10 rounds: 40.0 s a call"
     assert found["slow"].note == "2 of 10 rounds: 3.0 s a call"
     assert found["fast"].note == ""
 

@@ -13,7 +13,7 @@ Work = Sequence[Callable[[], object]]  # calls that are taken in turns: the same
 
 SLICE = 0.01  # seconds that one candidate runs in a round, at least one call
 WARM = 0.1  # seconds: below this, a call goes before each slice untimed, to bring back what the others evicted
-SLOW = 2.0  # seconds a call: above this, a candidate gets a fifth of the rounds
+SLOW, SLOWEST = 2.0, 30.0  # seconds a call: above these, a candidate gets a fifth of the rounds, or one call
 
 
 @dataclass
@@ -102,7 +102,7 @@ def interleave(work: Mapping[str, Work], rounds: int) -> dict[str, Measured]:
     """Seconds a call of each candidate of ``work``, in ``rounds`` rounds; each round begins with another candidate.
 
     Each is called twice before the rounds: once to compile, once to see how long it takes. What raises there is noted
-    as failed and takes no part.
+    as failed and takes no part; what is slow there has had its first round.
     """
     found: dict[str, Measured] = {}
     turns: dict[str, _Turns] = {}
@@ -113,7 +113,7 @@ def interleave(work: Mapping[str, Work], rounds: int) -> dict[str, Measured]:
             reason = str(error).strip().split("\n")[0]
             found[label] = Measured(note=f"failed: {type(error).__name__}: {reason}"[:200])
         else:
-            found[label] = Measured(note=turns[label].note)
+            found[label] = Measured(turns[label].before, turns[label].note)
     labels = list(turns)
     for i in range(rounds):
         first = i % max(len(labels), 1)
@@ -135,10 +135,12 @@ class _Turns:
         self.count = min(1000, max(1, math.ceil(SLICE / max(seconds, 1e-9))))
         self.warm = seconds < WARM
         self.rounds, self.note = rounds, ""
+        self.before: list[float] = []
         if seconds > SLOW:
-            self.rounds = max(1, rounds // 5)
-            if self.rounds < rounds:
-                self.note = f"{self.rounds} of {rounds} rounds: {seconds:.1f} s a call"
+            few = 1 if seconds > SLOWEST else max(1, rounds // 5)
+            self.rounds, self.before = few - 1, [seconds]
+            if few < rounds:
+                self.note = f"{few} of {rounds} rounds: {seconds:.1f} s a call"
 
     def run(self) -> float:
         if self.warm:
