@@ -14,8 +14,17 @@ from .schemes import Scheme, parse_scheme
 
 PROMPT = "Photosynthesis is the process by which"
 DEMO_NEEDS = ("accelerate", "gguf", "platformdirs", "rich", "transformers")
+BENCH_NEEDS = (*DEMO_NEEDS, "matplotlib", "numpy")
 MODEL_NEEDS = ("platformdirs", "transformers")
 SCHEMES = ("llm_int8", "llm_int8(0)", "llm_int8(inf)", "rotated", "rotated(budget=0)")
+SUITES = {
+    "products": "single products, against every peer that is installed and the machine's own limits",
+    "outliers": "what outlier columns cost",
+    "overhead": "what a call costs beyond F.linear",
+    "scaling": "time against M, N, K and threads",
+    "models": "language models: forwards, decoding, generate()",
+    "memory": "bytes of a converted model, peak of a forward",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_demo(commands)
     _add_eval(commands)
     _add_inspect(commands)
+    _add_bench(commands)
     _add_build(commands)
     args = parser.parse_args(argv)
     if args.command is None:
@@ -211,6 +221,39 @@ def _inspect(args: argparse.Namespace) -> int:
 
         draw_inspection(found, args.png)
     return 0
+
+
+# ---- bench ----------------------------------------------------------------------------------------------------------
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure int8fx against its peers and against this machine's limits",
+        description="Without a suite, all of them run. Best and median of interleaved rounds; tables, CSV, PNG plots.",
+    )
+    for name, what in SUITES.items():
+        parser.add_argument(f"--{name}", action="append_const", dest="suites", const=name, help=what)
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds, models of two layers")
+    parser.add_argument("--rounds", type=int, help="of each case, at most (10; 3 with --quick)")
+    parser.add_argument("--threads", type=int, help="of torch and its peers (torch's default)")
+    parser.add_argument("--output", type=Path, default=Path("int8fx-bench"), help="directory for CSV and plots")
+    parser.set_defaults(run=_bench, error=parser.error)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    for name, value in (("rounds", args.rounds), ("threads", args.threads)):
+        if value is not None and value < 1:
+            args.error(f"--{name} is {value}; legal: 1 or more")
+    if _lacks("bench", "bench", BENCH_NEEDS):
+        return 1
+    from .bench.command import Options, run
+
+    try:
+        return run(Options(tuple(args.suites or ()), args.quick, args.rounds, args.threads, args.output))
+    except OSError as error:
+        print(f"int8fx bench: {error}", file=sys.stderr)
+        return 1
 
 
 # ---- build ----------------------------------------------------------------------------------------------------------

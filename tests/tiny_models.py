@@ -32,10 +32,14 @@ def save(directory: Path, model: Any) -> Path:
     return directory
 
 
+def lm_config(tie_word_embeddings: bool = True) -> LlamaConfig:
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaConfig(**SIZES, **heads, max_position_embeddings=96, tie_word_embeddings=tie_word_embeddings)
+
+
 def save_lm(directory: Path) -> Path:
     torch.manual_seed(0)
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    return save(directory, LlamaForCausalLM(LlamaConfig(**SIZES, **heads, max_position_embeddings=96)))
+    return save(directory, LlamaForCausalLM(lm_config()))
 
 
 def save_encoder(directory: Path) -> Path:

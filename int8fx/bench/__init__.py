@@ -1,0 +1,13 @@
+"""``int8fx bench``: int8fx against its peers and against the limits of this machine.
+
+    timing      interleaved rounds
+    machine     what the machine is, and the most it can do (limits.cpp)
+    candidates  one linear layer, by int8fx and by each peer
+    products    suites of single products: products, outliers, overhead, scaling
+    models      suites of whole language models: models; memory (a fresh process each)
+    report      tables and CSV
+    plots       PNG
+    command     runs what was asked for
+
+The command owns its process: it resets torch's compile caches between cases and sets the number of threads if asked to.
+"""
