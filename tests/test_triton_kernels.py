@@ -124,6 +124,32 @@ def test_outliers_come_out_in_order_with_zeros_behind_them(x, threshold):
     assert (columns[0, n:padded] == 0).all()
 
 
+@pytest.mark.parametrize("value", [math.nan, INF, -INF])
+@pytest.mark.parametrize("threshold", [6.0, INF])
+@pytest.mark.parametrize("kernel", ["int8_matmul", "fused_linear"])
+def test_nan_and_inf_stay_in_their_row(kernel, threshold, value):
+    """In a column that is no outlier by threshold inf, in one that is by 6; 0 * weight hides neither."""
+    x, weight, scale, bias, _ = problem(5, 65, 33, dtype=torch.float16)
+    weight[0] = 0
+    clean = x.clone()
+    clean[2, 64] = 7.0 if value != value or threshold == INF else math.copysign(7.0, value)
+    x[2, 64] = value
+    if math.isnan(value) and threshold == 6.0:
+        clean[2, 64] = 0.0
+
+    def product(x):
+        if kernel == "fused_linear":
+            return fused_linear(x[None], *one(weight, scale, bias), threshold, **CONSTANTS, config=TILE)
+        codes, x_scale, outlying = quantized(x, threshold)
+        assert not x_scale.isinf().any()  # inf is NaN there, so that 0 * scale cannot hide it
+        return int8_matmul(codes, x_scale, *one(weight, scale), outlying, *one(bias), x.dtype, config=TILE)
+
+    y, expected = product(x), product(clean)
+    others = torch.arange(5) != 2
+    assert torch.equal(y[others], expected[others])
+    assert not y[2].isfinite().any()
+
+
 def test_a_row_longer_than_a_block_is_quantised_as_one():
     x = activation(3, 9001, outliers="some", seed=1)
     mask = outlier_mask(x[None], 6.0)

@@ -117,8 +117,8 @@ def _read_gcn(compiled: Any) -> Machine:
         [line for line in body[first:last] if re.match(r"[a-z]+_\w+", line)] for first, last in branches if first < last
     ]
     fields = {name: int(value) for name, value in re.findall(r"\.(\w+_(?:count|size)):\s+(\d+)", text)}
-    spills = 4 * (fields.get("vgpr_spill_count", 0) + fields.get("sgpr_spill_count", 0))
-    spills += fields.get("private_segment_fixed_size", 0)
+    # Scalar registers spill into lanes of vector registers, which costs no memory.
+    spills = 4 * fields.get("vgpr_spill_count", 0) + fields.get("private_segment_fixed_size", 0)
     registers = fields["vgpr_count"]  # vector and accumulation registers together
     return Machine(registers, spills, compiled.metadata.shared, _loops(loops), text)
 

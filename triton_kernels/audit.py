@@ -108,10 +108,10 @@ def everything(target: str) -> Iterator[Variant]:
         for row in configs.FEW_ROWS_FLOAT32.values():
             yield Variant(kernel, configs.Config(*row, SPLIT_K=4), "fp32")
     yield Variant("fused_linear", configs.Config(*few[16], SPLIT_K=4), "bf16", (("OUTLIERS", False),))
-    yield Variant("outlier_mask", configs.Config(32, 1, 128, 4, 2), "bf16")
-    yield Variant("extract_outliers", configs.Config(16, 1, 256, 4, 2), "bf16")
-    yield Variant("quantize_rowwise", configs.Config(1, 1, 4096, 4, 2), "bf16")
-    yield Variant("gather_weight", configs.Config(1, 64, 1, 4, 2), "bf16")
+    yield Variant("outlier_mask", configs.OUTLIER_MASK, "bf16")
+    yield Variant("extract_outliers", configs.EXTRACT_OUTLIERS, "bf16")
+    yield Variant("quantize_rowwise", configs.QUANTIZE_ROWWISE, "bf16")
+    yield Variant("gather_weight", configs.GATHER_WEIGHT, "bf16")
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,12 @@ FEW_ROWS = {
 }
 FEW_ROWS_FLOAT32 = {16: (16, 32, 32, 4, 2), 32: (32, 32, 32, 4, 2), 64: (64, 32, 32, 8, 2)}
 
+# Kernels that only move bytes: their tiles, with the dimensions they do not have as 1.
+OUTLIER_MASK = Config(32, 1, 128, 4, 2)
+QUANTIZE_ROWWISE = Config(1, 1, 4096, 8, 2)
+EXTRACT_OUTLIERS = Config(16, 1, 256, 4, 2)
+GATHER_WEIGHT = Config(1, 64, 1, 4, 2)
+
 
 @cache
 def target_of(device: torch.device) -> str:

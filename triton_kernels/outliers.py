@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import EXTRACT_OUTLIERS, GATHER_WEIGHT, OUTLIER_MASK
 from .groups import row_tiles, tile_rows
 
 
@@ -51,11 +52,12 @@ def outlier_mask(x: Tensor, threshold: float, offsets: Tensor | None = None, exp
     mask = torch.zeros(groups, K, dtype=torch.bool, device=x.device)
     if threshold == float("inf") or 0 in (groups, M, K):
         return mask
-    BLOCK_M, BLOCK_K = 32, 128
+    BLOCK_M, BLOCK_K = OUTLIER_MASK.BLOCK_M, OUTLIER_MASK.BLOCK_K
     grid = (row_tiles(M, groups, BLOCK_M, offsets is not None), triton.cdiv(K, BLOCK_K), E)
     _mask_kernel[grid](
         x, mask, offsets, M, K, groups, *_strides(x, offsets), threshold,
-        BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_E=triton.next_power_of_2(groups), num_warps=4,
+        BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_E=triton.next_power_of_2(groups),
+        num_warps=OUTLIER_MASK.num_warps,
     )  # fmt: skip
     return mask
 
@@ -120,13 +122,14 @@ def extract_outliers(x: Tensor, mask: Tensor, offsets: Tensor | None = None) -> 
     columns = torch.empty(groups, pitch, dtype=torch.int32, device=x.device)
     make = torch.empty if offsets is None else torch.zeros  # a group may have no rows, and so no program
     count = make(groups, dtype=torch.int32, device=x.device)
-    BLOCK_M = 16
+    BLOCK_M, BLOCK_K = EXTRACT_OUTLIERS.BLOCK_M, EXTRACT_OUTLIERS.BLOCK_K
     grid = (row_tiles(M, groups, BLOCK_M, offsets is not None), E)
     if 0 not in (groups, M, K):
         _extract_kernel[grid](
             x, mask, offsets, panel, columns, count, M, K, groups, pitch, *_strides(x, offsets),
             M if offsets is None else 0,
-            BLOCK_M=BLOCK_M, BLOCK_K=256, BLOCK_O=BLOCK_O, BLOCK_E=triton.next_power_of_2(groups), num_warps=4,
+            BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_O=BLOCK_O, BLOCK_E=triton.next_power_of_2(groups),
+            num_warps=EXTRACT_OUTLIERS.num_warps,
         )  # fmt: skip
     return panel, columns, count
 
@@ -166,9 +169,9 @@ def gather_weight(weight: Tensor, columns: Tensor, count: Tensor) -> Tensor:
     capacity = triton.cdiv(K, 16 * BLOCK_O) * BLOCK_O
     gathered = torch.empty(E, N, capacity, dtype=torch.int8, device=weight.device)
     if 0 not in gathered.shape:
-        BLOCK_N = 64
+        BLOCK_N = GATHER_WEIGHT.BLOCK_N
         _gather_kernel[(triton.cdiv(N, BLOCK_N), capacity // BLOCK_O, E)](
             weight, columns, count, gathered, N, capacity, columns.shape[1], *weight.stride(),
-            BLOCK_N=BLOCK_N, BLOCK_O=BLOCK_O, num_warps=4,
+            BLOCK_N=BLOCK_N, BLOCK_O=BLOCK_O, num_warps=GATHER_WEIGHT.num_warps,
         )  # fmt: skip
     return gathered

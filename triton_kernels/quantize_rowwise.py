@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import QUANTIZE_ROWWISE
+
 
 @triton.jit
 def to_codes(steps):
@@ -92,6 +94,7 @@ def quantize_rowwise(
     if E * M:
         _quantize_rowwise_kernel[(M, E)](
             x, mask, offsets, codes, scale, M, K, groups, *x.stride(), int8_max, tiny,
-            BLOCK_K=min(triton.next_power_of_2(max(K, 16)), 4096), BLOCK_E=triton.next_power_of_2(groups), num_warps=4,
+            BLOCK_K=min(triton.next_power_of_2(max(K, 16)), QUANTIZE_ROWWISE.BLOCK_K),
+            BLOCK_E=triton.next_power_of_2(groups), num_warps=QUANTIZE_ROWWISE.num_warps,
         )  # fmt: skip
     return codes, scale
