@@ -132,6 +132,7 @@ def _measure(
     """The options of each layer that took part; 16 bits is the last of them."""
     packs = [Pack(scheme, calibration) for scheme in schemes]
     owners = {id(layer.module): layer for layer in layers.values()}
+    packed: dict[str, list[tuple[Tensor, ...]]] = {}
     losses: dict[str, list[float]] = {}
     generator = torch.Generator().manual_seed(0)
     calls: list[tuple[Layer, Tensor, Tensor]] = []
@@ -154,9 +155,11 @@ def _measure(
                 grads = [torch.autograd.grad(s, outputs, retain_graph=True, allow_unused=True) for s in scores]
             rows += y.shape[:-1].numel()
             for (layer, x, _), *g in zip(calls, *grads, strict=True):
-                found = losses.setdefault(layer.name, [0.0] * len(packs))
-                for j, delta in enumerate(_errors(layer, packs, x)):
-                    found[j] += sum(float((t.double() * delta).sum(-1).square().sum()) / 2 for t in g if t is not None)
+                if layer.name not in packed:
+                    packed[layer.name], losses[layer.name] = [pack([layer]) for pack in packs], [0.0] * len(packs)
+                for j, delta in enumerate(_errors(layer, packs, packed[layer.name], x)):
+                    products = ((t.float() * delta).sum(-1).double() for t in g if t is not None)
+                    losses[layer.name][j] += sum(float(p.square().sum()) / 2 for p in products)
             calls.clear()
     finally:
         for handle in handles:
@@ -165,7 +168,7 @@ def _measure(
         show_progress("measuring", len(batches), len(batches))
     options = {}
     for name in (name for name in layers if name in losses):
-        size = [sum(map(_bytes16, pack([layers[name]]))) for pack in packs]
+        size = [sum(map(_bytes16, buffers)) for buffers in packed[name]]
         kl = [loss / (samples * rows) for loss in losses[name]]
         options[name] = [Option(*o) for o in zip(schemes, size, kl, strict=True)]
         options[name].append(Option(None, _bytes16(layers[name].weight), 0.0))
@@ -191,14 +194,14 @@ def _score(y: Tensor, tokens: bool, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def _errors(layer: Layer, packs: list[Pack], x: Tensor) -> Iterator[Tensor]:
-    """What each scheme adds to the layer's product with x, float64."""
-    exact = x.double() @ layer.oriented().double().T
-    for pack in packs:
-        codes, scale, *kept = pack([layer])
+def _errors(layer: Layer, packs: list[Pack], packed: list[tuple[Tensor, ...]], x: Tensor) -> Iterator[Tensor]:
+    """What each scheme adds to the layer's product with x, float32."""
+    x = x.float()
+    exact = x @ layer.oriented().float().T
+    for pack, (codes, scale, *kept) in zip(packs, packed, strict=True):
         described = pack.describe(layer)
         rotation = (described.block, *(kept or (None, None)), described.top)
-        yield linear(x, codes, scale, None, described.threshold, "none", None, "none", *rotation).double() - exact
+        yield linear(x, codes, scale, None, described.threshold, "none", None, "none", *rotation) - exact
 
 
 def _bytes16(tensor: Tensor) -> int:
