@@ -83,7 +83,7 @@ class Inspection:
         return table(rows)
 
     def to_json(self) -> str:
-        return json.dumps(self, default=vars, indent=1)
+        return json.dumps(self, default=vars)
 
 
 def inspect(
@@ -146,9 +146,11 @@ class _Seen:
         self.rows = 0
         self.count, self.absmax = torch.zeros(K, dtype=torch.int64), torch.zeros(K)
         self.square, self.error = 0.0, dict.fromkeys(schemes, 0.0)
-        self.packs = {label: Pack(scheme, calibration) for label, scheme in schemes.items()}
-        self.bytes: dict[str, int] = {"float": weight.nbytes}
-        self.kept: dict[str, list[int]] = {}
+        packs = {label: Pack(scheme, calibration) for label, scheme in schemes.items()}
+        self.packed = {label: (pack([layer]), pack.describe(layer)) for label, pack in packs.items()}
+        sizes = {label: sum(t.nbytes for t in buffers) for label, (buffers, _) in self.packed.items()}
+        self.bytes = {"float": weight.nbytes, **sizes}
+        self.kept = {label: b[2].tolist() for label, (b, _) in self.packed.items() if len(b) > 2}
 
     def add(self, x: Tensor) -> None:
         size = x.abs().float()
@@ -156,19 +158,14 @@ class _Seen:
         self.count += (size >= self.threshold).sum(0).cpu()
         self.absmax = torch.maximum(self.absmax, size.amax(0).cpu())
         weight = self.layer.oriented()
-        exact = x.double() @ weight.double().T if weight.dim() == 2 else None
-        if exact is not None:
-            self.square += float(exact.square().sum())
-        for label, pack in self.packs.items():
-            codes, scale, *kept = pack([self.layer])
-            self.bytes[label] = sum(t.nbytes for t in (codes, scale, *kept))
-            if kept:
-                self.kept[label] = kept[0].tolist()
-            if exact is not None:
-                described = pack.describe(self.layer)
-                rotation = (described.block, *(kept or (None, None)), described.top)
-                y = linear(x, codes, scale, None, described.threshold, "none", None, "none", *rotation)
-                self.error[label] += float((y.double() - exact).square().sum())
+        if weight.dim() != 2:  # experts: their rows come one expert at a time
+            return
+        exact = x.double() @ weight.double().T
+        self.square += float(exact.square().sum())
+        for label, ((codes, scale, *kept), described) in self.packed.items():
+            rotation = (described.block, *(kept or (None, None)), described.top)
+            y = linear(x, codes, scale, None, described.threshold, "none", None, "none", *rotation)
+            self.error[label] += float((y.double() - exact).square().sum())
 
     def report(self) -> LayerReport:
         columns = self.count.nonzero().squeeze(-1).tolist()

@@ -43,7 +43,7 @@ def draw_inspection(inspection: Inspection, path: str | Path) -> None:
     """Writes a picture of all layers: the size of outliers over their columns, and each scheme's error."""
     import numpy as np
     from matplotlib.colors import LogNorm
-    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     layers = inspection.layers
     image = np.full((len(layers), BINS), np.nan)
@@ -69,7 +69,7 @@ def draw_inspection(inspection: Inspection, path: str | Path) -> None:
         right.plot([e for e, _ in known], [i for _, i in known], marker=".", markersize=3, linewidth=0.7, label=label)
     right.set_xscale("log")
     right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    right.xaxis.set_major_formatter(PercentFormatter(1))
+    right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.2g}%"))
     right.xaxis.set_minor_formatter(NullFormatter())
     right.set_xlabel("error of the layer's output, relative")
     right.set_title("error by layer", fontsize=10)

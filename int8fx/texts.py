@@ -53,7 +53,7 @@ def _spread(tokenizer: Any, text: str, count: int, width: int, source: str) -> l
     found = []
     step = len(text) // max(count, 1)
     for i in range(count):
-        ids = tokenizer(text[i * step : (i + 1) * step][: 16 * width], truncation=True, max_length=width).input_ids
+        ids = tokenizer(text[i * step : (i + 1) * step][: 64 * width], truncation=True, max_length=width).input_ids
         if len(ids) < width:
             raise TextError(f"the text {source!r} is too short for {count} windows of {width} tokens")
         found.append(ids)

@@ -1152,7 +1152,7 @@ def test_what_is_left_can_be_converted_later():
 def test_arguments_of_the_wrong_kind():
     with pytest.raises(TypeError, match=r"found dict; legal: nn\.Module, torch\.fx\.GraphModule"):
         int8fx.convert({})
-    with pytest.raises(TypeError, match=r"scheme is 6.0; legal: int8fx.llm_int8\(threshold=...\)"):
+    with pytest.raises(TypeError, match=r"scheme is 6.0; legal: int8fx.llm_int8\(threshold=...\), int8fx.rotated"):
         int8fx.convert(nn.Linear(2, 2), 6.0)
     with pytest.raises(TypeError, match="found type"):
         int8fx.convert(nn.Linear)

@@ -596,13 +596,14 @@ def test_a_weight_beside_a_tensor_with_the_name_of_its_scale_is_left(kind):
 
 
 @pytest.mark.parametrize("kind", ["symbolic", "exported", "make_fx"])
-@pytest.mark.parametrize("where", ["pack_weight", "lower"])
+@pytest.mark.parametrize("where", ["Pack", "lower"])
 def test_an_interrupted_convert_leaves_a_graph_that_runs(kind, where, monkeypatch):
     model, inputs = models.bare_products()
     y_float = run(model, inputs)
-    for k in (0, 7) if where == "pack_weight" else (0,):
+    owner, name = (convert_graph.Pack, "__call__") if where == "Pack" else (convert_graph, "lower")
+    for k in (0, 7) if where == "Pack" else (0,):
         program = PROGRAMS[kind](copy.deepcopy(model), inputs)
-        real, calls = getattr(convert_graph, where), 0
+        real, calls = getattr(owner, name), 0
 
         def interrupted(*args, real=real, k=k):
             nonlocal calls
@@ -612,14 +613,14 @@ def test_an_interrupted_convert_leaves_a_graph_that_runs(kind, where, monkeypatc
             return real(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(convert_graph, where, interrupted)
+            patch.setattr(owner, name, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 int8fx.convert(program)
         done = converted_names(program)
-        assert len(done) == (k if where == "pack_weight" else len(models.BareProducts.OPERANDS))
+        assert len(done) == (k if where == "Pack" else len(models.BareProducts.OPERANDS))
         y = run(program, inputs)
         assert all((y[n] - t).norm() < 0.05 * t.norm() for n, t in y_float.items())
-        if where == "pack_weight":
+        if where == "Pack":
             assert any(torch.equal(y[n], t) for n, t in y_float.items())
             int8fx.convert(program, select=lambda name, module, done=done: name not in done)
             assert len(converted_names(program)) == len(models.BareProducts.OPERANDS)
@@ -649,13 +650,13 @@ def test_float_weights_go_one_by_one(kind, monkeypatch):
     del model
     gc.collect()
     assert all(w() is not None for w in weights)
-    alive, real = [], convert_graph.pack_weight
+    alive, real = [], convert_graph.Pack.__call__
 
-    def count(layer):
+    def count(self, tied):
         alive.append(sum(w() is not None for w in weights))
-        return real(layer)
+        return real(self, tied)
 
-    monkeypatch.setattr(convert_graph, "pack_weight", count)
+    monkeypatch.setattr(convert_graph.Pack, "__call__", count)
     gc.disable()
     try:
         int8fx.convert(program)

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 
+import models
 import pytest
 import torch
 import torch.nn.functional as F
@@ -270,6 +271,41 @@ def test_exported_programs_survive_a_file(name, tmp_path):
     program = torch.export.export(model, (x,))
     torch.export.save(program, tmp_path / "model.pt2")
     assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(x), model(x))
+
+
+@pytest.mark.parametrize("name", models.ALL)
+def test_architectures_are_calibrated_whole_and_converted(name):
+    """Experts, Conv1D, packed attention projections, bare Parameters: each product's input is seen."""
+    model, inputs = models.ALL[name]()
+    plain = int8fx.convert(copy.deepcopy(model), int8fx.llm_int8(float("inf")))
+    calibration = calibrate(model, [inputs])
+
+    def output(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            y = model(**inputs)
+        return y if isinstance(y, Tensor) else y[0] if not isinstance(y, dict) else next(iter(y.values()))
+
+    before = output(model)
+    int8fx.convert(model, SCHEMES["static"], calibration=calibration)
+    names = {row.name for row in int8fx.summary(model).converted}
+    assert names
+    assert names <= set(calibration.absmax)
+    assert 0 < (output(model) - before).norm() < (output(plain) - before).norm()
+
+
+def test_aot_inductor_packages_hold_the_scheme(tmp_path):
+    torch.manual_seed(0)
+    model, x = Rows().eval(), batch(9)
+    twin = copy.deepcopy(model)
+    int8fx.convert(model, SCHEMES["static"], calibration=calibrate(model, [x]))
+    program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim.DYNAMIC}})
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    run = torch._inductor.aoti_load_package(path)
+    with torch.no_grad():
+        for rows in (9, 33):
+            x = batch(rows)
+            exact, eager = twin(x), model(x)
+            assert (run(x) - exact).norm() <= 1.05 * (eager - exact).norm()
 
 
 class Rows(nn.Module):
