@@ -102,23 +102,25 @@ struct Product {
     });
   }
 
-  // sums[r] = sum_k(rows[r, k] * (w[k] * scale)), in two vectors of partial sums.
+  // sums[r] = sum_k(rows[r, k] * (w[k] * scale)), in several vectors of partial sums: additions take four cycles each.
   template <int ROWS>
   void dot_float(const T* rows, const int8_t* w, T scale, T* sums, int64_t stride) const {
-    constexpr int L = Lanes<T>::N;
+    constexpr int L = Lanes<T>::N, PARTS = ROWS == 1 ? 4 : 2;
     using V = typename Lanes<T>::V;
-    V partial[ROWS][2] = {};
+    V partial[ROWS][PARTS] = {};
     int64_t k = 0;
-    for (; k + 2 * L <= K; k += 2 * L)
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        const V value = widen<T>(w + k + half * L) * scale;
+    for (; k + PARTS * L <= K; k += PARTS * L)
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) partial[r][half] += *(const V*)(rows + r * K + k + half * L) * value;
+      for (int part = 0; part < PARTS; ++part) {
+        const V value = widen<T>(w + k + part * L) * scale;
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) partial[r][part] += *(const V*)(rows + r * K + k + part * L) * value;
       }
     for (int r = 0; r < ROWS; ++r) {
+      V all = partial[r][0];
+      for (int part = 1; part < PARTS; ++part) all += partial[r][part];
       T sum = 0;
-      for (int i = 0; i < L; ++i) sum += partial[r][0][i] + partial[r][1][i];
+      for (int i = 0; i < L; ++i) sum += all[i];
       for (int64_t rest = k; rest < K; ++rest) sum += rows[r * K + rest] * (T(w[rest]) * scale);
       sums[r * stride] = sum;
     }
