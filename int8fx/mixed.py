@@ -76,6 +76,7 @@ def plan(
     max_kl: float | None = None,
     schemes: Iterable[Scheme] = SCHEMES,
     samples: int = 2,
+    calibration: Calibration | None = None,
     progress: bool = False,
 ) -> Plan:
     """Chooses a scheme, or 16 bits, for each linear layer: the least loss within ``budget_bytes``, or the least bytes.
@@ -97,6 +98,7 @@ def plan(
         max_kl: the estimated KL per token that the plan may cost. One of the two must be given.
         schemes: what a layer can have, beside 16 bits.
         samples: how often outputs are drawn for each batch.
+        calibration: what static columns are chosen by; by default what `calibrate` finds in ``data``.
         progress: whether to show a bar on stderr.
 
     Raises:
@@ -110,7 +112,8 @@ def plan(
         if layer.reason is None and layer.recipe.forward is linear_forward
     }
     batches = list(data)
-    calibration = calibrate(model, batches, progress=progress)
+    if calibration is None:
+        calibration = calibrate(model, batches, progress=progress)
     options = _measure(model, batches, layers, list(schemes), calibration, samples, progress)
     if not options:
         raise ValueError("int8fx.plan: no linear layer of the model in these batches; legal: data that it runs on")

@@ -58,7 +58,14 @@ def draw_inspection(inspection: Inspection, path: str | Path) -> None:
     left, right = drawn.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     top = max((o.absmax for layer in layers for o in layer.outliers), default=inspection.threshold)
     norm = LogNorm(inspection.threshold, max(top, 1.01 * inspection.threshold))
-    shown = left.imshow(image, aspect="auto", norm=norm, cmap="inferno_r", extent=(0, 1, len(layers) - 0.5, -0.5))
+    shown = left.imshow(
+        image,
+        aspect="auto",
+        norm=norm,
+        cmap="inferno_r",
+        interpolation="nearest",
+        extent=(0, 1, len(layers) - 0.5, -0.5),
+    )
     drawn.colorbar(shown, ax=left, label="largest absolute value", location="bottom", shrink=0.6)
     left.set_xlabel("input column / K")
     left.set_title(f"outliers: columns with a value of {inspection.threshold:g} or more", fontsize=10)
@@ -76,4 +83,4 @@ def draw_inspection(inspection: Inspection, path: str | Path) -> None:
     right.grid(axis="x", alpha=0.3)
     if right.lines:
         right.legend(fontsize=7)
-    drawn.savefig(path, dpi=130)
+    drawn.savefig(path, dpi=100)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,17 @@ class TextError(Exception):
 
 
 def read(source: str) -> str:
-    """The text of ``pydoc`` (the topics of Python's own documentation) or of a file."""
+    """The text of ``pydoc`` (the topics of Python's own documentation) or of a file, which gzip may have compressed."""
     if source == "pydoc":
         from pydoc_data.topics import topics
 
         return "\n".join(topics[key] for key in sorted(topics))
     try:
-        return Path(source).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise TextError(f"cannot read the text {source!r}: {error.strerror}; it takes pydoc or a file") from error
+        data = Path(source).read_bytes()
+        data = gzip.decompress(data) if source.endswith(".gz") else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise TextError(f"cannot read the text {source!r}: {error}; it takes pydoc or a file") from error
+    return data.decode("utf-8", errors="replace")
 
 
 def windows(tokenizer: Any, sources: list[str], count: int, width: int, calibration: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 import math
 
@@ -19,7 +20,7 @@ from int8fx import cli, metrics
 from int8fx.evaluate import evaluate, float_copy
 from int8fx.models import load
 from int8fx.schemes import parse_scheme
-from int8fx.texts import TextError, windows
+from int8fx.texts import TextError, read, windows
 
 SCHEMES = {"llm_int8": int8fx.llm_int8(), "rotated": int8fx.rotated(16, 0.05), "plain": int8fx.llm_int8(INF)}
 
@@ -106,6 +107,14 @@ def test_texts_that_cannot_be_read_or_are_too_short_are_named(tmp_path):
         windows(tokenizer, [str(tmp_path / "short")], 3, 40, 0)
     with pytest.raises(TextError, match=r"cannot read the text .*none'"):
         windows(tokenizer, [str(tmp_path / "none")], 3, 40, 0)
+    (tmp_path / "broken.gz").write_bytes(b"no gzip")
+    with pytest.raises(TextError, match=r"cannot read the text .*broken\.gz'"):
+        windows(tokenizer, [str(tmp_path / "broken.gz")], 3, 40, 0)
+
+
+def test_compressed_texts_are_read(tmp_path):
+    (tmp_path / "text.gz").write_bytes(gzip.compress("ä text".encode()))
+    assert read(str(tmp_path / "text.gz")) == "ä text"
 
 
 # ---- evaluate -------------------------------------------------------------------------------------------------------

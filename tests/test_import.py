@@ -7,7 +7,7 @@ from typing import Any
 
 HIDDEN = (
     "triton", "torchao", "bitsandbytes", "transformers", "accelerate", "safetensors", "gguf", "rich", "platformdirs",
-    "numpy", "hypothesis", "pytest",
+    "numpy", "matplotlib", "hypothesis", "pytest",
 )  # fmt: skip
 _HIDE = f"""
 import json, sys
@@ -57,7 +57,15 @@ result = sorted(set(sys.modules) - before)
     foreign = [name for name in found if name.partition(".")[0] not in {"int8fx", *sys.stdlib_module_names}]
     assert not foreign
     own = {name for name in found if name.startswith("int8fx.")}
-    assert not own & {"int8fx.passes", "int8fx.backend", "int8fx.models", "int8fx.cli", "int8fx.triton_kernels"}
+    assert not own & {
+        "int8fx.passes",
+        "int8fx.backend",
+        "int8fx.models",
+        "int8fx.cli",
+        "int8fx.evaluate",
+        "int8fx.plots",
+        "int8fx.triton_kernels",
+    }
 
 
 def test_compilers_are_not_loaded(tmp_path):

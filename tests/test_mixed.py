@@ -102,6 +102,14 @@ def test_a_plan_converts_each_layer_to_its_scheme():
     assert len(str(plan).split("\n")) == 5
 
 
+def test_columns_are_those_of_the_calibration_that_is_given():
+    model, batches = small_model(), data(50)
+    other = int8fx.calibrate(model, [x.roll(4, -1) for x in batches])
+    plan = int8fx.plan(model, batches, max_kl=math.inf, schemes=[int8fx.rotated()], calibration=other)
+    plan.convert(model)
+    assert model[0]._buffers["weight_columns"].tolist() == [9]
+
+
 def test_frozen_models_are_measured_too():
     model = small_model().requires_grad_(False)
     assert int8fx.plan(model, data(50), max_kl=math.inf).kl > 0
