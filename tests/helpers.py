@@ -226,6 +226,14 @@ class Bound:
 FEW_ROWS = 4  # up to which the C++ kernels multiply in floating point (csrc/product.h)
 
 
+def kernels_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None, threshold: float = 6.0
+) -> Tensor:
+    """`reference.linear` as the kernels compute it: what they do more exactly for few rows is done so here as well."""
+    few = math.prod(x.shape[:-1]) <= FEW_ROWS
+    return reference.linear(x, codes, scale, bias, 0.0 if few else threshold)
+
+
 def slices_of(x: Tensor) -> int:
     """Into how many parts a kernel may cut its int8 sum: what each part adds is a rounding.
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
-from helpers import DTYPES, activation, assert_within_budget, generator
+from helpers import DTYPES, activation, assert_within_budget, generator, kernels_linear
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
@@ -84,7 +84,7 @@ def assert_left_as_it_was(model: nn.Module, before: dict) -> None:
 
 def reference_linear(module: nn.Module, weight: Tensor, bias: Tensor | None, threshold: float) -> Callable:
     codes, scale = quantize_weight(weight.detach())
-    return lambda x: reference.linear(x, codes, scale, bias, threshold)
+    return lambda x: kernels_linear(x, codes, scale, bias, threshold)
 
 
 def reference_experts(module: nn.Module, threshold: float) -> Callable:
@@ -97,7 +97,7 @@ def reference_experts(module: nn.Module, threshold: float) -> Callable:
 
     def product(x: Tensor, name: str, e: int) -> Tensor:
         bias = getattr(module, name + "_bias")[e] if module.has_bias else None
-        return reference.linear(x, packed[name][0][e], packed[name][1][e], bias, threshold)
+        return kernels_linear(x, packed[name][0][e], packed[name][1][e], bias, threshold)
 
     def forward(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         y = torch.zeros_like(hidden)
@@ -406,7 +406,7 @@ class TestLayers:
         int8fx.convert(model)
         codes, scale = codes_of(model.other["proj"])
         assert torch.equal(codes, quantize_weight(w)[0])
-        y = F.linear(x, dequantize(codes, scale)) + reference.linear(x, codes, scale, model.other["proj"].bias)
+        y = F.linear(x, dequantize(codes, scale)) + kernels_linear(x, codes, scale, model.other["proj"].bias)
         assert torch.allclose(model(x), y, rtol=1e-5, atol=1e-5)
 
     def test_modules_that_are_no_products_are_listed_and_run(self):
