@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 import int8fx
-from int8fx import reference
 from int8fx.packing import PackedModule
 from int8fx.quantize import MAX_K, dequantize, quantize_weight
 
