@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,16 +95,27 @@ def build(isa: InstructionSet) -> Path:
         if path.exists():
             return path
         print(f"int8fx: compiling the CPU kernels for {isa.name}, once: about half a minute", file=sys.stderr)
-        with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-            output = Path(directory) / path.name
-            try:
-                done = subprocess.run(command(isa, output), capture_output=True, text=True)
-            except FileNotFoundError as error:
-                raise RuntimeError(f"no C++ compiler: {error.filename} not found") from error
-            if done.returncode != 0:
-                raise RuntimeError(f"the C++ compiler failed: {shlex.join(done.args)}\n{done.stderr[-2000:]}")
-            os.replace(output, path)
+        compile_to(path, lambda output: command(isa, output))
     return path
+
+
+def compile_to(path: Path, command_for: Callable[[Path], list[str]]) -> None:
+    """Runs ``command_for(output)`` for an output beside ``path``, which takes its place only when it is whole.
+
+    Raises:
+        RuntimeError: there is no compiler, or it failed.
+        OSError: the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        output = Path(directory) / path.name
+        try:
+            done = subprocess.run(command_for(output), capture_output=True, text=True)
+        except FileNotFoundError as error:
+            raise RuntimeError(f"no C++ compiler: {error.filename} not found") from error
+        if done.returncode != 0:
+            raise RuntimeError(f"the C++ compiler failed: {shlex.join(done.args)}\n{done.stderr[-2000:]}")
+        os.replace(output, path)
 
 
 _loading = threading.Lock()

@@ -6,8 +6,6 @@ import ctypes
 import os
 import platform
 import shlex
-import subprocess
-import tempfile
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -138,16 +136,6 @@ def _build() -> Path:
     flags = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", *(_AMX if amx else isa.flags)]
     key = sha256("\0".join([*compiler, *flags, SOURCE.read_text()]).encode()).hexdigest()[:16]
     path = native.library(isa).parent.parent / f"int8fx_limits_{key}" / "limits.so"
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        output = Path(directory) / path.name
-        try:
-            done = subprocess.run([*compiler, *flags, str(SOURCE), "-o", str(output)], capture_output=True, text=True)
-        except FileNotFoundError as error:
-            raise RuntimeError(f"no C++ compiler: {error.filename} not found") from error
-        if done.returncode != 0:
-            raise RuntimeError(f"the C++ compiler failed: {done.stderr.strip()[:200]}")
-        os.replace(output, path)
+    if not path.exists():
+        native.compile_to(path, lambda output: [*compiler, *flags, str(SOURCE), "-o", str(output)])
     return path
