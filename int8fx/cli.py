@@ -20,9 +20,11 @@ SCHEMES = ("llm_int8", "llm_int8(0)", "llm_int8(inf)", "rotated", "rotated(budge
 SUITES = {
     "products": "single products, against every peer that is installed and the machine's own limits",
     "outliers": "what outlier columns cost",
+    "schemes": "what rotation and kept columns cost",
     "overhead": "what a call costs beyond F.linear",
     "scaling": "time against M, N, K and threads",
     "models": "language models: forwards, decoding, generate()",
+    "profile": "their forwards by kind of kernel",
     "memory": "bytes of a converted model, peak of a forward",
 }
 

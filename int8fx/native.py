@@ -7,6 +7,7 @@ of the sources, the flags and torch's version. Loading it registers its kernels 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shlex
@@ -44,14 +45,21 @@ AVX512_VNNI = InstructionSet(
     "AVX512",
     ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"),
 )
+AMX = InstructionSet("amx", "AVX512", (*AVX512_VNNI.flags, "-mamx-tile", "-mamx-int8"))
 
 
 def instruction_set() -> InstructionSet:
     """The best one that this CPU has, within what ``ATEN_CPU_CAPABILITY`` allows torch itself."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability == "AVX512" and torch.cpu.get_capabilities().get("avx512_vnni", False):
-        return AVX512_VNNI
+    capability, found = torch.backends.cpu.get_cpu_capability(), torch.cpu.get_capabilities()
+    if capability == "AVX512" and found.get("avx512_vnni", False):
+        return AMX if found.get("amx_int8", False) and _tiles_permitted() else AVX512_VNNI
     return AVX2 if capability in ("AVX2", "AVX512") else DEFAULT
+
+
+def _tiles_permitted() -> bool:
+    """Asks Linux for AMX's tiles, which a process has to before it uses them; oneDNN asks in the same way."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def command(isa: InstructionSet, output: Path) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from int8fx import cli, is_packed
-from int8fx.bench import candidates, command, machine, memory, models, plots, products, report, timing
+from int8fx.bench import candidates, command, machine, memory, models, plots, products, profile, report, timing
 from int8fx.bench.candidates import BITSANDBYTES, CANDIDATES, INT8FX, ONNXRUNTIME, Candidate
 from int8fx.bench.command import Options
 from int8fx.bench.machine import Limits
@@ -227,6 +227,15 @@ def test_outliers_and_overhead():
         assert case.base in case.measured
 
 
+def test_every_scheme_is_timed():
+    cases = list(products.schemes(settings()))
+    assert [(c.M, c.N, c.K) for c in cases] == [(2, *SHAPE), (8, *SHAPE)]
+    for case in cases:
+        assert list(case.measured) == list(products.SCHEMES)
+        assert case.base in case.measured
+        assert not [m.note for m in case.measured.values() if m.note]
+
+
 def test_scaling_varies_one_size_at_a_time(monkeypatch):
     monkeypatch.setattr(products, "_case", lambda settings, case, work: case)
     cases = list(products.scaling(settings(quick=True, threads=2)))
@@ -254,12 +263,15 @@ def test_models_in_every_form_run_every_case(tiny_lm, monkeypatch):
     forms = [form for form in models.FORMS if not models.missing(*form.needs)]
     monkeypatch.setattr(models, "FORMS", (*forms, absent))
     cases = list(models.models(settings(quick=True)))
-    names = ["forward, 64 tokens", f"forward, {models.HEAD_16}", f"forward, {models.HEAD_8}"]
+    headed = [f"forward, {models.HEAD_16}", f"forward, {models.HEAD_8}"]
+    names = ["forward, 64 tokens", *headed]
     names += [f"decode, batch 1, {models.HEAD_16}", f"decode, batch 1, {models.HEAD_8}", "generate(), 3 tokens, eager"]
     assert [case.name for case in cases] == names
     for case in cases:
         assert case.subject == "tiny, 2 layers"
         assert case.measured.pop("absent") == Measured(note="not installed: no_such_package")
+        if case.name in headed:
+            assert list(case.measured) == list(models.HEADED)
         assert not [m.note for m in case.measured.values() if m.note]
         assert all(len(m.values) == 2 for m in case.measured.values())
         assert case.ratio(INT8FX) == 1
@@ -320,9 +332,40 @@ def test_a_model_that_cannot_be_had_is_listed(monkeypatch):
         raise ModelError("no network\nadvice")
 
     monkeypatch.setattr(models, "load", load)
-    cases = list(models.models(settings()))
-    assert [case.subject for case in cases] == list(models.MODELS)
-    assert all(case.measured[INT8FX].note == "not run: no network" for case in cases)
+    for suite in (models.models, profile.profile):
+        cases = list(suite(settings()))
+        assert [case.subject for case in cases] == list(models.MODELS)
+        assert all(case.measured[INT8FX].note == "not run: no network" for case in cases)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("int8fx::quantize_rowwise", "quantisation"),
+        ("int8fx::linear_quantized", "products"),
+        ("mkldnn::_linear_pointwise", "products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("graph_0_cpp_fused__to_copy_add_mean_mul_pow_rsqrt_5", "norms"),
+        ("graph_0_cpp_fused_cat_neg_slice_transpose_view_1", "fused by Inductor"),
+        ("aten::view", "the rest"),
+    ],
+)
+def test_kernels_have_a_kind(kernel, kind):
+    assert profile.kind_of(kernel) == kind
+
+
+def test_a_profile_adds_up(tiny_lm):
+    cases = list(profile.profile(settings(quick=True)))
+    assert [case.name for case in cases] == [*profile.KINDS, profile.WHOLE]
+    for form in profile.PROFILED:
+        parts = [case.measured[form].values for case in cases]
+        assert all(len(values) == 3 for values in parts)
+        assert all(sum(round_[:-1]) == pytest.approx(round_[-1]) for round_ in zip(*parts, strict=True))
+    products_, quantisation = (
+        next(case for case in cases if case.name == kind) for kind in ("products", "quantisation")
+    )
+    assert all(min(products_.measured[form].values) > 0 for form in profile.PROFILED)
+    assert max(quantisation.measured[models.BFLOAT16].values) == 0
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -125,18 +125,28 @@ def test_tensors_elsewhere_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("capability", "vnni", "expected"),
+    ("capability", "has", "permitted", "expected"),
     [
-        ("DEFAULT", True, native.DEFAULT),
-        ("AVX2", True, native.AVX2),
-        ("AVX512", False, native.AVX2),
-        ("AVX512", True, native.AVX512_VNNI),
+        ("DEFAULT", ("avx512_vnni", "amx_int8"), True, native.DEFAULT),
+        ("AVX2", ("avx512_vnni", "amx_int8"), True, native.AVX2),
+        ("AVX512", (), True, native.AVX2),
+        ("AVX512", ("amx_int8",), True, native.AVX2),
+        ("AVX512", ("avx512_vnni",), True, native.AVX512_VNNI),
+        ("AVX512", ("avx512_vnni", "amx_int8"), False, native.AVX512_VNNI),
+        ("AVX512", ("avx512_vnni", "amx_int8"), True, native.AMX),
     ],
 )
-def test_instructions_are_those_of_the_cpu_and_within_torchs_own(monkeypatch, capability, vnni, expected):
+def test_instructions_are_those_of_the_cpu_and_within_torchs_own(monkeypatch, capability, has, permitted, expected):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": vnni})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(has, True))
+    monkeypatch.setattr(native, "_tiles_permitted", lambda: permitted)
     assert native.instruction_set() is expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a question to Linux")
+def test_tiles_are_permitted_only_where_there_are_any():
+    if not torch.cpu.get_capabilities().get("amx_int8", False):
+        assert not native._tiles_permitted()
 
 
 def test_the_command(extensions, compiler):
@@ -156,11 +166,23 @@ def test_the_command_says_why_it_failed(extensions, monkeypatch, capsys):
     assert "int8fx build: no C++ compiler: missing-compiler not found" in capsys.readouterr().err
 
 
-# The tile of AVX512-VNNI, without its instruction where this CPU has none.
-PORTABLE_VNNI = replace(native.AVX2, name="portable_vnni", flags=(*native.AVX2.flags, "-DINT8FX_TILE=VnniTile"))
+def portable(tile):
+    """The tile of an instruction set that this CPU may lack, in the form without its instructions."""
+    return replace(native.AVX2, name=f"portable_{tile}", flags=(*native.AVX2.flags, f"-DINT8FX_TILE={tile}"))
 
 
-@pytest.mark.parametrize("isa", [native.DEFAULT, PORTABLE_VNNI], ids=lambda isa: isa.name)
+@pytest.mark.parametrize("isa", [native.AVX512_VNNI, native.AMX], ids=lambda isa: isa.name)
+def test_kernels_compile_to_the_instructions_meant_for(isa, tmp_path):
+    """Which is all that can be known of them on a CPU without."""
+    instruction = {"avx512_vnni": "vpdpbusd", "amx": "tdpbssd"}[isa.name]
+    assembly = tmp_path / "kernels.s"
+    done = subprocess.run([*native.command(isa, assembly), "-O0", "-S"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:3000]
+    lines = assembly.read_text().splitlines()
+    assert any(instruction in line for line in lines)
+
+
+@pytest.mark.parametrize("isa", [native.DEFAULT, portable("VnniTile"), portable("AmxTile")], ids=lambda isa: isa.name)
 def test_kernels_for_other_instructions_pass_the_same_tests(isa):
     """In a process of its own: a process loads one library."""
     code = f"""

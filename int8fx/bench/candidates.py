@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import int8fx
 from int8fx.quantize import quantize_weight
+from int8fx.schemes import Scheme
 
 from .machine import missing
 
@@ -61,9 +62,9 @@ def inputs(M: int, K: int, outliers: int) -> Tensor:
     return x.bfloat16()
 
 
-def converted(threshold: float = 6.0) -> Callable[[nn.Linear], Layer]:
-    """Builds the layer that `int8fx.convert` makes; it runs eagerly."""
-    return lambda layer: int8fx.convert(layer, int8fx.llm_int8(threshold))
+def converted(scheme: Scheme | None = None) -> Callable[[nn.Linear], Layer]:
+    """Builds the layer that `int8fx.convert` makes by ``scheme``, its default if None; it runs eagerly."""
+    return lambda layer: int8fx.convert(layer, scheme or int8fx.llm_int8())
 
 
 def int8fx_op(layer: nn.Linear) -> Layer:

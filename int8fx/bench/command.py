@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import candidates, memory, models, plots, products, report
+from . import candidates, memory, models, plots, products, profile, report
 from .machine import describe, limits
 from .products import Settings
 from .timing import Case
@@ -19,9 +19,11 @@ from .timing import Case
 SUITES: dict[str, Callable[[Settings], Iterator[Case]]] = {
     "products": products.products,
     "outliers": products.outliers,
+    "schemes": products.schemes,
     "overhead": products.overhead,
     "scaling": products.scaling,
     "models": models.models,
+    "profile": profile.profile,
     "memory": memory.memory,
 }
 

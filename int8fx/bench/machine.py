@@ -22,7 +22,6 @@ from .timing import Measured, Work
 PEAK, READS = "int8 peak", "reads"
 SOURCE = Path(__file__).parent / "limits.cpp"
 PACKAGES = ("int8fx", "torch", "transformers", "bitsandbytes", "torchao", "onnxruntime", "auto-round-lib")
-_AMX = ("-mavx512f", "-mamx-tile", "-mamx-int8")
 _SECONDS = 0.005  # of a call that measures the peak: it fills a slice as products do, to meet the same neighbours
 _PARTS = 4  # of the buffer, read in turns, likewise
 
@@ -105,7 +104,7 @@ class Limits:
 def limits(threads: int, buffer: int | None = None) -> Limits:
     """The limits of ``threads`` threads, over a buffer of four last-level caches and at least 256 MiB.
 
-    Without a compiler, or where the system forbids the instructions, there are none, and `Limits.reason` says so.
+    Without a compiler there are none, and `Limits.reason` says so.
     """
     try:
         library = ctypes.CDLL(str(_build()))
@@ -121,8 +120,7 @@ def limits(threads: int, buffer: int | None = None) -> Limits:
     while seconds < _SECONDS:
         turns *= 2
         begin = time.perf_counter()
-        if not library.int8_multiply(turns, 1):
-            return Limits(threads, reason="the system does not permit AMX")
+        library.int8_multiply(turns, 1)
         seconds = time.perf_counter() - begin
     nbytes = max(4 * last_level_cache(), 256 << 20) if buffer is None else buffer
     return Limits(threads, turns, torch.ones(nbytes // 64 * 64, dtype=torch.int8), library)
@@ -131,9 +129,8 @@ def limits(threads: int, buffer: int | None = None) -> Limits:
 def _build() -> Path:
     """The library of `SOURCE` for this machine; compiled unless it is there, beside int8fx's own."""
     isa = native.instruction_set()
-    amx = isa.capability == "AVX512" and torch.cpu.get_capabilities().get("amx_int8", False)
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    flags = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", *(_AMX if amx else isa.flags)]
+    flags = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", *isa.flags]
     key = sha256("\0".join([*compiler, *flags, SOURCE.read_text()]).encode()).hexdigest()[:16]
     path = native.library(isa).parent.parent / f"int8fx_limits_{key}" / "limits.so"
     if not path.exists():

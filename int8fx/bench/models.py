@@ -24,6 +24,7 @@ BATCHES = (1, 8)  # of a decode step
 PROMPT, CACHE, NEW_TOKENS = 4, 256, 16  # tokens: before the first step, in the static cache, that generate() makes
 QUICK_LAYERS = 2
 HEAD_16, HEAD_8 = "lm_head in 16 bits", "lm_head converted"
+HEADED = (INT8FX, FLOAT32, BFLOAT16)  # whose forward is also timed with the logits of every token
 
 
 def load(name: str, layers: int | None = None) -> Any:
@@ -137,19 +138,26 @@ def models(settings: Settings) -> Iterator[Case]:
 
     The decoder and the head are compiled apart, so that one compilation of the decoder serves for both heads.
     """
+    for title, model in each_model(settings, "models"):
+        if isinstance(model, Case):
+            yield model
+        else:
+            yield from compare(settings, model, title)
+
+
+def each_model(settings: Settings, suite: str) -> Iterator[tuple[str, Any]]:
+    """A title and the model for each of `MODELS`, cut if quick; a case that says why in place of one that cannot be had."""
     from ..models import ModelError
 
+    layers = QUICK_LAYERS if settings.quick else None
     for name in MODELS:
-        layers = QUICK_LAYERS if settings.quick else None
-        settings.say(f"models: making {name}")
+        settings.say(f"{suite}: making {name}")
         try:
             model = load(name, layers)
         except ModelError as error:
             reason = str(error).split("\n")[0]
-            yield Case("models", "everything", INT8FX, {INT8FX: Measured(note=f"not run: {reason}")}, subject=name)
-            continue
-        title = f"{name}, {layers} layers" if layers else name
-        yield from compare(settings, model, title)
+            model = Case(suite, "everything", INT8FX, {INT8FX: Measured(note=f"not run: {reason}")}, subject=name)
+        yield f"{name}, {layers} layers" if layers else name, model
 
 
 def compare(settings: Settings, model: Any, title: str) -> Iterator[Case]:
@@ -179,7 +187,7 @@ def compare(settings: Settings, model: Any, title: str) -> Iterator[Case]:
 
 
 def forwards(contenders: dict[str, Contender], tokens: int) -> Iterator[tuple[str, dict[str, Work]]]:
-    """A forward of ``[1, tokens]``: the decoder, then with the logits of every token by either head."""
+    """A forward of ``[1, tokens]``: the decoder; of `HEADED`, also with the logits of every token by either head."""
     vocabulary = min(c.decoder.config.vocab_size for c in contenders.values())
     ids = torch.randint(0, vocabulary, (1, tokens))
     decoders = {label: c.compile(c.decoder) for label, c in contenders.items()}
@@ -189,7 +197,9 @@ def forwards(contenders: dict[str, Contender], tokens: int) -> Iterator[tuple[st
 
     yield f"forward, {tokens} tokens", {label: [lambda label=label: hidden(label)] for label in contenders}  # type: ignore[misc]
     for kind in (HEAD_16, HEAD_8):
-        heads = {label: c.compile(c.heads[kind]) for label, c in contenders.items()}
+        heads = {
+            label: contenders[label].compile(contenders[label].heads[kind]) for label in HEADED if label in contenders
+        }
         yield (
             f"forward, {kind}",
             {label: [lambda label=label, head=head: head(hidden(label))] for label, head in heads.items()},  # type: ignore[misc]

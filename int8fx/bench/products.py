@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+import int8fx
+
 from . import candidates
 from .candidates import CANDIDATES, OVERHEAD, Candidate, Layer, converted, inputs, linear
 from .machine import Limits, last_level_cache
@@ -21,6 +23,12 @@ COLD_ROWS = 4  # up to this M, time is reading the weight: each call takes anoth
 OUTLIERS = 6  # columns
 MAX_SIZE = 2048  # of M in the scaling suite
 NO_OUTLIERS = "threshold inf"
+SCHEMES = {
+    "llm_int8": int8fx.llm_int8(),
+    "llm_int8(inf)": int8fx.llm_int8(math.inf),
+    "rotated(budget=0)": int8fx.rotated(budget=0),
+    "rotated": int8fx.rotated(),
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ def outliers(settings: Settings) -> Iterator[Case]:
     for N, K in shapes:
         layers = _layers(N, K, rows)
         ours = candidates.build(Candidate("", converted()), layers)
-        plain = candidates.build(Candidate("", converted(math.inf)), layers)
+        plain = candidates.build(Candidate("", converted(int8fx.llm_int8(math.inf))), layers)
         for M in rows:
             few, some, every = (inputs(M, K, count) for count in (OUTLIERS, math.ceil(K / 100), K))
             work: dict[str, Work] = {
@@ -81,6 +89,19 @@ def outliers(settings: Settings) -> Iterator[Case]:
             }
             settings.say(f"outliers: [{N}, {K}], M = {M}")
             yield _case(settings, Case("outliers", f"[{N}, {K}]", NO_OUTLIERS, {}, M, N, K), work)
+
+
+def schemes(settings: Settings) -> Iterator[Case]:
+    """Each of `SCHEMES`, on inputs with six outlier columns."""
+    shapes, rows = settings.sizes()
+    for N, K in shapes:
+        layers = _layers(N, K, rows)
+        built = {name: candidates.build(Candidate(name, converted(scheme)), layers) for name, scheme in SCHEMES.items()}
+        for M in rows:
+            x = inputs(M, K, OUTLIERS)
+            settings.say(f"schemes: [{N}, {K}], M = {M}")
+            work = {name: _calls(of_scheme, x, M) for name, of_scheme in built.items()}
+            yield _case(settings, Case("schemes", f"[{N}, {K}]", "llm_int8", {}, M, N, K), work)
 
 
 def scaling(settings: Settings) -> Iterator[Case]:

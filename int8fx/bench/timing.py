@@ -47,7 +47,7 @@ class Measured:
 class Case:
     """What several candidates did, and how the machine was meanwhile.
 
-    suite: products, outliers, overhead, scaling, models or memory.
+    suite: a name of `command.SUITES`.
     name: what was measured, such as ``[4096, 4096]`` (N, K) or ``decode, batch 1``.
     subject: the model, if it is one.
     M, N, K: the sizes of a product, else None.

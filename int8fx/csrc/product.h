@@ -2,7 +2,7 @@
 //
 // The weight is read as it is stored, [N, K] codes. Three forms:
 //
-// blocked   M > FEW_ROWS. x is packed once, for the tiles of the instruction set. A task is BLOCK_M rows x NR channels:
+// blocked   M > FEW_ROWS. x is packed once, for the tiles of the instruction set. A task is BLOCK_M rows x NR channels at most:
 //           it packs its channels' codes, DEPTH of K at a time (which stay in the first-level cache while all its rows
 //           pass), sums tiles in int32, adds the residual of the kept columns in floating point, scales, stores.
 // few       M <= FEW_ROWS of rotated x. The same, but sums are made along K, from codes where they lie: time is reading
@@ -12,12 +12,13 @@
 //           dequantised on the way and multiplied in floating point, so the result is more exact than the scheme asks.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "epilogue.h"
 #include "lanes.h"
+#include "tile_amx.h"
 #include "tile_generic.h"
-
 #include "tile_vnni.h"
 #ifdef __AVX2__
 #include "tile_avx2.h"
@@ -27,6 +28,8 @@ namespace int8fx {
 
 #if defined(INT8FX_TILE)  // another one than the instruction set's own, for tests
 using Tile = INT8FX_TILE;
+#elif defined(__AMX_INT8__)
+using Tile = AmxTile;
 #elif defined(__AVX512VNNI__)
 using Tile = VnniTile;
 #elif defined(__AVX2__)
@@ -36,7 +39,6 @@ using Tile = GenericTile;
 #endif
 
 constexpr int64_t FEW_ROWS = 4;
-constexpr int64_t BLOCK_M = 96;
 constexpr int64_t DEPTH = 512;
 
 template <typename scalar_t>
@@ -72,6 +74,8 @@ struct Product {
  private:
   // ---- streamed ----------------------------------------------------------------------------------------------------
 
+  static constexpr int64_t WIDTH = 16;  // channels that a thread takes at a time
+
   template <int ROWS>
   void stream() const {
     const int64_t C = columns.size();
@@ -79,51 +83,63 @@ struct Product {
     load(x, rows.data(), ROWS * K);
     for (int r = 0; r < ROWS; ++r)
       for (int64_t c = 0; c < C; ++c) kept[r * C + c] = std::exchange(rows[r * K + columns[c]], T(0));
-    constexpr int64_t width = 16;
-    const int64_t grain = std::max<int64_t>(1, 32768 / (K * width + 1));
-    at::parallel_for(0, (N + width - 1) / width, grain, [&](int64_t begin, int64_t end) {
+    const int64_t grain = std::max<int64_t>(1, 32768 / (K * WIDTH + 1));
+    at::parallel_for(0, (N + WIDTH - 1) / WIDTH, grain, [&](int64_t begin, int64_t end) {
       std::vector<T> kept_weight(C);
-      T sums[ROWS][width], scale[width], bias[width] = {};
+      T sums[ROWS][WIDTH] = {}, scale[WIDTH], bias[WIDTH] = {};
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t n0 = block * width, count = std::min(width, N - n0);
-        load_any(weight_scale, n0, count, width, scale);
-        if (epilogue.bias.defined()) load_any(epilogue.bias, n0, count, width, bias);
-        for (int r = 0; r < ROWS; ++r)
-          for (int64_t n = 0; n < width; ++n) sums[r][n] = 0;
+        const int64_t n0 = block * WIDTH, count = std::min(WIDTH, N - n0);
+        load_any(weight_scale, n0, count, WIDTH, scale);
+        if (epilogue.bias.defined()) load_any(epilogue.bias, n0, count, WIDTH, bias);
+        dot_floats<ROWS>(rows.data(), n0, count, sums);
         for (int64_t n = 0; n < count; ++n) {
-          dot_float<ROWS>(rows.data(), weight + (n0 + n) * K, scale[n], &sums[0][n], width);
+          for (int r = 0; r < ROWS; ++r) sums[r][n] *= scale[n];
           if (C == 0) continue;
           load_any(columns_weight, (n0 + n) * C, C, C, kept_weight.data());
           for (int r = 0; r < ROWS; ++r)
             for (int64_t c = 0; c < C; ++c) sums[r][n] += kept[r * C + c] * kept_weight[c];
         }
-        for (int r = 0; r < ROWS; ++r) epilogue.store(sums[r], bias, r, n0, count, width, N, y);
+        for (int r = 0; r < ROWS; ++r) epilogue.store(sums[r], bias, r, n0, count, WIDTH, N, y);
       }
     });
   }
 
-  // sums[r] = sum_k(rows[r, k] * (w[k] * scale)), in several vectors of partial sums: additions take four cycles each.
+  // sums[r][n] = sum_k(rows[r, k] * weight[n0 + n, k]). Two channels at a time, in enough vectors of partial sums that
+  // additions (four cycles each) do not wait for each other; as many k at a time as the first-level cache holds of rows.
   template <int ROWS>
-  void dot_float(const T* rows, const int8_t* w, T scale, T* sums, int64_t stride) const {
-    constexpr int L = Lanes<T>::N, PARTS = ROWS == 1 ? 4 : 2;
+  void dot_floats(const T* rows, int64_t n0, int64_t count, T (&sums)[ROWS][WIDTH]) const {
+    constexpr int L = Lanes<T>::N, PARTS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
+    constexpr int64_t STEP = PARTS * L, AT_ONCE = 4096 / ROWS / STEP * STEP;
     using V = typename Lanes<T>::V;
-    V partial[ROWS][PARTS] = {};
-    int64_t k = 0;
-    for (; k + PARTS * L <= K; k += PARTS * L)
+    V partial[WIDTH][ROWS][PARTS] = {};
+    const int64_t whole = K / STEP * STEP;
+    for (int64_t k0 = 0; k0 < whole; k0 += AT_ONCE)
+      for (int64_t n = 0; n < count; n += 2) {
+        const int8_t* w[2] = {weight + (n0 + n) * K, weight + (n0 + std::min(n + 1, count - 1)) * K};
+        V two[2][ROWS][PARTS];
+        std::memcpy(two, partial[n], sizeof two);
+        for (int64_t k = k0; k < std::min(whole, k0 + AT_ONCE); k += STEP)
 #pragma GCC unroll 4
-      for (int part = 0; part < PARTS; ++part) {
-        const V value = widen<T>(w + k + part * L) * scale;
+          for (int part = 0; part < PARTS; ++part) {
+            const V value[2] = {widen<T>(w[0] + k + part * L), widen<T>(w[1] + k + part * L)};
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) partial[r][part] += *(const V*)(rows + r * K + k + part * L) * value;
+            for (int r = 0; r < ROWS; ++r) {
+              const V row = *(const V*)(rows + r * K + k + part * L);
+              two[0][r][part] += row * value[0];
+              two[1][r][part] += row * value[1];
+            }
+          }
+        std::memcpy(partial[n], two, sizeof two);
       }
-    for (int r = 0; r < ROWS; ++r) {
-      V all = partial[r][0];
-      for (int part = 1; part < PARTS; ++part) all += partial[r][part];
-      T sum = 0;
-      for (int i = 0; i < L; ++i) sum += all[i];
-      for (int64_t rest = k; rest < K; ++rest) sum += rows[r * K + rest] * (T(w[rest]) * scale);
-      sums[r * stride] = sum;
-    }
+    for (int64_t n = 0; n < count; ++n)
+      for (int r = 0; r < ROWS; ++r) {
+        V all = partial[n][r][0];
+        for (int part = 1; part < PARTS; ++part) all += partial[n][r][part];
+        T sum = 0;
+        for (int i = 0; i < L; ++i) sum += all[i];
+        for (int64_t k = whole; k < K; ++k) sum += rows[r * K + k] * T(weight[(n0 + n) * K + k]);
+        sums[r][n] = sum;
+      }
   }
 
   // ---- blocked, few ------------------------------------------------------------------------------------------------
@@ -150,8 +166,10 @@ struct Product {
             p.kept[(tile * C + c) * MR + m] = m < rows ? static_cast<T>(x[(m0 + m) * K + kept_column(c)]) : T(0);
       }
     });
-    const int64_t panels = (N + NR - 1) / NR, blocks = (tiles * MR + BLOCK_M - 1) / BLOCK_M;
-    const int64_t block_tiles = (tiles + blocks - 1) / blocks;  // blocks of one size: threads get as many each
+    const int64_t panels = (N + NR - 1) / NR, tasks = 2 * at::get_num_threads();  // at least, or threads would wait
+    const int64_t wanted = std::max((tiles * MR + Tile::BLOCK_M - 1) / Tile::BLOCK_M, (tasks + panels - 1) / panels);
+    const int64_t block_tiles = (tiles + wanted - 1) / wanted;  // blocks of one size: threads get as many each
+    const int64_t blocks = (tiles + block_tiles - 1) / block_tiles;
     const int64_t grain = few ? std::max<int64_t>(1, 32768 / (K * NR + 1)) : 1;
     at::parallel_for(0, blocks * panels, grain, [&](int64_t begin, int64_t end) {
       Scratch scratch;
@@ -171,8 +189,9 @@ struct Product {
   };
 
   struct Scratch {
-    alignas(64) int32_t sums[BLOCK_M * Tile::NR];
-    alignas(64) T residual[BLOCK_M * Tile::NR];
+    [[no_unique_address]] typename Tile::Setup setup;
+    alignas(64) int32_t sums[Tile::BLOCK_M * Tile::NR];
+    alignas(64) T residual[Tile::BLOCK_M * Tile::NR];
     alignas(64) typename Tile::W w[Tile::panel_size(DEPTH)];
     alignas(64) T kept[DEPTH * Tile::NR];
   };
@@ -204,16 +223,17 @@ struct Product {
   // kept[i][n]: the weight of kept column c + i in channel n0 + n, 0 where there is none.
   void keep(int64_t c, int64_t depth, int64_t n0, int64_t count, const T* scale, const Packed& p, T* kept) const {
     constexpr int NR = Tile::NR;
-    const int64_t of_call = outliers.size(), of_calls = columns.size();
+    const int64_t of_call = outliers.size(), of_calls = columns.size(), first = std::clamp<int64_t>(of_call - c, 0, depth);
+    T row[DEPTH];  // of columns_weight
     for (int64_t i = 0; i < depth; ++i)
       for (int64_t n = count; n < NR; ++n) kept[i * NR + n] = T(0);
     for (int64_t n = 0; n < count; ++n) {
-      int64_t i = 0;
-      for (; i < depth && c + i < of_call; ++i)
+      for (int64_t i = 0; i < first; ++i)
         kept[i * NR + n] = p.rotated != nullptr ? p.rotated[(n0 + n) * of_call + c + i]
                                                 : T(weight[(n0 + n) * K + outliers[c + i]]) * scale[n];
-      for (; i < depth; ++i)
-        load_any(columns_weight, (n0 + n) * of_calls + c + i - of_call, 1, 1, &kept[i * NR + n]);
+      if (first == depth) continue;
+      load_any(columns_weight, (n0 + n) * of_calls + c + first - of_call, depth - first, depth - first, row);
+      for (int64_t i = first; i < depth; ++i) kept[i * NR + n] = row[i - first];
     }
   }
 
@@ -267,17 +287,20 @@ struct Product {
   // sums[MR, NR] (+)= x[depth, MR].T @ w[depth, NR]
   static void add_residual(int64_t depth, const T* x, const T* w, T* sums, bool first) {
     constexpr int MR = Tile::MR, NR = Tile::NR, L = Lanes<T>::N, VECTORS = NR / L;
+    constexpr int ROWS = MR % 8 == 0 ? 8 : MR;  // as many sums as there are registers for
     using V = typename Lanes<T>::V;
-    V acc[MR][VECTORS];
-    for (int m = 0; m < MR; ++m)
-      for (int v = 0; v < VECTORS; ++v) acc[m][v] = first ? V{} : *(const V*)(sums + m * NR + v * L);
-    for (int64_t i = 0; i < depth; ++i, x += MR, w += NR)
+    for (int m0 = 0; m0 < MR; m0 += ROWS, sums += ROWS * NR) {
+      V acc[ROWS][VECTORS];
+      for (int m = 0; m < ROWS; ++m)
+        for (int v = 0; v < VECTORS; ++v) acc[m][v] = first ? V{} : *(const V*)(sums + m * NR + v * L);
+      for (int64_t i = 0; i < depth; ++i)
 #pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m)
+        for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) acc[m][v] += x[m] * *(const V*)(w + v * L);
-    for (int m = 0; m < MR; ++m)
-      for (int v = 0; v < VECTORS; ++v) *(V*)(sums + m * NR + v * L) = acc[m][v];
+          for (int v = 0; v < VECTORS; ++v) acc[m][v] += x[i * MR + m0 + m] * *(const V*)(w + i * NR + v * L);
+      for (int m = 0; m < ROWS; ++m)
+        for (int v = 0; v < VECTORS; ++v) *(V*)(sums + m * NR + v * L) = acc[m][v];
+    }
   }
 };
 

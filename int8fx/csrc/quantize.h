@@ -12,7 +12,10 @@
 #include <limits>
 #include <mutex>
 #include <type_traits>
+#include <utility>
 #include <vector>
+
+#include "lanes.h"
 
 namespace int8fx {
 
@@ -76,6 +79,41 @@ void mark_outliers(const scalar_t* x, int64_t M, int64_t K, double threshold, bo
   });
 }
 
+// One step of the butterflies inside a vector: (a, b) -> (a + b, a - b) for all lanes h apart.
+template <int h, typename T, size_t... I>
+inline typename Lanes<T>::V butterfly(const typename Lanes<T>::V& v, std::index_sequence<I...>) {
+  constexpr typename Lanes<T>::V signs = {((I & h) ? T(-1) : T(1))...};
+  return __builtin_shufflevector(v, v, int(I ^ h)...) + v * signs;
+}
+
+// A block of n = 64 in registers.
+template <typename T>
+inline void rotate_64(T* block) {
+  constexpr int L = Lanes<T>::N, VECTORS = 64 / L;
+  using V = typename Lanes<T>::V;
+  constexpr std::make_index_sequence<L> lanes;
+  V v[VECTORS];
+#pragma GCC unroll 32
+  for (int i = 0; i < VECTORS; ++i) {
+    v[i] = *(const V*)(block + i * L);
+    v[i] = butterfly<1, T>(v[i], lanes);
+    if constexpr (L > 2) v[i] = butterfly<2, T>(v[i], lanes);
+    if constexpr (L > 4) v[i] = butterfly<4, T>(v[i], lanes);
+    if constexpr (L > 8) v[i] = butterfly<8, T>(v[i], lanes);
+  }
+#pragma GCC unroll 8
+  for (int h = 1; h < VECTORS; h *= 2)
+#pragma GCC unroll 32
+    for (int i = 0; i < VECTORS; ++i)
+      if ((i & h) == 0) {
+        const V a = v[i], b = v[i + h];
+        v[i] = a + b;
+        v[i + h] = a - b;
+      }
+#pragma GCC unroll 32
+  for (int i = 0; i < VECTORS; ++i) *(V*)(block + i * L) = v[i] * T(0.125);
+}
+
 // quantize.rotate in place: blocks of `block` columns, then the powers of two that the rest is made of. Sums are made in
 // that function's order, so the results are its results, bit for bit.
 template <typename T>
@@ -83,6 +121,10 @@ inline void rotate_row(T* row, int64_t K, int64_t block) {
   for (int64_t n = block; n > 0; n /= 2) {
     const T norm = static_cast<T>(std::pow(static_cast<double>(n), -0.5));
     for (; n <= K; row += n, K -= n) {
+      if (n == 64) {
+        rotate_64(row);
+        continue;
+      }
       for (int64_t h = 1; h < n; h *= 2)
         for (int64_t i = 0; i < n; i += 2 * h)
           for (int64_t j = i; j < i + h; ++j) {

@@ -15,9 +15,10 @@
 namespace int8fx {
 
 struct Avx2Tile {
-  static constexpr int MR = 6, NR = 16, KG = 2, FLIP = 0;
+  static constexpr int MR = 6, NR = 16, KG = 2, FLIP = 0, BLOCK_M = 96;
   using X = int16_t;
   using W = int16_t;
+  struct Setup {};
 
   static constexpr int64_t panel_size(int64_t k) { return (k + 1) / 2 * 2 * NR; }
 

@@ -3,6 +3,8 @@
 //   y[MR, NR] += x[MR, k] @ w[NR, k].T in int32, over groups of KG neighbouring k, of operands packed as
 //   x  [k / KG][MR][KG]  of X: code ^ FLIP, 0 ^ FLIP where there is no k
 //   w  [k / KG][NR][KG]  of W: code, 0 where there is no channel or no k; `panel_size(k)` of them
+//
+// by a thread that holds a `Setup`. A panel of w serves at most BLOCK_M rows before it is made again.
 #pragma once
 
 #include <cstdint>
@@ -23,9 +25,10 @@ inline void pack_rows(const int8_t* codes, int64_t stride, int64_t rows, int64_t
 }
 
 struct GenericTile {
-  static constexpr int MR = 4, NR = 16, KG = 1, FLIP = 0;
+  static constexpr int MR = 4, NR = 16, KG = 1, FLIP = 0, BLOCK_M = 96;
   using X = int16_t;
   using W = int16_t;
+  struct Setup {};
 
   static constexpr int64_t panel_size(int64_t k) { return k * NR; }
 

@@ -21,9 +21,12 @@
 namespace int8fx {
 
 struct VnniTile {
-  static constexpr int MR = 12, NR = 32, KG = 4, FLIP = 0x80;
+  static constexpr int MR = 12, NR = 32, KG = 4, FLIP = 0x80, BLOCK_M = 96;
   using X = uint8_t;
   using W = int8_t;
+  struct Setup {};
+  typedef int32_t Vector __attribute__((vector_size(64), aligned(4), may_alias));
+  typedef uint8_t Bytes __attribute__((vector_size(64), may_alias));
 
   static constexpr int64_t panel_size(int64_t k) { return NR * 4 + (k + KG - 1) / KG * KG * NR; }
 
@@ -69,20 +72,6 @@ struct VnniTile {
       for (int half = 0; half < 2; ++half) *(Vector*)(y + m * NR + half * 16) = sums[m][half];
   }
 
- private:
-  typedef int32_t Vector __attribute__((vector_size(64), aligned(4), may_alias));
-  typedef uint8_t Bytes __attribute__((vector_size(64), may_alias));
-
-  // sum[i] += sum_j(x[4 * i + j] * w[4 * i + j])
-  static inline Vector dot(Vector sum, Bytes x, const int8_t* w) {
-#ifdef __AVX512VNNI__
-    return (Vector)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, _mm512_loadu_si512(w));
-#else
-    for (int i = 0; i < 64; ++i) sum[i / 4] += int32_t(x[i]) * int32_t(w[i]);
-    return sum;
-#endif
-  }
-
   // 16 channels x 64 codes -> 16 groups of k x 16 channels x 4 codes, 128 bytes apart: a 16 x 16 transpose of int32, by
   // four rounds that interleave row i with row i + 8.
   static void transpose_16x64(const int8_t* w, int64_t stride, int8_t* out) {
@@ -103,6 +92,17 @@ struct VnniTile {
     }
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) std::memcpy(out + i * 128, &a[i], 64);
+  }
+
+ private:
+  // sum[i] += sum_j(x[4 * i + j] * w[4 * i + j])
+  static inline Vector dot(Vector sum, Bytes x, const int8_t* w) {
+#ifdef __AVX512VNNI__
+    return (Vector)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, _mm512_loadu_si512(w));
+#else
+    for (int i = 0; i < 64; ++i) sum[i / 4] += int32_t(x[i]) * int32_t(w[i]);
+    return sum;
+#endif
   }
 };
 
