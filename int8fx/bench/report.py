@@ -20,7 +20,7 @@ TITLES = {
     "overhead": "Overhead of a call: us, and what is beyond F.linear; the best of the rounds above the median",
     "scaling": "Scaling of int8fx: best / median ms, shares of this machine's limits",
     "models": "Models: ms, and as multiples of int8fx's time; the best of the rounds above the median",
-    "profile": "Profile of a compiled forward: ms by kind of kernel, and as multiples of int8fx's time; the best above the median",
+    "profile": "Profiles of compiled forwards: ms by kind of kernel, and as multiples of int8fx's; best above median",
     "memory": "Memory: MB, and as multiples of codes + scales + rest, or of bfloat16's peak",
 }
 COLUMNS = (
