@@ -236,6 +236,24 @@ def intra_op_threads(request):
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("M", [1, 4, 5, 200])
+def test_the_number_of_threads_changes_no_bit(kernels, M):
+    """Sizes that are split among threads: rows, channels, and both."""
+    p = problem(M, 512, 700, outliers="some", dtype=torch.float32, seed=M)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(ops.linear(*p))
+    finally:
+        torch.set_num_threads(before)
+    assert_within_budget(found[0], *p)
+    if kernels == "native":
+        assert all(torch.equal(found[0], y) for y in found[1:])
+    for y in found[1:]:
+        assert_within_budget(y, *p)
+
+
 def test_eight_threads_give_bit_equal_results(intra_op_threads):
     g = generator(11)
     experts = tuple(

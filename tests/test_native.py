@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_within_budget, problem
 
 from int8fx import native, ops
 
@@ -113,6 +114,27 @@ else:
 """
     environment = os.environ | {"CXX": "missing-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "problem.pt")], env=environment, check=True)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_a_process_held_to_fewer_instructions_gives_the_same_answers(tmp_path, capability):
+    """As torch and oneDNN are held to them; few rows and many."""
+    few, many = (problem(M, 300, 21, outliers="some", seed=M) for M in (1, 9))
+    torch.save([tuple(few), tuple(many)], tmp_path / "problems.pt")
+    code = """
+import sys, torch
+from int8fx import native, ops
+torch.save([ops.linear(*problem) for problem in torch.load(sys.argv[1])], sys.argv[2])
+assert native.load()
+print(native.instruction_set().name)
+"""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    command = [sys.executable, "-c", code, str(tmp_path / "problems.pt"), str(tmp_path / "found.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [capability]
+    for p, y in zip((few, many), torch.load(tmp_path / "found.pt"), strict=True):
+        assert_within_budget(y, *p)
 
 
 def test_tensors_elsewhere_are_refused():

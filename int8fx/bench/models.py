@@ -146,7 +146,7 @@ def models(settings: Settings) -> Iterator[Case]:
 
 
 def each_model(settings: Settings, suite: str) -> Iterator[tuple[str, Any]]:
-    """A title and the model for each of `MODELS`, cut if quick; in place of one that cannot be had, a case that says why."""
+    """Title and model for each of `MODELS`, cut if quick; a case that says why in place of what cannot be had."""
     from ..models import ModelError
 
     layers = QUICK_LAYERS if settings.quick else None

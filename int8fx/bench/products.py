@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import int8fx
+from int8fx.schemes import Scheme
 
 from . import candidates
 from .candidates import CANDIDATES, OVERHEAD, Candidate, Layer, converted, inputs, linear
@@ -23,7 +24,7 @@ COLD_ROWS = 4  # up to this M, time is reading the weight: each call takes anoth
 OUTLIERS = 6  # columns
 MAX_SIZE = 2048  # of M in the scaling suite
 NO_OUTLIERS = "threshold inf"
-SCHEMES = {
+SCHEMES: dict[str, Scheme] = {
     "llm_int8": int8fx.llm_int8(),
     "llm_int8(inf)": int8fx.llm_int8(math.inf),
     "rotated(budget=0)": int8fx.rotated(budget=0),
