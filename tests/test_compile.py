@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,12 +24,15 @@ from unittest import mock
 
 import models
 import pytest
+import tiny_models
 import torch
 import torch.nn.functional as F
 from helpers import activation, generator, unit_roundoff
 from models import HIDDEN, Inputs
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
+from transformers import LlamaModel
 
 import int8fx
 from int8fx import reference
@@ -505,6 +510,33 @@ def test_eight_threads_get_the_bits_that_one_gets(start, empty_cache):
     assert len({tuple(outlier_mask(x, 6.0).tolist()) for x in xs}) > 1
     for ys, y in zip(found, expected, strict=True):
         assert all(torch.equal(y, again) for again in ys)
+
+
+def _launches(layers: int) -> Counter[str]:
+    """What the code that Inductor writes for a decoder calls, by name; its own kernels by whether they hold a norm."""
+    config = tiny_models.lm_config()
+    config.num_hidden_layers = layers
+    decoder = int8fx.convert(LlamaModel(config).bfloat16().eval())
+    compiled = torch.compile(decoder, fullgraph=True)
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(lambda: compiled(input_ids=torch.arange(16)[None], use_cache=False))
+    calls = re.findall(
+        r"= torch\.ops\.([\w.]+)\.default\(|^ +(?:\w+\.)?(cpp_fused\w*)\(", code.split("def call(")[1], re.M
+    )
+    return Counter(op or ("norm" if "rsqrt" in kernel else "other kernel") for op, kernel in calls)
+
+
+def test_a_layer_is_so_many_kernels(no_graphs_from_caches):
+    """One quantisation for q, k and v, one for gate and up; bias, SiLU, gate and residual adds leave no kernel."""
+    two, three = _launches(2), _launches(3)
+    assert three - two == {
+        "int8fx.quantize_rowwise": 2,
+        "int8fx.linear_quantized": 5,
+        "int8fx.linear": 2,  # o_proj and down_proj with their residual adds
+        "aten._scaled_dot_product_flash_attention_for_cpu": 1,
+        "norm": 2,
+        "other kernel": 2,  # rotary embeddings of q and of k
+    }
 
 
 def test_the_backend_named_int8fx_brings_the_passes_along(no_graphs_from_caches):
