@@ -223,14 +223,14 @@ class Bound:
         return error + output_rounding(y.abs() + error, dtype)
 
 
-FEW_ROWS = 4  # up to which the C++ kernels multiply in floating point (csrc/product.h)
+STREAMED_ROWS = 4  # up to which the C++ kernels multiply in floating point (csrc/product.h)
 
 
 def kernels_linear(
     x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None, threshold: float = 6.0
 ) -> Tensor:
     """`reference.linear` as the kernels compute it: what they do more exactly for few rows is done so here as well."""
-    few = math.prod(x.shape[:-1]) <= FEW_ROWS
+    few = math.prod(x.shape[:-1]) <= STREAMED_ROWS
     return reference.linear(x, codes, scale, bias, 0.0 if few else threshold)
 
 
@@ -241,7 +241,7 @@ def slices_of(x: Tensor) -> int:
     at once at least (8 in float64), a rest of less than two vectors, and the sum of the sums.
     """
     K, M = x.shape[-1], math.prod(x.shape[:-1]) if x.dim() < 3 else min(math.prod(x.shape[:-1]), x.shape[-2])
-    return math.ceil(K / 1040) if M > FEW_ROWS else math.ceil(K / 8) + 32
+    return math.ceil(K / 1040) if M > STREAMED_ROWS else math.ceil(K / 8) + 32
 
 
 def rotation_error(z: Tensor, block: int, ct: torch.dtype) -> Tensor:

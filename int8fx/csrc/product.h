@@ -2,14 +2,15 @@
 //
 // The weight is read as it is stored, [N, K] codes. Three forms:
 //
-// blocked   M > FEW_ROWS. x is packed once, for the tiles of the instruction set. A task is BLOCK_M rows x NR channels at most:
+// streamed  M <= STREAMED_ROWS, not rotated. Time is reading the weight and arithmetic is free: activations are not
+//           quantised at all. Codes become floats on the way, so the result is more exact than the scheme asks.
+// few       M <= FEW_ROWS. Sums are made along K, of codes where they lie: packing them would cost more than it saves.
+// blocked   more. x is packed once, for the tiles of the instruction set. A task is at most BLOCK_M rows x NR channels:
 //           it packs its channels' codes, DEPTH of K at a time (which stay in the first-level cache while all its rows
-//           pass), sums tiles in int32, adds the residual of the kept columns in floating point, scales, stores.
-// few       M <= FEW_ROWS of rotated x. The same, but sums are made along K, from codes where they lie: time is reading
-//           the weight. Integers and the rest of the arithmetic are those of the blocked form, so that a row's result
-//           does not depend on how many others there are.
-// streamed  M <= FEW_ROWS, not rotated. Arithmetic is free here: activations are not quantised at all. Codes are
-//           dequantised on the way and multiplied in floating point, so the result is more exact than the scheme asks.
+//           pass), and sums tiles.
+//
+// The last two sum in int32, add the residual of the kept columns in floating point, scale and store: all in one order,
+// so that a row's result does not depend on how many others there are.
 #pragma once
 
 #include <algorithm>
@@ -38,7 +39,7 @@ using Tile = Avx2Tile;
 using Tile = GenericTile;
 #endif
 
-constexpr int64_t FEW_ROWS = 4;
+constexpr int64_t STREAMED_ROWS = 4, FEW_ROWS = 8;
 constexpr int64_t DEPTH = 512;
 
 template <typename scalar_t>
@@ -58,7 +59,7 @@ struct Product {
   scalar_t* y;  // [M, N]
   int64_t M, N, K;
 
-  static bool streamed(int64_t M, int64_t block) { return M <= FEW_ROWS && block == 1; }
+  static bool streamed(int64_t M, int64_t block) { return M <= STREAMED_ROWS && block == 1; }
 
   void run() const {
     if (M == 0 || N == 0) return;
@@ -142,7 +143,7 @@ struct Product {
       }
   }
 
-  // ---- blocked, few ------------------------------------------------------------------------------------------------
+  // ---- few, blocked ------------------------------------------------------------------------------------------------
 
   void blocked() const {
     constexpr int MR = Tile::MR, NR = Tile::NR, KG = Tile::KG;
@@ -167,7 +168,8 @@ struct Product {
       }
     });
     const int64_t panels = (N + NR - 1) / NR, tasks = 2 * at::get_num_threads();  // at least, or threads would wait
-    const int64_t wanted = std::max((tiles * MR + Tile::BLOCK_M - 1) / Tile::BLOCK_M, (tasks + panels - 1) / panels);
+    const int64_t by_size = (tiles * MR + Tile::BLOCK_M - 1) / Tile::BLOCK_M, by_threads = (tasks + panels - 1) / panels;
+    const int64_t wanted = few ? 1 : std::max(by_size, by_threads);
     const int64_t block_tiles = (tiles + wanted - 1) / wanted;  // blocks of one size: threads get as many each
     const int64_t blocks = (tiles + block_tiles - 1) / block_tiles;
     const int64_t grain = few ? std::max<int64_t>(1, 32768 / (K * NR + 1)) : 1;
@@ -246,13 +248,15 @@ struct Product {
 
     if (p.few) {
       const auto* rows = static_cast<const int16_t*>(p.x);
-      for (int64_t n = 0; n < count; ++n) {
-        const int8_t* w = weight + (n0 + n) * K;
-        if (M == 1) dot<1>(rows, K, w, s.sums + n, NR);
-        if (M == 2) dot<2>(rows, K, w, s.sums + n, NR);
-        if (M == 3) dot<3>(rows, K, w, s.sums + n, NR);
-        if (M == 4) dot<4>(rows, K, w, s.sums + n, NR);
-      }
+      for (int64_t m = 0; m < M; m += 4)  // the panel's codes stay in the second-level cache
+        for (int64_t n = 0; n < count; ++n) {
+          const int8_t* w = weight + (n0 + n) * K;
+          int32_t* sums = s.sums + m * NR + n;
+          if (M - m == 1) dot<1>(rows + m * K, K, w, sums, NR);
+          if (M - m == 2) dot<2>(rows + m * K, K, w, sums, NR);
+          if (M - m == 3) dot<3>(rows + m * K, K, w, sums, NR);
+          if (M - m >= 4) dot<4>(rows + m * K, K, w, sums, NR);
+        }
       for (int64_t m = 0; m < M; ++m)
         for (int64_t n = count; n < NR; ++n) s.sums[m * NR + n] = 0;
     } else {
