@@ -97,44 +97,54 @@ def tiles(dtype: torch.dtype, target: str, epilogue: bool) -> list[Config]:
 
 
 def int8_matmul(
-    M: int, N: int, E: int, dtype: torch.dtype, epilogue: bool, target: str, processors: int
+    M: int, N: int, K: int, E: int, dtype: torch.dtype, epilogue: bool, target: str, processors: int
 ) -> tuple[Config, ...]:
-    """Candidates for `int8_matmul`, best guess first: the largest tile that still gives every processor a program."""
+    """Candidates for `int8_matmul`, best guess first: the largest tile that still gives every processor a program.
+
+    Where none does, K is split under the smallest one until three quarters of the processors have a program.
+    ``dtype``: that x and the columns which stay in 16 bits are multiplied in.
+    """
     configs = tiles(dtype, target, epilogue)
 
     def programs(c: Config) -> int:
         return triton.cdiv(M, c.BLOCK_M) * triton.cdiv(N, c.BLOCK_N) * E
 
     guess = next((c for c in configs if programs(c) >= processors), configs[-1])
+    while 4 * programs(guess) * guess.SPLIT_K < 3 * processors and may_split(guess, K):
+        guess = replace(guess, SPLIT_K=2 * guess.SPLIT_K)
     near = [c for c in configs if c != guess and programs(c) >= processors // 2]
     return guess, *near[-2:]
+
+
+def may_split(config: Config, K: int) -> bool:
+    """Whether K may be split once more: each part keeps at least four K blocks."""
+    return config.SPLIT_K < MOST_SPLITS and 8 * config.SPLIT_K * config.BLOCK_K <= K
 
 
 def few_rows(M: int, N: int, K: int, E: int, dtype: torch.dtype, target: str, processors: int) -> tuple[Config, ...]:
     """Candidates for `fused_linear` and `weight_only`: K is split until every processor has a program.
 
-    Each part keeps at least four K blocks. The second candidate splits once more.
+    The second candidate splits once more.
     """
     table = FEW_ROWS["hip" if target.startswith("gfx") else "cuda"]
     table = FEW_ROWS_FLOAT32 if dtype == torch.float32 else table
     rows = next((rows for rows in table if rows >= M), max(table))
     config = Config(*table[rows])
     programs = triton.cdiv(M, rows) * triton.cdiv(N, config.BLOCK_N) * E
-
-    def may_split(split: int) -> bool:
-        return split < MOST_SPLITS and 8 * split * config.BLOCK_K <= K
-
-    split = 1
-    while programs * split < processors and may_split(split):
-        split *= 2
-    guess = replace(config, SPLIT_K=split)
-    return (guess, replace(config, SPLIT_K=2 * split)) if may_split(split) else (guess,)
+    while programs * config.SPLIT_K < processors and may_split(config, K):
+        config = replace(config, SPLIT_K=2 * config.SPLIT_K)
+    return (config, replace(config, SPLIT_K=2 * config.SPLIT_K)) if may_split(config, K) else (config,)
 
 
-def workspace(config: Config, N: int, tiles: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Room for the parts of a split K loop, and a counter per tile that starts at 0; nothing without a split."""
+def workspace(
+    config: Config, N: int, tiles: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor | None, Tensor | None]:
+    """Room for the parts of a split K loop, and a counter per tile that starts at 0; nothing without a split.
+
+    tiles: how many there are for one tile of N.
+    """
     if config.SPLIT_K == 1:
         return None, None
     tiles *= triton.cdiv(N, config.BLOCK_N)
-    partial = torch.empty(tiles, config.SPLIT_K, config.BLOCK_M, config.BLOCK_N, dtype=torch.float32, device=device)
+    partial = torch.empty(tiles, config.SPLIT_K, config.BLOCK_M, config.BLOCK_N, dtype=dtype, device=device)
     return partial, torch.zeros(tiles, dtype=torch.int32, device=device)

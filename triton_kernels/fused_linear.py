@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .epilogue import finish
+from .epilogue import finish, scale_channels
 from .quantize_rowwise import row_scale
 from .split_k import arrive, collect, k_range
 from .tuning import fastest
@@ -65,19 +65,13 @@ def _fused_linear_kernel(
         weight_ptrs += BLOCK_K * stride_wk
 
     rows = e.to(tl.int64) * rows_per_weight + m
-    if SPLIT_K == 1:
-        finish(
-            acc, weight_scale_ptr, bias_ptr, other_ptr, y_ptr, rows, m < end, n, N, e, stride_om, stride_on,
-            ACTIVATION, BINARY,
-        )  # fmt: skip
-    else:
+    if SPLIT_K > 1:
         tile = e * tl.num_programs(0) + tile_n
-        if arrive(acc, m < end, partial_ptr, counter_ptr, tile, split, BLOCK_M, BLOCK_N, SPLIT_K):
-            acc = collect(partial_ptr, m < end, tile, BLOCK_M, BLOCK_N, SPLIT_K)
-            finish(
-                acc, weight_scale_ptr, bias_ptr, other_ptr, y_ptr, rows, m < end, n, N, e, stride_om, stride_on,
-                ACTIVATION, BINARY,
-            )  # fmt: skip
+        if not arrive(acc, m < end, partial_ptr, counter_ptr, tile, split, BLOCK_M, BLOCK_N, SPLIT_K):
+            return
+        acc = collect(partial_ptr, m < end, tile, BLOCK_M, BLOCK_N, SPLIT_K)
+    acc = scale_channels(acc, weight_scale_ptr, n, N, e)
+    finish(acc, bias_ptr, other_ptr, y_ptr, rows, m < end, n, N, e, stride_om, stride_on, ACTIVATION, BINARY)
 
 
 def fused_linear(
