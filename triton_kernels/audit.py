@@ -15,7 +15,16 @@ from typing import Any
 import torch
 
 from . import configs, cost_model
-from .assembly import ASYNC_COPY, FLOAT_MATRIX, INT8_MATRIX, TARGETS, WIDE_LOAD, Machine, compile_kernel
+from .assembly import (
+    ASYNC_COPY,
+    FLOAT_MATRIX,
+    FLOAT_MATRIX_NAME,
+    INT8_MATRIX,
+    TARGETS,
+    WIDE_LOAD,
+    Machine,
+    compile_kernel,
+)
 from .fused_linear import _fused_linear_kernel
 from .int8_matmul import _int8_matmul_kernel
 from .outliers import BLOCK_O, _extract_kernel, _gather_kernel, _mask_kernel
@@ -60,7 +69,7 @@ class Variant:
         kernel = _KERNELS[self.kernel]
         options = self.config.kernel_options()
         warps, stages = options.pop("num_warps"), options.pop("num_stages")
-        constants = {**options, "SPLIT_K": self.config.SPLIT_K, **dict(self.constants)}
+        constants = {**options, "SPLIT_K": self.config.SPLIT_K, "ROWS": self.config.BLOCK_M, **dict(self.constants)}
         return compile_kernel(kernel, arguments(kernel, self.dtype, **constants), target, warps, stages)
 
     @property
@@ -103,10 +112,15 @@ def shipped(target: str) -> Iterator[Variant]:
     for row in configs.INT8_MATMUL[target]:
         yield Variant("int8_matmul", configs.Config(*row), "bf16", _PLAIN)
         yield Variant("int8_matmul", configs.Config(*row), "bf16", _kept("bf16"), "kept")
-    for row in configs.FEW_ROWS[backend].values():
+    for rows, row in configs.FEW_ROWS[backend].items():
         for kernel in ("fused_linear", "weight_only"):
-            yield Variant(kernel, configs.Config(*row, SPLIT_K=4), "bf16", _PLAIN)
+            yield Variant(kernel, configs.Config(*row, SPLIT_K=4), "bf16", (*_PLAIN, *_rows(rows)))
     yield _rotated(64)
+
+
+def _rows(rows: int) -> tuple[tuple[str, Any], ...]:
+    """`fused_linear` of one row quantises one row."""
+    return (("ROWS", 1),) if rows == 1 else ()
 
 
 def _rotated(block: int, whole: bool = True, one_part: bool = True) -> Variant:
@@ -131,11 +145,12 @@ def everything(target: str) -> Iterator[Variant]:
     for config in configs.tiles(torch.float32, target, epilogue=True):
         yield Variant("int8_matmul", config, "bf16", _kept("fp32"), "kept in fp32")
     for kernel in ("fused_linear", "weight_only"):
-        for row in few.values():
-            yield Variant(kernel, configs.Config(*row, SPLIT_K=1), "fp16", _HEAVY, "gelu mul")
-            yield Variant(kernel, configs.Config(*row, SPLIT_K=configs.MOST_SPLITS), "fp16", _HEAVY, "gelu mul")
-        for row in configs.FEW_ROWS_FLOAT32.values():
-            yield Variant(kernel, configs.Config(*row, SPLIT_K=4), "fp32")
+        for rows, row in few.items():
+            for split in (1, configs.MOST_SPLITS):
+                config = configs.Config(*row, SPLIT_K=split)
+                yield Variant(kernel, config, "fp16", (*_HEAVY, *_rows(rows)), "gelu mul")
+        for rows, row in configs.FEW_ROWS_FLOAT32.items():
+            yield Variant(kernel, configs.Config(*row, SPLIT_K=4), "fp32", _rows(rows))
     yield Variant("fused_linear", configs.Config(*few[16], SPLIT_K=4), "bf16", (("OUTLIERS", False),), "no outliers")
     yield Variant("outlier_mask", configs.OUTLIER_MASK, "bf16")
     yield Variant("extract_outliers", configs.EXTRACT_OUTLIERS, "bf16")
@@ -150,8 +165,8 @@ class Row:
     """A line of the table.
 
     programs: how many run on one processor at a time. int8, float16: matrix instructions in the innermost loop that has
-    any. others: its other instructions per step of K, of one warp. wide: its 16-byte loads per step, of one thread;
-    weight_loads: how many of those the weight needs.
+    any. residual: the kernel's float matrix instructions. others: the loop's other instructions per step of K, of one
+    warp. wide: its 16-byte loads per step, of one thread; weight_loads: how many of those the weight needs.
     """
 
     target: str
@@ -163,6 +178,7 @@ class Row:
     programs: int
     int8: int
     instruction: str
+    residual: str
     float16: int
     async_copies: int
     others: int
@@ -182,10 +198,11 @@ def row(variant: Variant, target: str) -> Row:
         counts.append(loop.instructions - counts[0] - counts[1])
         name = next((op for op in loop.opcodes if INT8_MATRIX.search(op)), "-")
     int8, float16, copies, wide, others = counts
+    residual = ", ".join(sorted(set(FLOAT_MATRIX_NAME.findall(machine.text))))
     return Row(
         target, variant.kernel, variant.label, machine.registers, machine.spills, machine.shared,
-        device.programs(machine.registers, machine.shared, variant.config.num_warps), int8, name, float16, copies,
-        others, wide, variant.wide_loads_per_step(variant.config.num_warps * TARGETS[target].warp_size),
+        device.programs(machine.registers, machine.shared, variant.config.num_warps), int8, name, residual, float16,
+        copies, others, wide, variant.wide_loads_per_step(variant.config.num_warps * TARGETS[target].warp_size),
         machine.shared <= device.shared_per_program,
     )  # fmt: skip
 
@@ -230,8 +247,9 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _machine(target: str, kernel: str, config: configs.Config, outliers: bool = True) -> Machine:
+def _machine(target: str, kernel: str, config: configs.Config, outliers: bool = True, rows: int = 0) -> Machine:
     constants = (*(_PLAIN if outliers or kernel != "int8_matmul" else _NO_OUTLIERS), ("OUTLIERS", outliers))
+    constants += _rows(rows)
     return Variant(kernel, config, "bf16", constants).compile(target)
 
 

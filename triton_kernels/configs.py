@@ -45,12 +45,13 @@ INT8_MATMUL = {
 }
 FLOAT32 = ((64, 32, 64, 4, 2),)  # its residual runs without matrix instructions: a larger tile spills
 
-# For few rows, by the most rows a tile holds.
+# For few rows, by how many there are at most. One row costs little to quantise: its tiles are narrow, so that there are
+# enough of them without splitting K, which costs a launch.
 FEW_ROWS = {
-    "cuda": {16: (16, 128, 128, 4, 4), 32: (32, 128, 128, 8, 4), 64: (64, 128, 128, 8, 3)},
-    "hip": {16: (16, 128, 128, 4, 2), 32: (32, 128, 128, 4, 2), 64: (64, 128, 128, 8, 2)},
+    "cuda": {1: (16, 32, 256, 4, 6), 16: (16, 128, 128, 4, 4), 32: (32, 128, 128, 8, 4), 64: (64, 128, 128, 8, 3)},
+    "hip": {1: (16, 32, 256, 2, 2), 16: (16, 128, 128, 4, 2), 32: (32, 128, 128, 4, 2), 64: (64, 128, 128, 8, 2)},
 }
-FEW_ROWS_FLOAT32 = {16: (16, 32, 32, 4, 2), 32: (32, 32, 32, 4, 2), 64: (64, 32, 32, 8, 2)}
+FEW_ROWS_FLOAT32 = {1: (16, 32, 32, 4, 2), 16: (16, 32, 32, 4, 2), 32: (32, 32, 32, 4, 2), 64: (64, 32, 32, 8, 2)}
 
 # Kernels that only move bytes: their tiles, with the dimensions they do not have as 1.
 OUTLIER_MASK = Config(32, 1, 128, 4, 2)
@@ -101,8 +102,8 @@ def int8_matmul(
 ) -> tuple[Config, ...]:
     """Candidates for `int8_matmul`, best guess first: the largest tile that still gives every processor a program.
 
-    Where none does, K is split under the smallest one until three quarters of the processors have a program.
-    ``dtype``: that x and the columns which stay in 16 bits are multiplied in.
+    Where none does, K is split under the smallest one (`split`). ``dtype``: in which the columns that stay in floating
+    point are multiplied.
     """
     configs = tiles(dtype, target, epilogue)
 
@@ -110,30 +111,31 @@ def int8_matmul(
         return triton.cdiv(M, c.BLOCK_M) * triton.cdiv(N, c.BLOCK_N) * E
 
     guess = next((c for c in configs if programs(c) >= processors), configs[-1])
-    while 4 * programs(guess) * guess.SPLIT_K < 3 * processors and may_split(guess, K):
-        guess = replace(guess, SPLIT_K=2 * guess.SPLIT_K)
+    guess = split(guess, programs(guess), K, processors)
     near = [c for c in configs if c != guess and programs(c) >= processors // 2]
     return guess, *near[-2:]
 
 
-def may_split(config: Config, K: int) -> bool:
-    """Whether K may be split once more: each part keeps at least four K blocks."""
+def split(config: Config, programs: int, K: int, processors: int) -> Config:
+    """``config`` with K split until three quarters of the processors have a program, of four K blocks or more."""
+    while 4 * programs * config.SPLIT_K < 3 * processors and _may_split(config, K):
+        config = replace(config, SPLIT_K=2 * config.SPLIT_K)
+    return config
+
+
+def _may_split(config: Config, K: int) -> bool:
     return config.SPLIT_K < MOST_SPLITS and 8 * config.SPLIT_K * config.BLOCK_K <= K
 
 
 def few_rows(M: int, N: int, K: int, E: int, dtype: torch.dtype, target: str, processors: int) -> tuple[Config, ...]:
-    """Candidates for `fused_linear` and `weight_only`: K is split until every processor has a program.
-
-    The second candidate splits once more.
-    """
+    """Candidates for `fused_linear` and `weight_only`: K is `split`, and split once more."""
     table = FEW_ROWS["hip" if target.startswith("gfx") else "cuda"]
     table = FEW_ROWS_FLOAT32 if dtype == torch.float32 else table
     rows = next((rows for rows in table if rows >= M), max(table))
     config = Config(*table[rows])
-    programs = triton.cdiv(M, rows) * triton.cdiv(N, config.BLOCK_N) * E
-    while programs * config.SPLIT_K < processors and may_split(config, K):
-        config = replace(config, SPLIT_K=2 * config.SPLIT_K)
-    return (config, replace(config, SPLIT_K=2 * config.SPLIT_K)) if may_split(config, K) else (config,)
+    programs = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N) * E
+    config = split(config, programs, K, processors)
+    return (config, replace(config, SPLIT_K=2 * config.SPLIT_K)) if _may_split(config, K) else (config,)
 
 
 def workspace(

@@ -130,8 +130,8 @@ def few_rows(gpu: Gpu, compiled: Compile, M: int, N: int, K: int, outliers: floa
     """`fused_linear`: one launch, and a fill of the counters where K is split."""
     config = configs.few_rows(M, N, K, 1, torch.bfloat16, gpu.target, gpu.processors)[0]
     single = replace(config, SPLIT_K=1)
-    machine = compiled(gpu.target, "fused_linear", single)
-    plain, _ = _instructions(compiled(gpu.target, "fused_linear", single, False), INT8_MATRIX)
+    machine = compiled(gpu.target, "fused_linear", single, True, M)
+    plain, _ = _instructions(compiled(gpu.target, "fused_linear", single, False, M), INT8_MATRIX)
     widen, _ = _instructions(compiled(gpu.target, "weight_only", single), FLOAT_MATRIX)
     full, loop = _instructions(machine, INT8_MATRIX)
     assert loop is not None

@@ -99,10 +99,10 @@ def quantize_rowwise(
 ) -> tuple[Tensor, Tensor]:
     """``scale[m] = max_k(abs(z[m, k])) / int8_max``, ``codes[m, k] = round(z[m, k] / scale[m])``, z = rotate(x_rest).
 
-    ``x_rest`` is x with zeros in ``columns`` and where ``mask`` is true; see `rotate`. The reference's codes and scales,
-    bit for bit: sums in its order, IEEE division, half to even, no scale is below ``tiny``, a row whose z holds NaN or
-    inf gets scale NaN. A row depends on no other row. It is read once; twice, the second time from the cache, where it
-    has more than 4096 columns: the scale must be known before the first code.
+    ``x_rest`` is x with zeros in ``columns`` and where ``mask`` is true; see `rotate`. Codes and scales are the
+    reference's, bit for bit: sums in its order, IEEE division, half to even, no scale is below ``tiny``, a row whose z
+    holds NaN or inf gets scale NaN. A row depends on no other row. It is read once; twice, the second time from the
+    cache, where it has more than 4096 columns: the scale must be known before the first code.
 
     Args:
         x: ``[E, M, K]`` float16, bfloat16 or float32, any strides; ``[1, S, K]`` with offsets.

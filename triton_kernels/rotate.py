@@ -25,12 +25,12 @@ def rotate(x, start, K, BLOCK: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):
     """Columns ``start <= k < start + len(x)`` of a row, rotated; bit for bit `int8fx.quantize.rotate`'s.
 
     Butterflies of columns at distance 1, 2, 4, ..., BLOCK / 2, each rounded once, then one product with ``n ** -0.5``.
-    A column gets its partner as the integer ``(a + b) - a`` of their bits, which wraps around: the compiler sees through
-    it, so that a partner in the same thread costs nothing, and one in the same warp a shuffle.
+    A column gets its partner as the integer ``(a + b) - a`` of their bits, which wraps around: the compiler sees
+    through it, so that a partner in the same thread costs nothing, and one in the same warp a shuffle.
 
-    What K has left behind its last whole block is rotated in blocks of the powers of two that it adds up to, the largest
-    first. Each of those begins at a multiple of twice its size, so columns belong together at distance H exactly where
-    K holds their whole group of ``2 * H``: ``k // (2 * H) < K // (2 * H)``.
+    What K has left behind its last whole block is rotated in blocks of the powers of two that it adds up to, the
+    largest first. Each of those begins at a multiple of twice its size, so columns belong together at distance H
+    exactly where K holds their whole group of ``2 * H``: ``k // (2 * H) < K // (2 * H)``.
 
     Args:
         x: float32, as many columns as a power of two says, at least BLOCK; 0 beyond K.
