@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import interpreter
 import pytest
 import torch
+from int8fx.triton_kernels import configs
 from rich.console import Console
 
 from int8fx import cli, gpu
@@ -17,14 +18,20 @@ from int8fx.bench.command import Options
 from int8fx.bench.cuda import Recorded
 from int8fx.bench.models import Form
 
-SMALL = {"rows": (5, 70), "sizes": ((33, 100),)}
+SMALL = {"rows": (3, 65), "sizes": ((17, 70),)}
 
 
 # ---- the checks ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def one_tile(monkeypatch):
+    """A small tile for any shape: the interpreter takes its time for large ones."""
+    monkeypatch.setattr(configs, "int8_matmul", lambda *args: (configs.Config(32, 32, 64, 4, 2),))
+
+
 @pytest.mark.parametrize("dtype", check.DTYPES)
-def test_the_kernels_agree_with_the_reference(dtype, monkeypatch):
+def test_the_kernels_agree_with_the_reference(dtype, monkeypatch, one_tile):
     monkeypatch.setattr(check, "DTYPES", (dtype,))
     made = list(check.checks("cpu", **SMALL))
     assert len(made) == 2 * 14
@@ -32,7 +39,7 @@ def test_the_kernels_agree_with_the_reference(dtype, monkeypatch):
     assert [(found.name, found.worst) for found in made if not found.right] == []
 
 
-def test_a_kernel_that_is_wrong_is_named(monkeypatch):
+def test_a_kernel_that_is_wrong_is_named(monkeypatch, one_tile):
     """One element in a hundred, off by one part in a hundred; a code off by one; NaN."""
     monkeypatch.setattr(check, "DTYPES", (torch.bfloat16,))
     linear, quantize = gpu.linear, gpu.quantize_rowwise
@@ -49,7 +56,7 @@ def test_a_kernel_that_is_wrong_is_named(monkeypatch):
 
     monkeypatch.setattr(gpu, "linear", wrong_linear)
     monkeypatch.setattr(gpu, "quantize_rowwise", wrong_quantize)
-    wrong = [found for found in check.checks("cpu", rows=(70,), sizes=((33, 100),)) if not found.right]
+    wrong = [found for found in check.checks("cpu", rows=(65,), sizes=((17, 70),)) if not found.right]
     kernels = [found.name.split(":")[0] for found in wrong]
     assert {"quantize_rowwise, threshold 6", "linear, weights only", "linear, threshold 6, columns kept"} <= set(
         kernels
@@ -115,7 +122,16 @@ def test_without_a_gpu_the_command_says_so(tmp_path, capsys):
 
 
 @pytest.fixture
-def gpu_of_paper(monkeypatch, tmp_path):
+def forms(monkeypatch):
+    """Eager forms only, and one that is not installed."""
+    eager = [Form(f.name, f.convert, compiled=False, converts_head=f.converts_head) for f in cuda.FORMS[:3]]
+    absent = Form(BITSANDBYTES, lambda model: model, compiled=False, needs=("no_such_package",))
+    monkeypatch.setattr(cuda, "FORMS", (*eager, absent))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+@pytest.fixture
+def gpu_of_paper(monkeypatch, forms, one_tile, tmp_path):
     """The CPU stands in for a GPU whose clock moves by what each form is said to take."""
     seconds = {INT8FX: 1e-3, cuda.ROTATED: 2e-3, BFLOAT16: 4e-3, cuda.READS: 1e-2, cuda.PEAK: 1e-2}
     now = 0.0
@@ -140,15 +156,11 @@ def gpu_of_paper(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of paper")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(cuda, "record", record)
     monkeypatch.setattr(cuda, "READ_BYTES", 4096)
     monkeypatch.setattr(cuda, "PEAK_SIDE", 32)
     monkeypatch.setattr(cuda, "QUICK_SHAPES", ((96, 64),))
     monkeypatch.setattr(cuda, "QUICK_ROWS", (1, 16))
-    eager = [Form(f.name, f.convert, compiled=False, converts_head=f.converts_head) for f in cuda.FORMS[:3]]
-    absent = Form(BITSANDBYTES, lambda model: model, compiled=False, needs=("no_such_package",))
-    monkeypatch.setattr(cuda, "FORMS", (*eager, absent))
     monkeypatch.setattr(check, "DTYPES", (torch.bfloat16,))
     monkeypatch.setattr(cuda, "checks", lambda device: check.checks(device, rows=(5,), sizes=((33, 100),)))
     return tmp_path
@@ -189,7 +201,7 @@ def test_nothing_is_timed_if_a_kernel_is_wrong(gpu_of_paper, capsys, monkeypatch
     assert not list(gpu_of_paper.iterdir())
 
 
-def test_whole_models_are_converted_in_every_form(gpu_of_paper, monkeypatch):
+def test_whole_models_are_converted_in_every_form(forms, one_tile, monkeypatch):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     def load(name, layers):

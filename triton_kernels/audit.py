@@ -220,18 +220,24 @@ def line(r: Row) -> str:
     )
 
 
+def histogram(target: str) -> str:
+    """The instructions of a step of `fused_linear`'s loop, of one warp: of one row, in blocks without outliers."""
+    row = configs.FEW_ROWS[TARGETS[target].backend][1]
+    loop = _machine(target, "fused_linear", configs.Config(*row), False, 1).loop(INT8_MATRIX)
+    assert loop is not None
+    counts = ", ".join(f"{count} {opcode}" for opcode, count in loop.opcodes.most_common())
+    return f"{target}: a step of fused_linear {'x'.join(map(str, row[:3]))}, {loop.instructions} instructions: {counts}"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m int8fx.triton_kernels.audit", description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--shipped", action="store_true", help="the tiles of the tables in bfloat16 only")
     parser.add_argument("--json", action="store_true", help="one line of JSON per row, no cost model")
-    parser.add_argument("--histogram", action="store_true", help="what the loop of sm_90's largest tile consists of")
+    parser.add_argument("--histogram", action="store_true", help="what fused_linear's loop consists of, and no more")
     args = parser.parse_args(argv)
     if args.histogram:
-        machine = next(v for v in shipped("sm_90")).compile("sm_90")
-        loop = machine.loop(INT8_MATRIX)
-        assert loop is not None
-        print("\n".join(f"{count:5}  {opcode}" for opcode, count in loop.opcodes.most_common()))
+        print("\n".join(map(histogram, args.targets)))
         return 0
     if not args.json:
         print(HEADER)
@@ -244,6 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.json:
         print(f"\n{failed} of these spill or need more shared memory than their target has.\n")
         print(cost_model.report(_machine))
+        print("\n".join(f"\n{histogram(target)}" for target in args.targets))
     return 1 if failed else 0
 
 

@@ -46,10 +46,10 @@ INT8_MATMUL = {
 FLOAT32 = ((64, 32, 64, 4, 2),)  # its residual runs without matrix instructions: a larger tile spills
 
 # For few rows, by how many there are at most. One row costs little to quantise: its tiles are narrow, so that there are
-# enough of them without splitting K, which costs a launch.
+# enough of them without splitting K, which costs a launch. CDNA, with two stages, has too little in flight for that.
 FEW_ROWS = {
     "cuda": {1: (16, 32, 256, 4, 6), 16: (16, 128, 128, 4, 4), 32: (32, 128, 128, 8, 4), 64: (64, 128, 128, 8, 3)},
-    "hip": {1: (16, 32, 256, 2, 2), 16: (16, 128, 128, 4, 2), 32: (32, 128, 128, 4, 2), 64: (64, 128, 128, 8, 2)},
+    "hip": {1: (16, 128, 128, 4, 2), 16: (16, 128, 128, 4, 2), 32: (32, 128, 128, 4, 2), 64: (64, 128, 128, 8, 2)},
 }
 FEW_ROWS_FLOAT32 = {1: (16, 32, 32, 4, 2), 16: (16, 32, 32, 4, 2), 32: (32, 32, 32, 4, 2), 64: (64, 32, 32, 8, 2)}
 
