@@ -66,8 +66,8 @@ def quantize_rowwise(
         return *quantize.quantize_rowwise(rotate(rest.masked_fill(mask, 0), block)), mask
     _refuse("quantize_rowwise", threshold, block, top)
     with torch.cuda.device_of(x):
-        codes, x_scale, mask = _quantize(x3d, threshold, block, columns)
-    return codes, x_scale, x.new_zeros(x.shape[-1], dtype=torch.bool) if mask is None else mask[0]
+        codes, x_scale, found = _quantize(x3d, threshold, block, columns)
+    return codes, x_scale, x.new_zeros(x.shape[-1], dtype=torch.bool) if found is None else found[0]
 
 
 def linear_quantized(
@@ -128,12 +128,12 @@ def grouped_linear(
     packed, offsets = _packed(weight, weight_scale, bias), offsets.contiguous()
     with torch.cuda.device_of(x):
         plain = block == 1 and columns is None
-        y = _few_rows(x[None], packed, threshold, offsets=offsets) if plain else None
-        if y is None:
-            kept = _kept(x[None], columns, columns_weight)
-            quantized = _quantize(x[None], threshold, block, columns, offsets, weight.shape[0])
-            y = _product(x[None], quantized, packed, kept=kept, offsets=offsets)
-    return y
+        few = _few_rows(x[None], packed, threshold, offsets=offsets) if plain else None
+        if few is not None:
+            return few
+        kept = _kept(x[None], columns, columns_weight)
+        quantized = _quantize(x[None], threshold, block, columns, offsets, weight.shape[0])
+        return _product(x[None], quantized, packed, kept=kept, offsets=offsets)
 
 
 def _refuse(op: str, threshold: float, block: int, top: int) -> None:

@@ -98,6 +98,7 @@ PRODUCTS = ("int8_matmul", "fused_linear", "weight_only")
 
 _PLAIN = (("other_ptr", None),)
 _NO_OUTLIERS = (*_PLAIN, *((f"{name}_ptr", None) for name in ("count", "panel", "columns", "gathered")))
+_ONE = ("1 row", "")
 _HEAVY = (("ACTIVATION", "gelu"), ("BINARY", "mul"))
 
 
@@ -114,7 +115,7 @@ def shipped(target: str) -> Iterator[Variant]:
         yield Variant("int8_matmul", configs.Config(*row), "bf16", _kept("bf16"), "kept")
     for rows, row in configs.FEW_ROWS[backend].items():
         for kernel in ("fused_linear", "weight_only"):
-            yield Variant(kernel, configs.Config(*row, SPLIT_K=4), "bf16", (*_PLAIN, *_rows(rows)))
+            yield Variant(kernel, configs.Config(*row, SPLIT_K=4), "bf16", (*_PLAIN, *_rows(rows)), _ONE[rows > 1])
     yield _rotated(64)
 
 
@@ -148,9 +149,10 @@ def everything(target: str) -> Iterator[Variant]:
         for rows, row in few.items():
             for split in (1, configs.MOST_SPLITS):
                 config = configs.Config(*row, SPLIT_K=split)
-                yield Variant(kernel, config, "fp16", (*_HEAVY, *_rows(rows)), "gelu mul")
+                note = f"{_ONE[rows > 1]} gelu mul".strip()
+                yield Variant(kernel, config, "fp16", (*_HEAVY, *_rows(rows)), note)
         for rows, row in configs.FEW_ROWS_FLOAT32.items():
-            yield Variant(kernel, configs.Config(*row, SPLIT_K=4), "fp32", _rows(rows))
+            yield Variant(kernel, configs.Config(*row, SPLIT_K=4), "fp32", _rows(rows), _ONE[rows > 1])
     yield Variant("fused_linear", configs.Config(*few[16], SPLIT_K=4), "bf16", (("OUTLIERS", False),), "no outliers")
     yield Variant("outlier_mask", configs.OUTLIER_MASK, "bf16")
     yield Variant("extract_outliers", configs.EXTRACT_OUTLIERS, "bf16")

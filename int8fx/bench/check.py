@@ -68,7 +68,8 @@ def _case(device: str, where: str, dtype: torch.dtype, M: int, N: int, K: int) -
     }
     for what, args in cases.items():
         yield Check(f"linear, {what}: {where}", _worst(gpu.linear(*_to(device, args)), args))
-    for what, options in {"threshold 6": (6.0,), "rotated, columns kept": (NO_THRESHOLD, 64, columns)}.items():
+    quantizations: dict[str, tuple] = {"threshold 6": (6.0,), "rotated, columns kept": (NO_THRESHOLD, 64, columns)}
+    for what, options in quantizations.items():
         found = gpu.quantize_rowwise(*_to(device, (x, *options)))
         yield Check(f"quantize_rowwise, {what}: {where}", 0.0 if _same_codes(found, x, *options) else math.inf)
         args = cases[what]
@@ -104,8 +105,9 @@ def _same_codes(found: tuple[Tensor, ...], x: Tensor, threshold: float, block: i
 
 def _worst(y: Tensor, args: tuple, many: bool | None = None) -> float:
     """``y`` beside ``reference.linear(*args)``; ``many``: whether it stands on the reference's codes."""
-    x, weight, scale, _, threshold, *rest = args
-    activation, other, binary, block, columns, kept = (*rest, *("none", None, "none", 1, None, None)[len(rest) :])
+    x, weight, scale, _, threshold = args[:5]
+    defaults: tuple = ("none", None, "none", 1, None, None)
+    activation, other, binary, block, columns, kept = args[5:] + defaults[len(args) - 5 :]
     same_codes = threshold == 0 or block > 1 or columns is not None or (len(x) > 64 if many is None else many)
     wide = (x.double(), weight, scale, None if args[3] is None else args[3].double())
     y, expected = y.cpu().double(), reference.linear(x.float(), *args[1:]).double()

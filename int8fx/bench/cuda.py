@@ -186,10 +186,7 @@ def products(settings: Settings) -> Iterator[Case]:
             torch._dynamo.reset()
             settings.say(f"products: [{N}, {K}], M = {M}")
             x = inputs(M, K, OUTLIERS).to(settings.device)
-            work = {
-                name: [lambda layer=layer, x=x: layer(x) for layer in those]  # type: ignore[misc]
-                for name, those in built.items()
-            }
+            work = {name: [lambda layer=layer, x=x: layer(x) for layer in those] for name, those in built.items()}
             found = _measure(work | {name: [call] for name, (call, _) in bounds.items()}, settings.rounds)
             rates = {name: [bounds[name][1] / s for s in found.pop(name).values] for name in bounds}
             order = {form.name: (found | absent)[form.name] for form in FORMS}
