@@ -240,6 +240,12 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--rounds", type=int, help="of each case, at most (10; 3 with --quick)")
     parser.add_argument("--threads", type=int, help="of torch and its peers (torch's default)")
     parser.add_argument("--output", type=Path, default=Path("int8fx-bench"), help="directory for CSV and plots")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda (or ROCm): checks the Triton kernels, then times products and models (default: cpu)",
+    )
     parser.set_defaults(run=_bench, error=parser.error)
 
 
@@ -252,7 +258,8 @@ def _bench(args: argparse.Namespace) -> int:
     from .bench.command import Options, run
 
     try:
-        return run(Options(tuple(args.suites or ()), args.quick, args.rounds, args.threads, args.output))
+        suites = tuple(args.suites or ())
+        return run(Options(suites, args.quick, args.rounds, args.threads, args.output, args.device))
     except OSError as error:
         print(f"int8fx bench: {error}", file=sys.stderr)
         return 1

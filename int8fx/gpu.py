@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from . import quantize, reference
-from .quantize import INT8_MAX, TINY, dequantize
+from .quantize import INT8_MAX, TINY, dequantize, rotate
 
 _CONSTANTS = {"int8_max": INT8_MAX, "tiny": TINY}
+_LARGEST = torch.finfo(torch.float32).max  # thresholds beyond it find nothing
 
 
 def linear(
@@ -22,47 +23,51 @@ def linear(
     activation: str = "none",
     other: Tensor | None = None,
     binary: str = "none",
-    *rotation: object,
+    block: int = 1,
+    columns: Tensor | None = None,
+    columns_weight: Tensor | None = None,
+    top: int = 0,
 ) -> Tensor:
     """`int8fx.reference.linear` on the GPU.
 
-    | x                           | kernels                                                                       |
-    |-----------------------------|-------------------------------------------------------------------------------|
-    | threshold 0                 | `weight_only`: every column is an outlier, so nothing of x is quantised        |
-    | up to 64 rows (FUSED_ROWS)  | `fused_linear`: one launch, scales per block of K                             |
-    | more                        | `outlier_mask`, `quantize_rowwise`, `extract_outliers`, `int8_matmul`         |
-    | float64                     | torch's operators: for checks, not for speed                                  |
-    """
-    _refuse("linear", rotation)
-    if x.dtype == torch.float64 and weight.dim() == 2:
-        quantized = quantize_rowwise(x, threshold)
-        return linear_quantized(x, *quantized, weight, weight_scale, bias, activation, other, binary)
-    if x.dtype == torch.float64:
-        return reference.linear(x, weight, weight_scale, bias, threshold, activation, other, binary)
-    from .triton_kernels.configs import FUSED_ROWS
-    from .triton_kernels.fused_linear import fused_linear
-    from .triton_kernels.weight_only import weight_only
+    | x                              | kernels                                                                    |
+    |--------------------------------|----------------------------------------------------------------------------|
+    | rotated, or columns are kept   | `quantize_rowwise`, `int8_matmul`; and what finds outliers, see "more"     |
+    | threshold 0                    | `weight_only`: every column is an outlier, so nothing of x is quantised     |
+    | up to 64 rows (FUSED_ROWS)     | `fused_linear`: one launch, scales per block of K                          |
+    | more                           | `outlier_mask`, `quantize_rowwise`, `extract_outliers`, `int8_matmul`      |
+    | float64                        | torch's operators: for checks, not for speed                               |
 
+    The first line holds for any number of rows: a row's result then depends on no other row. `int8_matmul` takes x in
+    its 16 bits and, for kept columns, ``columns_weight`` too.
+    """
+    if x.dtype == torch.float64:
+        rotation = (block, columns, columns_weight, top)
+        return reference.linear(x, weight, weight_scale, bias, threshold, activation, other, binary, *rotation)
+    _refuse("linear", threshold, block, top)
     x3d, packed, other2d = _matrices(x, weight), _packed(weight, weight_scale, bias), _rows(other)
     with torch.cuda.device_of(x):
-        if threshold == 0:
-            y = weight_only(x3d, *packed, activation, other2d, binary)
-        elif x3d.shape[1] <= FUSED_ROWS:
-            y = fused_linear(x3d, *packed, threshold, activation, other2d, binary, **_CONSTANTS)
-        else:
-            y = _product(x3d, _quantize(x3d, threshold), packed, activation, other2d, binary)
+        plain = block == 1 and columns is None
+        y = _few_rows(x3d, packed, threshold, activation, other2d, binary) if plain else None
+        if y is None:
+            kept = _kept(x3d, columns, columns_weight)
+            quantized = _quantize(x3d, threshold, block, columns)
+            y = _product(x3d, quantized, packed, activation, other2d, binary, kept=kept)
     return y.view(*x.shape[:-1], weight.shape[-2])
 
 
-def quantize_rowwise(x: Tensor, threshold: float, *rotation: object) -> tuple[Tensor, Tensor, Tensor]:
-    _refuse("quantize_rowwise", rotation)
+def quantize_rowwise(
+    x: Tensor, threshold: float, block: int = 1, columns: Tensor | None = None, top: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     x3d = x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1])
     if x.dtype == torch.float64:
-        mask = quantize.outlier_mask(x3d[0], threshold)
-        return *quantize.quantize_rowwise(x3d[0], mask), mask
+        rest = x3d[0] if columns is None else x3d[0].index_fill(1, columns, 0)
+        mask = quantize.outlier_mask(rest, threshold, columns, top)
+        return *quantize.quantize_rowwise(rotate(rest.masked_fill(mask, 0), block)), mask
+    _refuse("quantize_rowwise", threshold, block, top)
     with torch.cuda.device_of(x):
-        codes, x_scale, mask = _quantize(x3d, threshold)
-    return codes, x_scale, x.new_zeros(x.shape[-1], dtype=torch.bool) if mask is None else mask[0]
+        codes, x_scale, found = _quantize(x3d, threshold, block, columns)
+    return codes, x_scale, x.new_zeros(x.shape[-1], dtype=torch.bool) if found is None else found[0]
 
 
 def linear_quantized(
@@ -76,20 +81,24 @@ def linear_quantized(
     activation: str = "none",
     other: Tensor | None = None,
     binary: str = "none",
-    *rotation: object,
+    block: int = 1,
+    columns: Tensor | None = None,
+    columns_weight: Tensor | None = None,
 ) -> Tensor:
-    _refuse("linear_quantized", rotation)
+    """With a rotation ``mask`` is not read: `quantize_rowwise` marks no column then."""
     x3d = _matrices(x, weight)
     if x.dtype == torch.float64:
-        kept = torch.where(mask, x3d[0], codes * x_scale[:, None])
-        y = kept @ dequantize(weight, weight_scale, torch.float64).t()
+        y = codes.double() @ weight.double().t() * x_scale[:, None] * weight_scale
+        y = y + torch.where(mask, x3d[0], 0) @ dequantize(weight, weight_scale, torch.float64, block).t()
+        if columns is not None and columns_weight is not None:
+            y = y + x3d[0][:, columns] @ columns_weight.double().t()
         y = reference.ACTIVATIONS[activation](y if bias is None else y + bias)
         y = y.view(*x.shape[:-1], weight.shape[0])
         return y if other is None else reference.BINARIES[binary](y, other)
     with torch.cuda.device_of(x):
-        packed = _packed(weight, weight_scale, bias)
-        quantized = codes.contiguous(), x_scale.contiguous(), mask.contiguous()[None]
-        y = _product(x3d, quantized, packed, activation, _rows(other), binary)
+        packed, kept = _packed(weight, weight_scale, bias), _kept(x3d, columns, columns_weight)
+        quantized = codes.contiguous(), x_scale.contiguous(), mask.contiguous()[None] if block == 1 else None
+        y = _product(x3d, quantized, packed, activation, _rows(other), binary, kept=kept)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -100,35 +109,38 @@ def grouped_linear(
     bias: Tensor | None,
     offsets: Tensor,
     threshold: float,
-    *rotation: object,
+    block: int = 1,
+    columns: Tensor | None = None,
+    columns_weight: Tensor | None = None,
+    top: int = 0,
 ) -> Tensor:
     """Rows sorted by expert; how many each has stays on the device: the grid is made for any sizes."""
-    _refuse("grouped_linear", rotation)
     if x.dtype == torch.float64:
         y = x.new_zeros(x.shape[0], weight.shape[1])
         begin = 0
         for e, end in enumerate(offsets.tolist()):
-            bias_e = None if bias is None else bias[e]
-            y[begin:end] = linear(x[begin:end], weight[e], weight_scale[e], bias_e, threshold)
+            bias_e, columns_e = (None if t is None else t[e] for t in (bias, columns_weight))
+            product = (weight[e], weight_scale[e], bias_e, threshold, "none", None, "none")
+            y[begin:end] = reference.linear(x[begin:end], *product, block, columns, columns_e, top)
             begin = max(begin, end)
         return y
-    from .triton_kernels.configs import FUSED_ROWS
-    from .triton_kernels.fused_linear import fused_linear
-
+    _refuse("grouped_linear", threshold, block, top)
     packed, offsets = _packed(weight, weight_scale, bias), offsets.contiguous()
     with torch.cuda.device_of(x):
-        if x.shape[0] <= FUSED_ROWS:
-            return fused_linear(x[None], *packed, threshold, **_CONSTANTS, offsets=offsets)
-        quantized = _quantize(x[None], threshold, offsets, weight.shape[0])
-        return _product(x[None], quantized, packed, offsets=offsets)
+        plain = block == 1 and columns is None
+        few = _few_rows(x[None], packed, threshold, offsets=offsets) if plain else None
+        if few is not None:
+            return few
+        kept = _kept(x[None], columns, columns_weight)
+        quantized = _quantize(x[None], threshold, block, columns, offsets, weight.shape[0])
+        return _product(x[None], quantized, packed, kept=kept, offsets=offsets)
 
 
-def _refuse(op: str, rotation: tuple) -> None:
-    """``rotation``: block, columns, columns_weight, top, as far as they are given."""
-    block, *kept = rotation or (1,)
-    if block != 1 or any(k is not None and not (isinstance(k, int) and k == 0) for k in kept):
+def _refuse(op: str, threshold: float, block: int, top: int) -> None:
+    if top or (block > 1 and threshold <= _LARGEST):
         raise NotImplementedError(
-            f"int8fx::{op}: the Triton kernels neither rotate nor keep columns; legal: llm_int8 without keep"
+            f"int8fx::{op}: no Triton kernel chooses columns in the call where x is rotated, or by their rank; legal: "
+            "llm_int8, and rotated with columns='static' or None"
         )
 
 
@@ -148,12 +160,55 @@ def _packed(weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> tuple[
     return weight.view(*lead, *weight.shape), weight_scale.float().contiguous().view(*lead, *weight_scale.shape), bias
 
 
-def _quantize(x: Tensor, threshold: float, offsets: Tensor | None = None, experts: int = 1):
+def _kept(x: Tensor, columns: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    """x, columns and their weights, as `int8_matmul` takes them."""
+    if columns is None or weight is None or not len(columns):
+        return None
+    return x, columns.contiguous(), weight.contiguous()
+
+
+def _few_rows(
+    x: Tensor,
+    packed: tuple[Tensor, Tensor, Tensor | None],
+    threshold: float,
+    activation: str = "none",
+    other: Tensor | None = None,
+    binary: str = "none",
+    *,
+    offsets: Tensor | None = None,
+) -> Tensor | None:
+    """The product in one launch, or None if there are too many rows for it."""
+    from .triton_kernels.configs import FUSED_ROWS
+    from .triton_kernels.fused_linear import fused_linear
+    from .triton_kernels.weight_only import weight_only
+
+    if threshold == 0:
+        return weight_only(x, *packed, activation, other, binary, offsets=offsets)
+    if x.shape[1] > FUSED_ROWS:
+        return None
+    threshold = threshold if threshold <= _LARGEST else math.inf
+    return fused_linear(x, *packed, threshold, activation, other, binary, **_CONSTANTS, offsets=offsets)
+
+
+def _quantize(
+    x: Tensor,
+    threshold: float,
+    block: int,
+    columns: Tensor | None,
+    offsets: Tensor | None = None,
+    experts: int = 1,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales, and the mask of outlier columns for each weight; None if there can be none."""
     from .triton_kernels.outliers import outlier_mask
     from .triton_kernels.quantize_rowwise import quantize_rowwise
 
-    mask = None if threshold == float("inf") else outlier_mask(x, threshold, offsets, experts)
-    return *quantize_rowwise(x, mask, **_CONSTANTS, offsets=offsets), mask
+    columns = None if columns is None or not len(columns) else columns.contiguous()
+    mask = None
+    if threshold <= _LARGEST:
+        mask = outlier_mask(x, threshold, offsets, experts)
+        if columns is not None:
+            mask.index_fill_(1, columns, False)
+    return *quantize_rowwise(x, mask, **_CONSTANTS, block=block, columns=columns, offsets=offsets), mask
 
 
 def _product(
@@ -164,14 +219,14 @@ def _product(
     other: Tensor | None = None,
     binary: str = "none",
     *,
+    kept: tuple[Tensor, Tensor, Tensor] | None = None,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    """``quantized``: codes, x_scale and mask; ``packed``: weight, weight_scale and bias."""
+    """``quantized``: codes, x_scale and mask; ``packed``: weight, weight_scale and bias; ``kept``: see `_kept`."""
     from .triton_kernels.int8_matmul import int8_matmul
     from .triton_kernels.outliers import extract_outliers
 
     codes, x_scale, mask = quantized
     outliers = None if mask is None else extract_outliers(x, mask, offsets)
-    return int8_matmul(
-        codes, x_scale, *packed[:2], outliers, packed[2], x.dtype, activation, other, binary, offsets=offsets
-    )
+    epilogue = (packed[2], x.dtype, activation, other, binary)
+    return int8_matmul(codes, x_scale, *packed[:2], outliers, *epilogue, kept=kept, offsets=offsets)

@@ -2,7 +2,8 @@
 
 The interpreter of triton 3.7.1 stores bfloat16 as its bits and then multiplies those in `tl.dot`, converts integers to
 them as if they were integers, cuts float32 to bfloat16 where hardware rounds to nearest even, and rounds twice in
-`tl.fma`. The four functions below are replaced in this process only.
+`tl.fma`. Its float products are a BLAS's, whose sums depend on where in its tile a row stands; those of one matrix
+instruction do not. The four functions below are replaced in this process only.
 """
 
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ def _round_to_bfloat16(x: np.ndarray) -> np.ndarray:
     return torch.from_numpy(np.array(x, np.float32)).bfloat16().view(torch.int16).numpy().view(np.uint16)
 
 
+ONE_INSTRUCTION = 16
+"""Up to how many products of a row and a column a matrix instruction adds up."""
+
 _cast = InterpreterBuilder.cast_impl
 _dot = InterpreterBuilder.create_dot
 
@@ -42,7 +46,12 @@ def _cast_with_bfloat16(self, source, to):
 
 def _dot_with_bfloat16(self, a, b, d, *options):
     a, b = (TensorHandle(_widen(t.data), tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
-    return _dot(self, a, b, d, *options)
+    if d.dtype.scalar != tl.float32 or a.data.shape[-1] > ONE_INSTRUCTION:
+        return _dot(self, a, b, d, *options)
+    acc = d.data.copy()
+    for k in range(a.data.shape[-1]):
+        acc += a.data[:, k, None].astype(np.float32) * b.data[None, k].astype(np.float32)
+    return TensorHandle(acc, tl.float32)
 
 
 def _fma(self, x, y, z):

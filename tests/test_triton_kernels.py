@@ -187,26 +187,38 @@ def test_many_rows_gather_the_weight_of_their_outliers_once(K, where, monkeypatc
 
 
 @EXAMPLES
-@given(st.lists(st.integers(0, 20), min_size=1, max_size=4), st.integers(0, 3), sizes, dtypes, st.booleans(), seeds)
-def test_rows_of_groups_meet_their_own_weight_and_outliers(counts, behind, N, dtype, fused, seed):
+@given(
+    st.lists(st.integers(0, 20), min_size=1, max_size=4),
+    st.integers(0, 3),
+    sizes,
+    dtypes,
+    st.sampled_from(("int8_matmul", "fused_linear", "weight_only")),
+    seeds,
+)
+def test_rows_of_groups_meet_their_own_weight_and_outliers(counts, behind, N, dtype, kernel, seed):
     S, E, K = sum(counts) + behind, len(counts), 65
     offsets = torch.tensor(counts).cumsum(0)
     x = activation(S, K, outliers="some", dtype=dtype, seed=seed)
     weight, scale = (torch.stack(t) for t in zip(*(packed_weight(N, K, seed=e) for e in range(E)), strict=True))
     bias = torch.randn(E, N, generator=generator(seed))
-    if fused:
-        config = Config(128, 32, 32, 4, 2, SPLIT_K=2)
+    config = Config(128 if kernel == "fused_linear" else 16, 32, 32, 4, 2, SPLIT_K=2)
+    if kernel == "fused_linear":
         y = fused_linear(x[None], weight, scale, bias, 6.0, **CONSTANTS, offsets=offsets, config=config)
+    elif kernel == "weight_only":
+        y = weight_only(x[None], weight, scale, bias, offsets=offsets, config=config)
     else:
         mask = outlier_mask(x[None], 6.0, offsets, E)
         codes, x_scale = quantize_rowwise(x[None], mask, **CONSTANTS, offsets=offsets)
         outlying = extract_outliers(x[None], mask, offsets)
-        y = int8_matmul(codes, x_scale, weight, scale, outlying, bias, dtype, offsets=offsets, config=TILE)
+        y = int8_matmul(codes, x_scale, weight, scale, outlying, bias, dtype, offsets=offsets, config=config)
     begin = 0
     for e, end in enumerate(offsets.tolist()):
         if end > begin and N:
-            part = (y[begin:end], x[begin:end], weight[e], scale[e], bias[e], 6.0)
-            (assert_within_fused if fused else assert_within_budget)(*part, **({"splits": 2} if fused else {}))
+            part = (y[begin:end], x[begin:end], weight[e], scale[e], bias[e])
+            if kernel == "fused_linear":
+                assert_within_fused(*part, 6.0, splits=2)
+            else:
+                assert_within_budget(*part, 0.0 if kernel == "weight_only" else 6.0, slices=8)
         begin = end
     assert (y[begin:] == 0).all()
 

@@ -26,6 +26,7 @@ TARGETS = {
 
 INT8_MATRIX = re.compile(r"IMMA|IGMMA|UTCIMMA|v_mfma_i32")
 FLOAT_MATRIX = re.compile(r"HMMA|HGMMA|UTCHMMA|DMMA|v_mfma_f32")
+FLOAT_MATRIX_NAME = re.compile(r"\b(?:HMMA|HGMMA|UTCHMMA|DMMA)[\w.]*|\bv_mfma_f32\w*")
 ASYNC_COPY = re.compile(r"LDGSTS|UTMALDG|UBLKCP|buffer_load_\w+ .* lds|global_load_lds")
 WIDE_LOAD = re.compile(r"LDG\S*\.128|LDGSTS\S*\.128|UTMALDG|(global|buffer)_load_dwordx4")
 

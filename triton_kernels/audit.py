@@ -9,13 +9,22 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from . import configs, cost_model
-from .assembly import ASYNC_COPY, FLOAT_MATRIX, INT8_MATRIX, TARGETS, WIDE_LOAD, Machine, compile_kernel
+from .assembly import (
+    ASYNC_COPY,
+    FLOAT_MATRIX,
+    FLOAT_MATRIX_NAME,
+    INT8_MATRIX,
+    TARGETS,
+    WIDE_LOAD,
+    Machine,
+    compile_kernel,
+)
 from .fused_linear import _fused_linear_kernel
 from .int8_matmul import _int8_matmul_kernel
 from .outliers import BLOCK_O, _extract_kernel, _gather_kernel, _mask_kernel
@@ -26,8 +35,11 @@ _STRIDES = {
     "stride_xe": "i32:16", "stride_xm": "i32:16", "stride_xk": 1, "stride_we": "i32:16", "stride_wn": "i32:16",
     "stride_wk": 1, "stride_om": "i32:16", "stride_on": 1,
 }  # fmt: skip
-_SIZES = {"M": "i32", "N": "i32:16", "K": "i32:16", "E": 1, "pitch": "i32:16", "capacity": "i32:16"}
-_CONSTANTS = {"INT8_MAX": 127, "TINY": 2.0**-126, "EVEN_K": True, "BLOCK_O": BLOCK_O, "BLOCK_E": 1, "GROUP_M": 8}
+_SIZES = {"M": "i32", "N": "i32:16", "K": "i32:16", "E": 1, "C": "i32", "pitch": "i32:16", "capacity": "i32:16"}
+_CONSTANTS = {
+    "INT8_MAX": 127, "TINY": 2.0**-126, "EVEN_K": True, "BLOCK_O": BLOCK_O, "BLOCK_E": 1, "GROUP_M": 8,
+    "BLOCK": 1, "WHOLE_BLOCKS": True, "ONE_PART": True,
+}  # fmt: skip
 
 
 def arguments(kernel: Any, dtype: str, **constants: Any) -> dict[str, Any]:
@@ -37,6 +49,7 @@ def arguments(kernel: Any, dtype: str, **constants: Any) -> dict[str, Any]:
     floats = {f"{name}_ptr": "*fp32:16" for name in ("x_scale", "scale", "weight_scale", "partial")}
     ints = {f"{name}_ptr": "*i32:16" for name in ("columns", "count", "counter")}
     rest = {"mask_ptr": "*i1:16", "offsets_ptr": None, "rows_per_weight": "i32", "threshold": "fp32"}
+    rest |= {"kept_ptr": None, "kept_weight_ptr": None}
     epilogue = {"ACTIVATION": "none", "BINARY": "none", "OUTLIERS": True}
     known = {**of_x, **int8, **floats, **ints, **rest, **_STRIDES, **_SIZES, **_CONSTANTS, **epilogue, **constants}
     return {name: known[name] for name in kernel.arg_names}
@@ -44,27 +57,27 @@ def arguments(kernel: Any, dtype: str, **constants: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel, one tile, one dtype of x, and what its constants switch on."""
+    """One kernel, one tile, one dtype of x, and what its constants switch on; ``note`` says it in a word."""
 
     kernel: str
     config: configs.Config
     dtype: str
     constants: tuple[tuple[str, Any], ...] = ()
+    note: str = ""
 
     def compile(self, target: str) -> Machine:
         kernel = _KERNELS[self.kernel]
         options = self.config.kernel_options()
         warps, stages = options.pop("num_warps"), options.pop("num_stages")
-        constants = {**options, "SPLIT_K": self.config.SPLIT_K, **dict(self.constants)}
+        constants = {**options, "SPLIT_K": self.config.SPLIT_K, "ROWS": self.config.BLOCK_M, **dict(self.constants)}
         return compile_kernel(kernel, arguments(kernel, self.dtype, **constants), target, warps, stages)
 
     @property
     def label(self) -> str:
         c = self.config
         split = f"/{c.SPLIT_K}" if c.SPLIT_K > 1 else ""
-        extra = "".join(f" {value}" for _, value in self.constants if isinstance(value, str))
         tile = f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K}{split}"
-        return f"{self.kernel} {tile} {c.num_warps}w {c.num_stages}s {self.dtype}{extra}"
+        return f"{self.kernel} {tile} {c.num_warps}w {c.num_stages}s {self.dtype} {self.note}".rstrip()
 
     def wide_loads_per_step(self, threads: int) -> float:
         """16-byte loads of the weight that a thread makes for one step of K."""
@@ -83,34 +96,69 @@ _KERNELS = {
 PRODUCTS = ("int8_matmul", "fused_linear", "weight_only")
 
 
+_PLAIN = (("other_ptr", None),)
+_NO_OUTLIERS = (*_PLAIN, *((f"{name}_ptr", None) for name in ("count", "panel", "columns", "gathered")))
+_ONE = ("1 row", "")
+_HEAVY = (("ACTIVATION", "gelu"), ("BINARY", "mul"))
+
+
+def _kept(dtype: str) -> tuple[tuple[str, Any], ...]:
+    """What `rotated` asks of the product: no outliers of the call, and columns whose exact weights are ``dtype``."""
+    return (*_NO_OUTLIERS, ("kept_ptr", "*i64:16"), ("kept_weight_ptr", f"*{dtype}:16"))
+
+
 def shipped(target: str) -> Iterator[Variant]:
     """Every tile of the tables for ``target``, bfloat16, as most calls use it."""
     backend = TARGETS[target].backend
     for row in configs.INT8_MATMUL[target]:
-        yield Variant("int8_matmul", configs.Config(*row), "bf16", (("other_ptr", None),))
-    for row in configs.FEW_ROWS[backend].values():
+        yield Variant("int8_matmul", configs.Config(*row), "bf16", _PLAIN)
+        yield Variant("int8_matmul", configs.Config(*row), "bf16", _kept("bf16"), "kept")
+    for rows, row in configs.FEW_ROWS[backend].items():
         for kernel in ("fused_linear", "weight_only"):
-            yield Variant(kernel, configs.Config(*row, SPLIT_K=4), "bf16", (("other_ptr", None),))
+            yield Variant(kernel, configs.Config(*row, SPLIT_K=4), "bf16", (*_PLAIN, *_rows(rows)), _ONE[rows > 1])
+    yield _rotated(64)
+
+
+def _rows(rows: int) -> tuple[tuple[str, Any], ...]:
+    """`fused_linear` of one row quantises one row."""
+    return (("ROWS", 1),) if rows == 1 else ()
+
+
+def _rotated(block: int, whole: bool = True, one_part: bool = True) -> Variant:
+    """`quantize_rowwise` of a row with columns that are kept."""
+    kept = (("mask_ptr", None), ("columns_ptr", "*i64:16"))
+    constants = (*kept, ("BLOCK", block), ("WHOLE_BLOCKS", whole), ("ONE_PART", one_part))
+    rest = "" if whole else ", a rest"
+    return Variant("quantize_rowwise", configs.QUANTIZE_ROWWISE, "bf16", constants, f"rotated {block}{rest}")
 
 
 def everything(target: str) -> Iterator[Variant]:
     """`shipped`, and the other dtypes, splits, epilogues and kernels."""
     yield from shipped(target)
     few = configs.FEW_ROWS[TARGETS[target].backend]
-    heavy = (("ACTIVATION", "gelu"), ("BINARY", "mul"))
     for name, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
         for config in configs.tiles(dtype, target, epilogue=True):
-            yield Variant("int8_matmul", config, name, heavy)
+            yield Variant("int8_matmul", config, name, _HEAVY, "gelu mul")
+    smallest = configs.tiles(torch.bfloat16, target, epilogue=True)[-1]
+    for split in (2, configs.MOST_SPLITS):
+        constants = (*_kept("bf16"), *_HEAVY, ("other_ptr", "*bf16:16"))
+        yield Variant("int8_matmul", replace(smallest, SPLIT_K=split), "bf16", constants, "kept gelu mul")
+    for config in configs.tiles(torch.float32, target, epilogue=True):
+        yield Variant("int8_matmul", config, "bf16", _kept("fp32"), "kept in fp32")
     for kernel in ("fused_linear", "weight_only"):
-        for row in few.values():
-            yield Variant(kernel, configs.Config(*row, SPLIT_K=1), "fp16", heavy)
-            yield Variant(kernel, configs.Config(*row, SPLIT_K=configs.MOST_SPLITS), "fp16", heavy)
-        for row in configs.FEW_ROWS_FLOAT32.values():
-            yield Variant(kernel, configs.Config(*row, SPLIT_K=4), "fp32")
-    yield Variant("fused_linear", configs.Config(*few[16], SPLIT_K=4), "bf16", (("OUTLIERS", False),))
+        for rows, row in few.items():
+            for split in (1, configs.MOST_SPLITS):
+                config = configs.Config(*row, SPLIT_K=split)
+                note = f"{_ONE[rows > 1]} gelu mul".strip()
+                yield Variant(kernel, config, "fp16", (*_HEAVY, *_rows(rows)), note)
+        for rows, row in configs.FEW_ROWS_FLOAT32.items():
+            yield Variant(kernel, configs.Config(*row, SPLIT_K=4), "fp32", _rows(rows), _ONE[rows > 1])
+    yield Variant("fused_linear", configs.Config(*few[16], SPLIT_K=4), "bf16", (("OUTLIERS", False),), "no outliers")
     yield Variant("outlier_mask", configs.OUTLIER_MASK, "bf16")
     yield Variant("extract_outliers", configs.EXTRACT_OUTLIERS, "bf16")
-    yield Variant("quantize_rowwise", configs.QUANTIZE_ROWWISE, "bf16")
+    yield Variant("quantize_rowwise", configs.QUANTIZE_ROWWISE, "bf16", (("columns_ptr", None),))
+    yield _rotated(64, whole=False, one_part=False)
+    yield _rotated(4096)
     yield Variant("gather_weight", configs.GATHER_WEIGHT, "bf16")
 
 
@@ -119,8 +167,8 @@ class Row:
     """A line of the table.
 
     programs: how many run on one processor at a time. int8, float16: matrix instructions in the innermost loop that has
-    any. others: its other instructions per step of K, of one warp. wide: its 16-byte loads per step, of one thread;
-    weight_loads: how many of those the weight needs.
+    any. residual: the kernel's float matrix instructions. others: the loop's other instructions per step of K, of one
+    warp. wide: its 16-byte loads per step, of one thread; weight_loads: how many of those the weight needs.
     """
 
     target: str
@@ -132,6 +180,7 @@ class Row:
     programs: int
     int8: int
     instruction: str
+    residual: str
     float16: int
     async_copies: int
     others: int
@@ -151,10 +200,11 @@ def row(variant: Variant, target: str) -> Row:
         counts.append(loop.instructions - counts[0] - counts[1])
         name = next((op for op in loop.opcodes if INT8_MATRIX.search(op)), "-")
     int8, float16, copies, wide, others = counts
+    residual = ", ".join(sorted(set(FLOAT_MATRIX_NAME.findall(machine.text))))
     return Row(
         target, variant.kernel, variant.label, machine.registers, machine.spills, machine.shared,
-        device.programs(machine.registers, machine.shared, variant.config.num_warps), int8, name, float16, copies,
-        others, wide, variant.wide_loads_per_step(variant.config.num_warps * TARGETS[target].warp_size),
+        device.programs(machine.registers, machine.shared, variant.config.num_warps), int8, name, residual, float16,
+        copies, others, wide, variant.wide_loads_per_step(variant.config.num_warps * TARGETS[target].warp_size),
         machine.shared <= device.shared_per_program,
     )  # fmt: skip
 
@@ -172,18 +222,24 @@ def line(r: Row) -> str:
     )
 
 
+def histogram(target: str) -> str:
+    """The instructions of a step of `fused_linear`'s loop, of one warp: of one row, in blocks without outliers."""
+    row = configs.FEW_ROWS[TARGETS[target].backend][1]
+    loop = _machine(target, "fused_linear", configs.Config(*row), False, 1).loop(INT8_MATRIX)
+    assert loop is not None
+    counts = ", ".join(f"{count} {opcode}" for opcode, count in loop.opcodes.most_common())
+    return f"{target}: a step of fused_linear {'x'.join(map(str, row[:3]))}, {loop.instructions} instructions: {counts}"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m int8fx.triton_kernels.audit", description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--shipped", action="store_true", help="the tiles of the tables in bfloat16 only")
     parser.add_argument("--json", action="store_true", help="one line of JSON per row, no cost model")
-    parser.add_argument("--histogram", action="store_true", help="what the loop of sm_90's largest tile consists of")
+    parser.add_argument("--histogram", action="store_true", help="what fused_linear's loop consists of, and no more")
     args = parser.parse_args(argv)
     if args.histogram:
-        machine = next(v for v in shipped("sm_90")).compile("sm_90")
-        loop = machine.loop(INT8_MATRIX)
-        assert loop is not None
-        print("\n".join(f"{count:5}  {opcode}" for opcode, count in loop.opcodes.most_common()))
+        print("\n".join(map(histogram, args.targets)))
         return 0
     if not args.json:
         print(HEADER)
@@ -196,14 +252,13 @@ def main(argv: list[str] | None = None) -> int:
     if not args.json:
         print(f"\n{failed} of these spill or need more shared memory than their target has.\n")
         print(cost_model.report(_machine))
+        print("\n".join(f"\n{histogram(target)}" for target in args.targets))
     return 1 if failed else 0
 
 
-def _machine(target: str, kernel: str, config: configs.Config, outliers: bool = True) -> Machine:
-    constants: tuple[tuple[str, Any], ...] = (("other_ptr", None), ("OUTLIERS", outliers))
-    if kernel == "int8_matmul" and not outliers:
-        names = ("count_ptr", "panel_ptr", "columns_ptr", "gathered_ptr")
-        constants = (*constants, *((name, None) for name in names))
+def _machine(target: str, kernel: str, config: configs.Config, outliers: bool = True, rows: int = 0) -> Machine:
+    constants = (*(_PLAIN if outliers or kernel != "int8_matmul" else _NO_OUTLIERS), ("OUTLIERS", outliers))
+    constants += _rows(rows)
     return Variant(kernel, config, "bf16", constants).compile(target)
 
 

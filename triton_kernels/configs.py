@@ -45,12 +45,13 @@ INT8_MATMUL = {
 }
 FLOAT32 = ((64, 32, 64, 4, 2),)  # its residual runs without matrix instructions: a larger tile spills
 
-# For few rows, by the most rows a tile holds.
+# For few rows, by how many there are at most. One row costs little to quantise: its tiles are narrow, so that there are
+# enough of them without splitting K, which costs a launch. CDNA, with two stages, has too little in flight for that.
 FEW_ROWS = {
-    "cuda": {16: (16, 128, 128, 4, 4), 32: (32, 128, 128, 8, 4), 64: (64, 128, 128, 8, 3)},
-    "hip": {16: (16, 128, 128, 4, 2), 32: (32, 128, 128, 4, 2), 64: (64, 128, 128, 8, 2)},
+    "cuda": {1: (16, 32, 256, 4, 6), 16: (16, 128, 128, 4, 4), 32: (32, 128, 128, 8, 4), 64: (64, 128, 128, 8, 3)},
+    "hip": {1: (16, 128, 128, 4, 2), 16: (16, 128, 128, 4, 2), 32: (32, 128, 128, 4, 2), 64: (64, 128, 128, 8, 2)},
 }
-FEW_ROWS_FLOAT32 = {16: (16, 32, 32, 4, 2), 32: (32, 32, 32, 4, 2), 64: (64, 32, 32, 8, 2)}
+FEW_ROWS_FLOAT32 = {1: (16, 32, 32, 4, 2), 16: (16, 32, 32, 4, 2), 32: (32, 32, 32, 4, 2), 64: (64, 32, 32, 8, 2)}
 
 # Kernels that only move bytes: their tiles, with the dimensions they do not have as 1.
 OUTLIER_MASK = Config(32, 1, 128, 4, 2)
@@ -97,44 +98,55 @@ def tiles(dtype: torch.dtype, target: str, epilogue: bool) -> list[Config]:
 
 
 def int8_matmul(
-    M: int, N: int, E: int, dtype: torch.dtype, epilogue: bool, target: str, processors: int
+    M: int, N: int, K: int, E: int, dtype: torch.dtype, epilogue: bool, target: str, processors: int
 ) -> tuple[Config, ...]:
-    """Candidates for `int8_matmul`, best guess first: the largest tile that still gives every processor a program."""
+    """Candidates for `int8_matmul`, best guess first: the largest tile that still gives every processor a program.
+
+    Where none does, K is split under the smallest one (`split`). ``dtype``: in which the columns that stay in floating
+    point are multiplied.
+    """
     configs = tiles(dtype, target, epilogue)
 
     def programs(c: Config) -> int:
         return triton.cdiv(M, c.BLOCK_M) * triton.cdiv(N, c.BLOCK_N) * E
 
     guess = next((c for c in configs if programs(c) >= processors), configs[-1])
+    guess = split(guess, programs(guess), K, processors)
     near = [c for c in configs if c != guess and programs(c) >= processors // 2]
     return guess, *near[-2:]
 
 
-def few_rows(M: int, N: int, K: int, E: int, dtype: torch.dtype, target: str, processors: int) -> tuple[Config, ...]:
-    """Candidates for `fused_linear` and `weight_only`: K is split until every processor has a program.
+def split(config: Config, programs: int, K: int, processors: int) -> Config:
+    """``config`` with K split until three quarters of the processors have a program, of four K blocks or more."""
+    while 4 * programs * config.SPLIT_K < 3 * processors and _may_split(config, K):
+        config = replace(config, SPLIT_K=2 * config.SPLIT_K)
+    return config
 
-    Each part keeps at least four K blocks. The second candidate splits once more.
-    """
+
+def _may_split(config: Config, K: int) -> bool:
+    return config.SPLIT_K < MOST_SPLITS and 8 * config.SPLIT_K * config.BLOCK_K <= K
+
+
+def few_rows(M: int, N: int, K: int, E: int, dtype: torch.dtype, target: str, processors: int) -> tuple[Config, ...]:
+    """Candidates for `fused_linear` and `weight_only`: K is `split`, and split once more."""
     table = FEW_ROWS["hip" if target.startswith("gfx") else "cuda"]
     table = FEW_ROWS_FLOAT32 if dtype == torch.float32 else table
     rows = next((rows for rows in table if rows >= M), max(table))
     config = Config(*table[rows])
-    programs = triton.cdiv(M, rows) * triton.cdiv(N, config.BLOCK_N) * E
-
-    def may_split(split: int) -> bool:
-        return split < MOST_SPLITS and 8 * split * config.BLOCK_K <= K
-
-    split = 1
-    while programs * split < processors and may_split(split):
-        split *= 2
-    guess = replace(config, SPLIT_K=split)
-    return (guess, replace(config, SPLIT_K=2 * split)) if may_split(split) else (guess,)
+    programs = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N) * E
+    config = split(config, programs, K, processors)
+    return (config, replace(config, SPLIT_K=2 * config.SPLIT_K)) if _may_split(config, K) else (config,)
 
 
-def workspace(config: Config, N: int, tiles: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Room for the parts of a split K loop, and a counter per tile that starts at 0; nothing without a split."""
+def workspace(
+    config: Config, N: int, tiles: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor | None, Tensor | None]:
+    """Room for the parts of a split K loop, and a counter per tile that starts at 0; nothing without a split.
+
+    tiles: how many there are for one tile of N.
+    """
     if config.SPLIT_K == 1:
         return None, None
     tiles *= triton.cdiv(N, config.BLOCK_N)
-    partial = torch.empty(tiles, config.SPLIT_K, config.BLOCK_M, config.BLOCK_N, dtype=torch.float32, device=device)
+    partial = torch.empty(tiles, config.SPLIT_K, config.BLOCK_M, config.BLOCK_N, dtype=dtype, device=device)
     return partial, torch.zeros(tiles, dtype=torch.int32, device=device)

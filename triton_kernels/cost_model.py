@@ -130,8 +130,8 @@ def few_rows(gpu: Gpu, compiled: Compile, M: int, N: int, K: int, outliers: floa
     """`fused_linear`: one launch, and a fill of the counters where K is split."""
     config = configs.few_rows(M, N, K, 1, torch.bfloat16, gpu.target, gpu.processors)[0]
     single = replace(config, SPLIT_K=1)
-    machine = compiled(gpu.target, "fused_linear", single)
-    plain, _ = _instructions(compiled(gpu.target, "fused_linear", single, False), INT8_MATRIX)
+    machine = compiled(gpu.target, "fused_linear", single, True, M)
+    plain, _ = _instructions(compiled(gpu.target, "fused_linear", single, False, M), INT8_MATRIX)
     widen, _ = _instructions(compiled(gpu.target, "weight_only", single), FLOAT_MATRIX)
     full, loop = _instructions(machine, INT8_MATRIX)
     assert loop is not None
@@ -171,29 +171,34 @@ def few_rows(gpu: Gpu, compiled: Compile, M: int, N: int, K: int, outliers: floa
 
 def many_rows(gpu: Gpu, compiled: Compile, M: int, N: int, K: int, outliers: float) -> Cost:
     """`outlier_mask`, `quantize_rowwise`, `extract_outliers`, `gather_weight`, `int8_matmul`."""
-    config = configs.int8_matmul(M, N, 1, torch.bfloat16, False, gpu.target, gpu.processors)[0]
-    machine = compiled(gpu.target, "int8_matmul", config)
+    config = configs.int8_matmul(M, N, K, 1, torch.bfloat16, False, gpu.target, gpu.processors)[0]
+    split = config.SPLIT_K
+    machine = compiled(gpu.target, "int8_matmul", replace(config, SPLIT_K=1))
     int8, _ = _instructions(machine, INT8_MATRIX)
     float16, _ = _instructions(machine, FLOAT_MATRIX)
     x = 2 * M * K
     again = x if x > gpu.cache / 2 else 0  # what of x is read from memory a second time
     columns = math.ceil(outliers * K)
     cost = Cost(1, K, LAUNCH, "memory")  # the mask, filled with zeros
-    cost += _copy(gpu, x) + _copy(gpu, again + M * K, x - again) + _copy(gpu, 0, M * columns * 34 + M / 16 * K)
+    twice = x if K > configs.QUANTIZE_ROWWISE.BLOCK_K else 0  # a row of several parts is read again, from the cache
+    cost += _copy(gpu, x) + _copy(gpu, again + M * K, x - again + twice) + _copy(gpu, 0, M * columns * 34 + M / 16 * K)
     gathers = columns and M >= GATHER_ROWS
     if gathers:
         cost += _copy(gpu, min(N * columns * 64, N * K) + N * columns)
     elif M >= GATHER_ROWS:
         cost += Cost(1, 0, LAUNCH, "memory")
+    if split > 1:
+        cost += Cost(1, 0, LAUNCH, "memory")  # the counters, filled with zeros
 
     tile, clock = 2 * config.BLOCK_M * config.BLOCK_N, gpu.clock
     tiles = math.ceil(M / config.BLOCK_M) * math.ceil(N / config.BLOCK_N)
-    steps, residual = math.ceil(K / config.BLOCK_K), math.ceil(columns / BLOCK_O)
+    steps, residual = math.ceil(math.ceil(K / config.BLOCK_K) / split), math.ceil(columns / BLOCK_O)
     matrix = steps * tile * config.BLOCK_K / gpu.int8_per_clock + residual * tile * BLOCK_O / gpu.float16_per_clock
     issue = (steps * int8 + residual * float16) * config.num_warps / gpu.issue
     per_column = config.BLOCK_N * (1 if gathers else 32) + 2 * config.BLOCK_M  # a lone code costs 32 bytes
-    fetched = (config.BLOCK_M + config.BLOCK_N) * K + residual * BLOCK_O * per_column
-    waves = math.ceil(tiles / gpu.processors)
+    fetched = (config.BLOCK_M + config.BLOCK_N) * K / split + residual * BLOCK_O * per_column
+    fetched += 8 * config.BLOCK_M * config.BLOCK_N if split > 1 else 0  # a part is stored and read
+    waves = math.ceil(tiles * split / gpu.processors)
     dram = M * K + N * K + 2 * M * N
     times = {
         "memory": dram / (gpu.bandwidth * BANDWIDTH_SHARE),

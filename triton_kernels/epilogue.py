@@ -27,19 +27,24 @@ def activate(v, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def scale_channels(acc, weight_scale_ptr, n, N, e):
+    """``acc[m, n] * weight_scale[e, n]``."""
+    at = weight_scale_ptr + e.to(tl.int64) * N + n
+    return acc * tl.load(at, mask=n < N, other=0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def finish(
-    acc, weight_scale_ptr, bias_ptr, other_ptr, y_ptr, rows, row_mask, n, N, e, stride_om, stride_on,
+    acc, bias_ptr, other_ptr, y_ptr, rows, row_mask, n, N, e, stride_om, stride_on,
     ACTIVATION: tl.constexpr, BINARY: tl.constexpr,
 ):  # fmt: skip
-    """``y[rows, n] = binary(activation(acc * weight_scale[e, n] + bias[e, n]), other[rows, n])``, rounded once.
+    """``y[rows, n] = binary(activation(acc + bias[e, n]), other[rows, n])``, rounded once.
 
     ``acc [BLOCK_M, BLOCK_N]`` float32; ``rows`` int64, rows of y and other; y is contiguous; N its row length.
     """
-    channels = e.to(tl.int64) * N + n
     n_mask = n < N
-    acc = acc * tl.load(weight_scale_ptr + channels, mask=n_mask, other=0).to(tl.float32)[None, :]
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + channels, mask=n_mask, other=0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + e.to(tl.int64) * N + n, mask=n_mask, other=0).to(tl.float32)[None, :]
     acc = activate(acc, ACTIVATION)
     mask = row_mask[:, None] & n_mask[None, :]
     if BINARY != "none":

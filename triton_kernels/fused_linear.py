@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .epilogue import finish
+from .epilogue import finish, scale_channels
 from .quantize_rowwise import row_scale
 from .split_k import arrive, collect, k_range
 from .tuning import fastest
@@ -20,7 +20,7 @@ def _fused_linear_kernel(
     M, N, K, stride_xe, stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_om, stride_on, rows_per_weight,
     threshold, INT8_MAX: tl.constexpr, TINY: tl.constexpr, OUTLIERS: tl.constexpr,
     ACTIVATION: tl.constexpr, BINARY: tl.constexpr, EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile_n, split, e = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, end = 0, M
@@ -34,7 +34,8 @@ def _fused_linear_kernel(
     k = tl.arange(0, BLOCK_K)
     begin, stop = k_range(split, K, BLOCK_K, SPLIT_K)
     x_ptr += e.to(tl.int64) * stride_xe
-    x_ptrs = x_ptr + m.to(tl.int64)[:, None] * stride_xm + (begin + k).to(tl.int64)[None, :] * stride_xk
+    r = first + tl.arange(0, ROWS)
+    x_ptrs = x_ptr + r.to(tl.int64)[:, None] * stride_xm + (begin + k).to(tl.int64)[None, :] * stride_xk
     channels = tl.minimum(n, N - 1).to(tl.int64)
     weight_ptr += e.to(tl.int64) * stride_we
     weight_ptrs = weight_ptr + channels[None, :] * stride_wn + (begin + k).to(tl.int64)[:, None] * stride_wk
@@ -42,10 +43,10 @@ def _fused_linear_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(begin, stop, BLOCK_K):
         if EVEN_K:
-            x = tl.load(x_ptrs, mask=(m < end)[:, None], other=0)
+            x = tl.load(x_ptrs, mask=(r < end)[:, None], other=0)
             w = tl.load(weight_ptrs)
         else:
-            x = tl.load(x_ptrs, mask=(m < end)[:, None] & (k[None, :] < K - start), other=0)
+            x = tl.load(x_ptrs, mask=(r < end)[:, None] & (k[None, :] < K - start), other=0)
             w = tl.load(weight_ptrs, mask=k[:, None] < K - start, other=0)
         inside = x.to(tl.float32)
         if OUTLIERS:
@@ -55,29 +56,25 @@ def _fused_linear_kernel(
         scale = row_scale(tl.max(tl.abs(inside).to(tl.int32, bitcast=True), 1), INT8_MAX, TINY)
         steps = tl.broadcast_to(tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None], inside.shape)
         codes = tl.fma(inside, steps, tl.full(inside.shape, 12582912.0, tl.float32))  # see to_codes
-        products = tl.dot(codes.to(tl.int32, bitcast=True).to(tl.int8), w, out_dtype=tl.int32)
+        codes = tl.broadcast_to(codes.to(tl.int32, bitcast=True).to(tl.int8), (BLOCK_M, BLOCK_K))
+        products = tl.dot(codes, w, out_dtype=tl.int32)
         acc += products.to(tl.float32) * scale[:, None]
         if OUTLIERS:
             if tl.max(outlier, 0) > 0:
                 kept = tl.where(outlier[None, :] > 0, x, tl.zeros_like(x))
+                kept = tl.broadcast_to(kept, (BLOCK_M, BLOCK_K))
                 acc = tl.dot(kept, widen(w, x.dtype), acc, input_precision="ieee")
         x_ptrs += BLOCK_K * stride_xk
         weight_ptrs += BLOCK_K * stride_wk
 
     rows = e.to(tl.int64) * rows_per_weight + m
-    if SPLIT_K == 1:
-        finish(
-            acc, weight_scale_ptr, bias_ptr, other_ptr, y_ptr, rows, m < end, n, N, e, stride_om, stride_on,
-            ACTIVATION, BINARY,
-        )  # fmt: skip
-    else:
+    if SPLIT_K > 1:
         tile = e * tl.num_programs(0) + tile_n
-        if arrive(acc, m < end, partial_ptr, counter_ptr, tile, split, BLOCK_M, BLOCK_N, SPLIT_K):
-            acc = collect(partial_ptr, m < end, tile, BLOCK_M, BLOCK_N, SPLIT_K)
-            finish(
-                acc, weight_scale_ptr, bias_ptr, other_ptr, y_ptr, rows, m < end, n, N, e, stride_om, stride_on,
-                ACTIVATION, BINARY,
-            )  # fmt: skip
+        if not arrive(acc, m < end, partial_ptr, counter_ptr, tile, split, BLOCK_M, BLOCK_N, SPLIT_K):
+            return
+        acc = collect(partial_ptr, m < end, tile, BLOCK_M, BLOCK_N, SPLIT_K)
+    acc = scale_channels(acc, weight_scale_ptr, n, N, e)
+    finish(acc, bias_ptr, other_ptr, y_ptr, rows, m < end, n, N, e, stride_om, stride_on, ACTIVATION, BINARY)
 
 
 def fused_linear(
@@ -112,6 +109,8 @@ def fused_linear(
     with Q the term of `int8fx.reference.linear`'s bound. Rows whose large values lie in few blocks gain most. S grows
     by one rounding per block and per split (``outliers + blocks + splits + 4`` roundings); R is the same. A row with
     NaN or inf in a column that is no outlier gets NaN, as there.
+
+    One row is quantised once and stands in all BLOCK_M rows of the tile that the matrix instructions ask for.
 
     The residual runs only in blocks that hold an outlier; it multiplies x's 16 bits by the codes as 16 bits, exactly.
 
@@ -155,6 +154,6 @@ def fused_linear(
         M, N, K, 0 if offsets is not None else x.stride(0), x.stride(1), x.stride(2), *weight.stride(),
         *((0, 0) if other is None else other.stride()), 0 if offsets is not None else M,
         threshold, int8_max, tiny, threshold != float("inf"), activation, binary, K % config.BLOCK_K == 0, split,
-        **config.kernel_options(),
+        1 if M == 1 else config.BLOCK_M, **config.kernel_options(),
     )  # fmt: skip
     return y

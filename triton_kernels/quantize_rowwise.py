@@ -1,4 +1,4 @@
-"""Activations to int8 codes, one scale per row, without the outlier columns."""
+"""Activations to int8 codes, rotated if asked to, one scale per row, without the columns that stay in 16 bits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import QUANTIZE_ROWWISE
+from .kept import is_kept
+from .rotate import rotate
 
 
 @triton.jit
@@ -34,13 +36,31 @@ def row_scale(absmax_bits, INT8_MAX: tl.constexpr, TINY: tl.constexpr):
 
 
 @triton.jit
+def _part(
+    x_ptr, mask_ptr, columns_ptr, start, K, C, stride_xk,
+    BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Columns ``start <= k < start + BLOCK_K`` of a row as float32, 0 where they stay in 16 bits, rotated."""
+    k = start + tl.arange(0, BLOCK_K)
+    inside = k < K
+    if mask_ptr is not None:
+        inside = inside & (tl.load(mask_ptr + k, mask=inside, other=1) == 0)
+    x = tl.load(x_ptr + k.to(tl.int64) * stride_xk, mask=inside, other=0).to(tl.float32)
+    if columns_ptr is not None:
+        x = tl.where(is_kept(columns_ptr, C, start, BLOCK_K), 0.0, x)
+    return rotate(x, start, K, BLOCK, WHOLE_BLOCKS)
+
+
+@triton.jit
 def _quantize_rowwise_kernel(
-    x_ptr, mask_ptr, offsets_ptr, codes_ptr, scale_ptr, M, K, E, stride_xe, stride_xm, stride_xk,
-    INT8_MAX: tl.constexpr, TINY: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    x_ptr, mask_ptr, columns_ptr, offsets_ptr, codes_ptr, scale_ptr, M, K, E, C, stride_xe, stride_xm, stride_xk,
+    INT8_MAX: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
+    ONE_PART: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     m, e = tl.program_id(0), tl.program_id(1)
     row = (e * M + m).to(tl.int64)
     x_ptr += e.to(tl.int64) * stride_xe + m.to(tl.int64) * stride_xm
+    codes_ptr += row * K
     if mask_ptr is not None:
         if offsets_ptr is not None:
             i = tl.arange(0, BLOCK_E)
@@ -49,52 +69,71 @@ def _quantize_rowwise_kernel(
         if e >= E:  # a row behind the last group
             return
         mask_ptr += e.to(tl.int64) * K
-    absmax = tl.zeros((BLOCK_K,), tl.int32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        inside = k < K
-        if mask_ptr is not None:
-            inside = inside & (tl.load(mask_ptr + k, mask=k < K, other=1) == 0)
-        x = tl.load(x_ptr + k.to(tl.int64) * stride_xk, mask=inside, other=0).to(tl.float32)
-        absmax = tl.maximum(absmax, tl.abs(x).to(tl.int32, bitcast=True))
-    scale = row_scale(tl.max(absmax, 0), INT8_MAX, TINY)
+    k = tl.arange(0, BLOCK_K)
+    if ONE_PART:
+        x = _part(x_ptr, mask_ptr, columns_ptr, 0, K, C, stride_xk, BLOCK_K, BLOCK, WHOLE_BLOCKS)
+        scale = row_scale(tl.max(tl.abs(x).to(tl.int32, bitcast=True), 0), INT8_MAX, TINY)
+        tl.store(codes_ptr + k, to_codes(tl.div_rn(x, tl.broadcast_to(scale, x.shape))), mask=k < K)
+    else:
+        absmax = tl.zeros((BLOCK_K,), tl.int32)
+        for start in range(0, K, BLOCK_K):
+            x = _part(x_ptr, mask_ptr, columns_ptr, start, K, C, stride_xk, BLOCK_K, BLOCK, WHOLE_BLOCKS)
+            absmax = tl.maximum(absmax, tl.abs(x).to(tl.int32, bitcast=True))
+        scale = row_scale(tl.max(absmax, 0), INT8_MAX, TINY)
+        for start in range(0, K, BLOCK_K):  # x comes from the cache this time
+            x = _part(x_ptr, mask_ptr, columns_ptr, start, K, C, stride_xk, BLOCK_K, BLOCK, WHOLE_BLOCKS)
+            codes = to_codes(tl.div_rn(x, tl.broadcast_to(scale, x.shape)))
+            tl.store(codes_ptr + start + k, codes, mask=start + k < K)
     tl.store(scale_ptr + row, scale)
-    for start in range(0, K, BLOCK_K):  # x comes from the cache this time
-        k = start + tl.arange(0, BLOCK_K)
-        inside = k < K
-        if mask_ptr is not None:
-            inside = inside & (tl.load(mask_ptr + k, mask=k < K, other=1) == 0)
-        x = tl.load(x_ptr + k.to(tl.int64) * stride_xk, mask=inside, other=0).to(tl.float32)
-        codes = to_codes(tl.div_rn(x, tl.broadcast_to(scale, x.shape)))
-        tl.store(codes_ptr + row * K + k, codes, mask=k < K)
 
 
 def quantize_rowwise(
-    x: Tensor, mask: Tensor | None, *, int8_max: int, tiny: float, offsets: Tensor | None = None
+    x: Tensor,
+    mask: Tensor | None,
+    *,
+    int8_max: int,
+    tiny: float,
+    block: int = 1,
+    columns: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``scale[m] = max_k(abs(x[m, k])) / int8_max``, ``codes[m, k] = round(x[m, k] / scale[m])`` over unmasked columns.
+    """``scale[m] = max_k(abs(z[m, k])) / int8_max``, ``codes[m, k] = round(z[m, k] / scale[m])``, z = rotate(x_rest).
 
-    The reference's codes and scales, bit for bit: IEEE division, half to even, masked columns get code 0, no scale is
-    below ``tiny``, a row with NaN or inf in an unmasked column gets scale NaN. x is read twice, the second time from
-    the cache: the scale must be known before the first code.
+    ``x_rest`` is x with zeros in ``columns`` and where ``mask`` is true; see `rotate`. Codes and scales are the
+    reference's, bit for bit: sums in its order, IEEE division, half to even, no scale is below ``tiny``, a row whose z
+    holds NaN or inf gets scale NaN. A row depends on no other row. It is read once; twice, the second time from the
+    cache, where it has more than 4096 columns: the scale must be known before the first code.
 
     Args:
         x: ``[E, M, K]`` float16, bfloat16 or float32, any strides; ``[1, S, K]`` with offsets.
         mask: ``[E, K]`` bool, the columns to leave out; None for none.
         int8_max, tiny: the largest code and the smallest scale.
+        block: of the rotation, a power of two up to `MAX_BLOCK`; 1 for none.
+        columns: ``[C]`` distinct integers, contiguous: columns to leave out in every row; None for none.
         offsets: ``[E]``, the end of each group's rows; rows behind the last group are left as they are.
 
     Returns:
         ``codes [E * M, K]`` int8 and ``scale [E * M]`` float32.
+
+    Raises:
+        ValueError: the block is too large.
     """
     E, M, K = x.shape
+    block = min(block, triton.next_power_of_2(K + 1) // 2) if K else 1  # no block is longer than K
+    if block > MAX_BLOCK:
+        raise ValueError(f"quantize_rowwise: block {block} of K = {K}; legal: at most {MAX_BLOCK} on a GPU")
     codes = torch.empty(E * M, K, dtype=torch.int8, device=x.device)
     scale = torch.empty(E * M, dtype=torch.float32, device=x.device)
     groups = E if mask is None else mask.shape[0]
+    BLOCK_K = min(triton.next_power_of_2(max(K, 32)), max(QUANTIZE_ROWWISE.BLOCK_K, block))
     if E * M:
         _quantize_rowwise_kernel[(M, E)](
-            x, mask, offsets, codes, scale, M, K, groups, *x.stride(), int8_max, tiny,
-            BLOCK_K=min(triton.next_power_of_2(max(K, 16)), QUANTIZE_ROWWISE.BLOCK_K),
+            x, mask, columns, offsets, codes, scale, M, K, groups, 0 if columns is None else len(columns), *x.stride(),
+            int8_max, tiny, block, K % block == 0, K <= BLOCK_K, BLOCK_K=BLOCK_K,
             BLOCK_E=triton.next_power_of_2(groups), num_warps=QUANTIZE_ROWWISE.num_warps,
         )  # fmt: skip
     return codes, scale
+
+
+MAX_BLOCK = 8192
+"""The largest block of a rotation: a program holds one in registers."""

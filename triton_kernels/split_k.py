@@ -33,7 +33,7 @@ def arrive(
 
 @triton.jit
 def collect(partial_ptr, row_mask, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr):
-    """``sum_split(partial[tile, split])``, always in the same order."""
+    """``sum_split(partial[tile, split])``, in partial's dtype, always in the same order."""
     tile_ptr = partial_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_M * BLOCK_N)
     at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = row_mask[:, None]

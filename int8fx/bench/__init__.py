@@ -5,6 +5,7 @@
     candidates  one linear layer, by int8fx and by each peer
     products    suites of single products: products, outliers, overhead, scaling
     models      suites of whole language models: models; memory (a fresh process each)
+    check, cuda the Triton kernels on a GPU: against the reference, then against peers and the GPU's limits
     report      tables and CSV
     plots       PNG
     command     runs what was asked for

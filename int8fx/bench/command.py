@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import candidates, memory, models, plots, products, profile, report
+from . import candidates, cuda, memory, models, plots, products, profile, report
 from .machine import describe, limits
 from .products import Settings
 from .timing import Case
@@ -37,6 +37,7 @@ class Options:
     suites: names of `SUITES`; all of them if empty.
     rounds: of each case, at most; None: 10, or 3 if ``quick``.
     threads: None leaves torch's number of threads.
+    device: cpu or cuda.
     """
 
     suites: tuple[str, ...] = ()
@@ -44,6 +45,7 @@ class Options:
     rounds: int | None = None
     threads: int | None = None
     output: Path = Path("int8fx-bench")
+    device: str = "cpu"
 
 
 def run(options: Options, console: Console | None = None) -> int:
@@ -55,6 +57,8 @@ def run(options: Options, console: Console | None = None) -> int:
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
     options.output.mkdir(parents=True, exist_ok=True)
+    if options.device == "cuda":
+        return cuda.run(options, console)
     before = torch.get_num_threads()
     cases: list[Case] = []
     with ExitStack() as stack:
