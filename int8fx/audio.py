@@ -50,7 +50,7 @@ def clips(model: Any, features: Any, sources: Sequence[str], calibration: int) -
         calibration: how many clips to calibrate on, at most.
 
     Raises:
-        TextError: a file cannot be read, or there are too few clips.
+        TextError: a file cannot be read, there are too few clips, or the model writes nothing for one.
     """
     rate, found = features.sampling_rate, []
     for source in sources:
@@ -63,4 +63,6 @@ def clips(model: Any, features: Any, sources: Sequence[str], calibration: int) -
         for clip in found:
             with torch.no_grad():
                 clip["labels"] = model.generate(clip[model.main_input_name])
+            if not clip["labels"].numel():
+                raise TextError("the model writes nothing for a clip; legal: audio in which it hears words")
     return found[: len(found) - apart], found[len(found) - apart :]

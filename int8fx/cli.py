@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, llm_int8
-from .schemes import Scheme, parse_scheme
+from .schemes import Scheme, need_moments, parse_scheme
 
 PROMPT = "Photosynthesis is the process by which"
 DEMO_NEEDS = ("accelerate", "gguf", "platformdirs", "rich", "transformers")
@@ -46,6 +46,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         return args.run(args)
+    except ValueError as error:
+        if not str(error).startswith("int8fx."):  # what int8fx refuses is explained; anything else is a bug
+            raise
+        print(error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"int8fx {args.command}: interrupted", file=sys.stderr)
         return 130
@@ -201,6 +206,8 @@ def _plans(loaded: _Loaded, sizes: list[float], show: bool) -> dict[str, Any]:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    if not args.threshold >= 0:
+        args.error(f"--threshold is {args.threshold:g}; legal: 0 or more")
     loaded = _load(args)
     if loaded is None:
         return 1
@@ -208,7 +215,8 @@ def _inspect(args: argparse.Namespace) -> int:
     from .inspection import inspect
 
     show = sys.stderr.isatty()
-    known = calibrate(loaded.model, loaded.calibration, progress=show) if loaded.calibration else None
+    moments = need_moments(loaded.schemes.values())
+    known = calibrate(loaded.model, loaded.calibration, moments=moments, progress=show) if loaded.calibration else None
     options = {"calibration": known, "threshold": args.threshold, "progress": show}
     found = inspect(loaded.model, loaded.samples, loaded.schemes, **options)
     return _show(args, found, "draw_inspection")
@@ -219,6 +227,9 @@ def _load(args: argparse.Namespace) -> _Loaded | None:
     for name, least in (("windows", 2), ("width", 2), ("calibration", 0)):
         if getattr(args, name) < least:
             args.error(f"--{name} is {getattr(args, name)}; legal: {least} or more")
+    for path in (args.json, args.png):
+        if path is not None and not path.parent.is_dir():
+            args.error(f"{path} cannot be written: there is no folder {path.parent}")
     try:
         schemes = {text: parse_scheme(text) for text in args.scheme or SCHEMES}
     except ValueError as error:
@@ -234,6 +245,9 @@ def _load(args: argparse.Namespace) -> _Loaded | None:
         if (kind == "speech") != bool(args.audio):
             legal = "--audio FILE ..." if kind == "speech" else "--text FILE"
             raise TextError(f"{args.model!r} is a model of kind {kind}; legal: {legal}")
+        limit = getattr(model.config, "max_position_embeddings", args.width)
+        if kind != "speech" and args.width > limit:
+            raise TextError(f"--width is {args.width}; {args.model!r} reads {limit} tokens at most")
         if kind == "speech":
             read, apart = clips(model, tokenizer.features, args.audio, args.calibration)
             tokenizer = tokenizer.tokenizer

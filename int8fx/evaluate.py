@@ -18,7 +18,7 @@ from .calibrate import calibrate, show_progress
 from .convert import convert
 from .layers import packed_layers
 from .mixed import Plan
-from .schemes import Scheme
+from .schemes import Scheme, need_moments
 from .tables import table
 
 
@@ -116,7 +116,7 @@ def evaluate(
         raise ValueError(
             f"int8fx.evaluate: {found}; legal: {', '.join(kinds)}, two samples or more, one scheme or more"
         )
-    moments = any(getattr(scheme, "rounding", "nearest") == "gptq" for scheme in schemes.values())
+    moments = need_moments(schemes.values())
     known = calibrate(model, calibration, moments=moments, progress=progress) if calibration else None
     models = {}
     for label, scheme in schemes.items():

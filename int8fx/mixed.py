@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from .layers import Layer
 from .layers import plan as plan_layers
 from .ops import linear
 from .recipes import linear_forward
-from .schemes import Rotated, Scheme
+from .schemes import Rotated, Scheme, need_moments
 from .tables import table
 
 SCHEMES = (Rotated(budget=0.0), Rotated(), Rotated(budget=0.05))
@@ -122,7 +123,8 @@ def plan(
         progress: whether to show a bar on stderr.
 
     Raises:
-        ValueError: not one of the budgets is given, it cannot be met (the message says what can), or no layer was seen.
+        ValueError: not one of the budgets is given, it cannot be met (the message says what can), no layer was seen, or
+            a loss is not finite.
     """
     _check(budget_bytes, max_kl)
     schemes = list(schemes)
@@ -133,8 +135,7 @@ def plan(
     }
     batches = list(data)
     if calibration is None:
-        moments = any(scheme.rounding == "gptq" for scheme in schemes)
-        calibration = calibrate(model, batches, moments=moments, progress=progress)
+        calibration = calibrate(model, batches, moments=need_moments(schemes), progress=progress)
     options = _measure(model, batches, layers, schemes, calibration, samples, progress)
     if not options:
         raise ValueError("int8fx.plan: no linear layer of the model in these batches; legal: data that it runs on")
@@ -194,6 +195,10 @@ def _measure(
     for name in (name for name in layers if name in losses):
         size = [sum(map(_bytes16, buffers)) for buffers in packed[name]]
         kl = [loss / (samples * rows) for loss in losses[name]]
+        if not all(map(math.isfinite, kl)):
+            raise ValueError(
+                f"int8fx.plan: layer {name!r} has a loss of NaN or inf; legal: data that gives finite outputs"
+            )
         options[name] = [Option(*o) for o in zip(schemes, size, kl, strict=True)]
         options[name].append(Option(None, _bytes16(layers[name].weight), 0.0))
     return options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,11 @@ class Rotated:
 
 
 Scheme = LLMInt8 | Rotated
+
+
+def need_moments(schemes: Iterable[object]) -> bool:
+    """Whether one of these schemes takes what ``calibrate(moments=True)`` finds."""
+    return any(isinstance(scheme, Rotated) and scheme.rounding == "gptq" for scheme in schemes)
 
 
 def parse_scheme(text: str) -> Scheme:

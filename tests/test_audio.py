@@ -129,6 +129,14 @@ def test_the_commands_read_audio(name, tmp_path, capsys):
     assert "error rotated" in capsys.readouterr().out
 
 
+def test_clips_without_words_are_refused(tmp_path, monkeypatch):
+    model, (features, _), _ = load(str(save_whisper(tmp_path / "whisper")))
+    monkeypatch.setattr(model, "generate", lambda x: torch.zeros(1, 0, dtype=torch.long))
+    sources = [str(save_audio(tmp_path / f"{i}.wav", 0.5)) for i in range(2)]
+    with pytest.raises(TextError, match="the model writes nothing for a clip"):
+        clips(model, features, sources, 0)
+
+
 def test_models_get_what_they_read(tmp_path, capsys):
     audio = str(save_audio(tmp_path / "a.wav", 0.5))
     assert cli.main(["eval", "--model", str(save_lm(tmp_path / "lm")), "--audio", audio]) == 1

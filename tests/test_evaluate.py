@@ -212,6 +212,7 @@ def test_the_command_compares_plans(tmp_path, capsys):
         (["--scheme", "rotated(block=3)"], "block must be a power of two"),
         (["--windows", "1"], "--windows is 1; legal: 2 or more"),
         (["--calibration", "-1"], "--calibration is -1; legal: 0 or more"),
+        (["--json", "no/such/folder/x.json"], "x.json cannot be written: there is no folder no/such/folder"),
     ],
 )
 def test_wrong_arguments_are_explained(arguments, said, capsys):
@@ -232,6 +233,18 @@ def test_models_and_texts_that_cannot_be_had_end_in_a_line(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("int8fx eval: cannot load")
     assert cli.main(["eval", "--model", str(save_lm(tmp_path / "model")), "--text", str(tmp_path / "none")]) == 1
     assert "int8fx eval: cannot read the text" in capsys.readouterr().err
+
+
+def test_what_int8fx_refuses_ends_in_a_line(tmp_path, capsys):
+    model, sizes = str(save_lm(tmp_path / "model")), ["--windows", "2", "--width", "32"]
+    gptq = ["--scheme", "rotated(rounding='gptq')", "--calibration", "0"]
+    for command in ("eval", "inspect"):
+        assert cli.main([command, "--model", model, *sizes, *gptq]) == 1
+        assert (
+            capsys.readouterr().err.strip().split("\n")[-1].startswith("int8fx.convert: rounding='gptq' knows nothing")
+        )
+    assert cli.main(["eval", "--model", model, "--width", "97"]) == 1
+    assert "--width is 97; " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

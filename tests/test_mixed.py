@@ -133,6 +133,14 @@ def test_budgets_that_cannot_be_met_are_refused(budgets, said):
         int8fx.plan(small_model(), data(20), max_kl=math.inf).within(**budgets)
 
 
+def test_losses_that_are_not_finite_are_named():
+    model, batches = small_model(), data(20)
+    calibration = int8fx.calibrate(model, batches)
+    batches[0][3, 4] = math.nan
+    with pytest.raises(ValueError, match=r"int8fx\.plan: layer '0' has a loss of NaN or inf"):
+        int8fx.plan(model, batches, max_kl=math.inf, calibration=calibration)
+
+
 def test_models_without_linear_layers_are_refused():
     class Bare(nn.Module):
         def __init__(self) -> None:
