@@ -117,7 +117,12 @@ def evaluate(
             f"int8fx.evaluate: {found}; legal: {', '.join(kinds)}, two samples or more, one scheme or more"
         )
     moments = need_moments(schemes.values())
-    known = calibrate(model, calibration, moments=moments, progress=progress) if calibration else None
+    static = any(isinstance(scheme, Scheme) and scheme.static_columns(1) for scheme in schemes.values())
+    known = (
+        calibrate(model, calibration, moments=moments, progress=progress)
+        if calibration and (static or moments)
+        else None
+    )
     models = {}
     for label, scheme in schemes.items():
         twin = float_copy(model)

@@ -278,7 +278,8 @@ def test_architectures_are_calibrated_whole_and_converted(name):
     """Experts, Conv1D, packed attention projections, bare Parameters: each product's input is seen."""
     model, inputs = models.ALL[name]()
     plain = int8fx.convert(copy.deepcopy(model), int8fx.llm_int8(float("inf")))
-    calibration = calibrate(model, [inputs])
+    calibration = calibrate(model, [inputs], moments=True)
+    gptq = int8fx.convert(copy.deepcopy(model), int8fx.rotated(16, 0.05, rounding="gptq"), calibration=calibration)
 
     def output(model: nn.Module) -> Tensor:
         with torch.no_grad():
@@ -291,6 +292,7 @@ def test_architectures_are_calibrated_whole_and_converted(name):
     assert names
     assert names <= set(calibration.absmax)
     assert 0 < (output(model) - before).norm() < (output(plain) - before).norm()
+    assert 0 < (output(gptq) - before).norm() < 1.1 * (output(model) - before).norm()  # of the data that it has seen
 
 
 def test_aot_inductor_packages_hold_the_scheme(tmp_path):
