@@ -412,7 +412,7 @@ def test_without_data_weights_beside_each_other_keep_the_same_columns():
         model[0].v.weight[:, 40] *= 9
         model[1].weight[:, 3] *= 9
     size = torch.stack([getattr(model[0], n).weight.square().sum(0) for n in ("q", "k", "v", "gate", "up")]).sum(0)
-    size += model[0].w.square().sum(0)
+    size += model[0].w.square().sum(1)
     int8fx.convert(model, int8fx.rotated(budget=2 / K))
     kept = {n: getattr(model[0], n)._buffers["weight" + COLUMNS] for n in ("q", "k", "v", "gate", "up", "down")}
     assert kept["q"].tolist() == size.topk(2).indices.sort().values.tolist() == [11, 40]
