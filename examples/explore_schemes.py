@@ -1,8 +1,8 @@
 """What else could make rotated int8 more exact? Variants that int8fx does not have, simulated on a real model.
 
 ``python examples/explore_schemes.py smollm2 [TEXT ...]`` (or minilm, or a directory) compares each variant with
-``int8fx.rotated()`` on 8 windows of 256 tokens; column choices and statistics are those of 8 other windows. Needs
-``pip install int8fx[eval]``. Values are rounded as the variant would round them; products are float32.
+``int8fx.rotated()`` on 8 windows of 256 tokens (encoders: 32 of 128); column choices and statistics are those of 8 other
+windows. Needs ``pip install int8fx[eval]``. Values are rounded as the variant would round them; products are float32.
 """
 
 import sys
@@ -157,7 +157,7 @@ def output(model: nn.Module, kind: str, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def main(name: str, texts: list[str]) -> None:
     model, tokenizer, kind = load(name)
-    data, apart = windows(tokenizer, texts, 8, 256, 8)
+    data, apart = windows(tokenizer, texts, *((8, 256) if kind == "lm" else (32, 128)), 8)
     layers = {w.name: w.module for w in plan(model) if w.reason is None and isinstance(w.module, nn.Linear)}
     seen = observe(model, layers, apart)
     expected = [output(model, kind, ids) for ids in data.split(1)]
