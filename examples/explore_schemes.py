@@ -1,8 +1,9 @@
 """What else could make rotated int8 more exact? Variants that int8fx does not have, simulated on a real model.
 
 ``python examples/explore_schemes.py smollm2 [TEXT ...]`` (or minilm, or a directory) compares each variant with
-``int8fx.rotated()`` on 8 windows of 256 tokens (encoders: 32 of 128); column choices and statistics are those of 8 other
-windows. Needs ``pip install int8fx[eval]``. Values are rounded as the variant would round them; products are float32.
+``int8fx.rotated()`` on 8 windows of 256 tokens (encoders: 32 of 128); column choices and statistics are those of 8
+other windows. Needs ``pip install int8fx[eval]``. Values are rounded as the variant would round them; products are
+float32.
 """
 
 import sys
