@@ -231,7 +231,8 @@ def test_what_eval_needs_is_named(monkeypatch, capsys):
 def test_models_and_texts_that_cannot_be_had_end_in_a_line(tmp_path, capsys):
     assert cli.main(["eval", "--model", str(tmp_path / "none")]) == 1
     assert capsys.readouterr().err.startswith("int8fx eval: cannot load")
-    assert cli.main(["eval", "--model", str(save_lm(tmp_path / "model")), "--text", str(tmp_path / "none")]) == 1
+    text = ["--width", "32", "--text", str(tmp_path / "none")]
+    assert cli.main(["eval", "--model", str(save_lm(tmp_path / "model")), *text]) == 1
     assert "int8fx eval: cannot read the text" in capsys.readouterr().err
 
 
