@@ -17,32 +17,27 @@ class Calibration:
 
     absmax: layer name -> ``[K]`` float32: the largest absolute value of each input column.
     rows: layer name -> how many rows were seen.
+    moments: layer name -> ``[K, K]`` float32, ``x.T @ x`` of all rows, if they were asked for.
     """
 
     absmax: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
 
-    def see(self, name: str, x: Tensor) -> None:
+    def see(self, name: str, x: Tensor, moments: bool = False) -> None:
         """Takes in rows ``x [M, K]`` of the layer ``name``."""
         if x.shape[0]:
             absmax = x.abs().amax(0).float().cpu()
             self.absmax[name] = torch.maximum(self.absmax[name], absmax) if name in self.absmax else absmax
             self.rows[name] = self.rows.get(name, 0) + x.shape[0]
+            if moments:
+                products = (x.float().T @ x.float()).cpu()
+                self.moments[name] = self.moments[name].add_(products) if name in self.moments else products
 
 
-def choose_columns(weight: Tensor, count: int, names: Iterable[str], calibration: Calibration | None) -> Tensor:
-    """The ``count`` columns of ``weight [..., N, K]`` to keep in 16 bits, in ascending order: ``[count]`` int64.
-
-    Those with the largest absmax in the calibration data of the layers ``names``; without data, those of the weight
-    that are largest in Euclidean norm, whose rounding would cost most for inputs that are all alike.
-    """
-    known = {} if calibration is None else calibration.absmax
-    found = [known[name].to(weight.device) for name in names if name in known]
-    size = torch.stack(found).amax(0) if found else weight.float().square().flatten(0, -2).sum(0)
-    return size.topk(count).indices.sort().values
-
-
-def calibrate(model: nn.Module, data: Iterable[Any], *, progress: bool | None = None) -> Calibration:
+def calibrate(
+    model: nn.Module, data: Iterable[Any], *, moments: bool = False, progress: bool | None = None
+) -> Calibration:
     """Runs ``model`` on ``data`` and notes ``absmax[k] = max_m(abs(x[m, k]))`` of every product's input.
 
     A few batches of what the model is for are enough: outlier columns are the same for any text (Dettmers et al. 2022,
@@ -51,16 +46,18 @@ def calibrate(model: nn.Module, data: Iterable[Any], *, progress: bool | None = 
     Args:
         model: not converted yet; any ``nn.Module``. It is run without gradients, in the mode that it is in.
         data: batches: a tensor (the first argument), a tuple or list (arguments) or a mapping (keyword arguments).
+        moments: whether to note ``x.T @ x`` too, for ``rotated(rounding="gptq")``: 4 K * K bytes for each layer. Some
+            thousand rows are enough; fewer rows than K leave directions without data.
         progress: whether to show a bar on stderr; by default if that is a terminal.
 
     Raises:
-        ValueError: there are no batches, or no product with a weight of the model was seen.
+        ValueError: there are no batches, no product with a weight of the model was seen, or x has NaN or inf.
     """
     from .observe import observe
 
     calibration, batches = Calibration(), list(data)
     bar = sys.stderr.isatty() if progress is None else progress
-    with torch.no_grad(), observe(model, calibration.see):
+    with torch.no_grad(), observe(model, lambda name, x: calibration.see(name, x, moments)):
         for i, batch in enumerate(batches):
             if bar:
                 show_progress("calibrating", i, len(batches))
@@ -70,6 +67,11 @@ def calibrate(model: nn.Module, data: Iterable[Any], *, progress: bool | None = 
     if not calibration.absmax:
         found = "no batches" if not batches else "no product with a weight of the model in these batches"
         raise ValueError(f"int8fx.calibrate: {found}; legal: data that the model runs on, before int8fx.convert")
+    for name, absmax in calibration.absmax.items():
+        if not absmax.isfinite().all():
+            raise ValueError(
+                f"int8fx.calibrate: layer {name!r} gets NaN or inf from these batches; legal: finite inputs"
+            )
     return calibration
 
 

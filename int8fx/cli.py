@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from . import __version__, llm_int8
-from .schemes import Scheme, parse_scheme
+from .schemes import Scheme, need_moments, parse_scheme
 
 PROMPT = "Photosynthesis is the process by which"
 DEMO_NEEDS = ("accelerate", "gguf", "platformdirs", "rich", "transformers")
@@ -40,11 +42,17 @@ def main(argv: list[str] | None = None) -> int:
     _add_bench(commands)
     _add_build(commands)
     args = parser.parse_args(argv)
+    args.typed = shlex.join(["int8fx", *(sys.argv[1:] if argv is None else argv)])
     if args.command is None:
         parser.print_help()
         return 0
     try:
         return args.run(args)
+    except ValueError as error:
+        if not str(error).startswith("int8fx."):  # what int8fx refuses is explained; anything else is a bug
+            raise
+        print(error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"int8fx {args.command}: interrupted", file=sys.stderr)
         return 130
@@ -99,11 +107,13 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
-# ---- eval -----------------------------------------------------------------------------------------------------------
+# ---- eval, inspect --------------------------------------------------------------------------------------------------
 
 
 def _add_measured(parser: argparse.ArgumentParser, windows: int, width: int) -> None:
-    parser.add_argument("--model", default="smollm2", help="smollm2, minilm, a directory, or a name of the hub")
+    parser.add_argument(
+        "--model", default="smollm2", help="smollm2, minilm, whisper, a directory, or a name of the hub"
+    )
     parser.add_argument(
         "--scheme",
         action="append",
@@ -117,6 +127,13 @@ def _add_measured(parser: argparse.ArgumentParser, windows: int, width: int) -> 
         help="pydoc (Python's documentation) or a text file; may be repeated; the last tenth of each calibrates "
         "(default: pydoc)",
     )
+    parser.add_argument(
+        "--audio",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="WAV files, for speech models in place of text; the last tenth of them, at least one, calibrates",
+    )
     parser.add_argument("--windows", type=int, default=windows, help=f"how many windows to read (default: {windows})")
     parser.add_argument("--width", type=int, default=width, help=f"tokens in a window (default: {width})")
     parser.add_argument("--calibration", type=int, default=8, help="windows to calibrate with; 0: none (default: 8)")
@@ -127,69 +144,16 @@ def _add_measured(parser: argparse.ArgumentParser, windows: int, width: int) -> 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("eval", help="compare a model's outputs under several schemes with its own in float32")
     _add_measured(parser, 16, 256)
+    parser.add_argument(
+        "--plan",
+        action="append",
+        type=float,
+        default=[],
+        metavar="SIZE",
+        help="beside the schemes, one chosen for each layer (int8fx.plan) by the calibration windows, in SIZE times "
+        "the bytes of all layers in int8; may be repeated",
+    )
     parser.set_defaults(run=_eval, error=parser.error)
-
-
-def _schemes(args: argparse.Namespace) -> dict[str, Scheme]:
-    for name, least in (("windows", 2), ("width", 2), ("calibration", 0)):
-        if getattr(args, name) < least:
-            args.error(f"--{name} is {getattr(args, name)}; legal: {least} or more")
-    try:
-        return {text: parse_scheme(text) for text in args.scheme or SCHEMES}
-    except ValueError as error:
-        args.error(str(error))
-        raise
-
-
-def _eval(args: argparse.Namespace) -> int:
-    schemes = _schemes(args)
-    loaded = _load(args)
-    if loaded is None:
-        return 1
-    from .evaluate import evaluate
-
-    model, kind, read, calibration = loaded
-    show = sys.stderr.isatty()
-    found = evaluate(model, kind, read, schemes, calibration=calibration, name=args.model, progress=show)
-    found.about = _about(args)
-    print(f"{found.about['machine']}\n{found}")
-    if args.json:
-        args.json.write_text(found.to_json() + "\n")
-    if args.png:
-        from .plots import draw_evaluation
-
-        draw_evaluation(found, args.png)
-    return 0
-
-
-def _load(args: argparse.Namespace) -> tuple[Any, str, Any, Any] | None:
-    """The model, its kind, windows to measure and windows to calibrate; None if there is an error, which is printed."""
-    if _lacks(args.command, "eval", (*MODEL_NEEDS, "matplotlib") if args.png else MODEL_NEEDS):
-        return None
-    from .models import ModelError, load
-    from .texts import TextError, windows
-
-    try:
-        model, tokenizer, kind = load(args.model)
-        read, apart = windows(tokenizer, args.text or ["pydoc"], args.windows, args.width, args.calibration)
-    except (ModelError, TextError) as error:
-        print(f"int8fx {args.command}: {error}", file=sys.stderr)
-        return None
-    return model, kind, read, apart if len(apart) else None
-
-
-def _about(args: argparse.Namespace) -> dict[str, str]:
-    """What a measurement needs to be repeated."""
-    from .machine import machine
-
-    keys = ("model", "windows", "width", "calibration")
-    parts = ["int8fx", args.command, *(part for key in keys for part in (f"--{key}", str(getattr(args, key))))]
-    parts += [part for text in args.text or () for part in ("--text", text)]
-    parts += [part for text in args.scheme or () for part in ("--scheme", text)]
-    return {"machine": machine(), "command": shlex.join(parts)}
-
-
-# ---- inspect --------------------------------------------------------------------------------------------------------
 
 
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
@@ -201,27 +165,115 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_inspect, error=parser.error)
 
 
+@dataclass
+class _Loaded:
+    """A model, its kind, arguments for it to measure on and to calibrate on, how it writes words, the schemes."""
+
+    model: Any
+    kind: str
+    samples: list[dict[str, Any]]
+    calibration: list[dict[str, Any]]
+    decode: Callable[[Any], str]
+    schemes: dict[str, Scheme]
+
+
+def _eval(args: argparse.Namespace) -> int:
+    for size in args.plan:
+        if not size >= 1 or not args.calibration:
+            args.error(f"--plan is {size:g} with {args.calibration} windows to calibrate; legal: 1 or more, of each")
+    loaded = _load(args)
+    if loaded is None:
+        return 1
+    from .evaluate import evaluate
+    from .mixed import Plan
+
+    show = sys.stderr.isatty()
+    schemes: dict[str, Scheme | Plan] = dict(loaded.schemes)
+    if args.plan:
+        schemes |= _plans(loaded, args.plan, show)
+    options = {"calibration": loaded.calibration, "decode": loaded.decode, "name": args.model, "progress": show}
+    found = evaluate(loaded.model, loaded.kind, loaded.samples, schemes, **options)
+    return _show(args, found, "draw_evaluation")
+
+
+def _plans(loaded: _Loaded, sizes: list[float], show: bool) -> dict[str, Any]:
+    """A plan for each size, measured once."""
+    from .mixed import plan
+
+    least = plan(loaded.model, loaded.calibration, max_kl=float("inf"), progress=show)
+    plans = {f"plan {size:g}": least.within(budget_bytes=int(size * least.smallest)) for size in sizes}
+    for label, found in plans.items():
+        print(f"{label}: {found.summary()}")
+    return plans
+
+
 def _inspect(args: argparse.Namespace) -> int:
-    schemes = _schemes(args)
+    if not args.threshold >= 0:
+        args.error(f"--threshold is {args.threshold:g}; legal: 0 or more")
     loaded = _load(args)
     if loaded is None:
         return 1
     from .calibrate import calibrate
     from .inspection import inspect
 
-    model, _, read, apart = loaded
     show = sys.stderr.isatty()
-    calibration = None if apart is None else calibrate(model, apart.split(1), progress=show)
-    options = {"calibration": calibration, "threshold": args.threshold, "progress": show}
-    found = inspect(model, read.split(1), schemes, **options)
-    found.about = _about(args)
+    moments = need_moments(loaded.schemes.values())
+    known = calibrate(loaded.model, loaded.calibration, moments=moments, progress=show) if loaded.calibration else None
+    options = {"calibration": known, "threshold": args.threshold, "progress": show}
+    found = inspect(loaded.model, loaded.samples, loaded.schemes, **options)
+    return _show(args, found, "draw_inspection")
+
+
+def _load(args: argparse.Namespace) -> _Loaded | None:
+    """What the options name; None if there is an error, which is printed."""
+    for name, least in (("windows", 2), ("width", 2), ("calibration", 0)):
+        if getattr(args, name) < least:
+            args.error(f"--{name} is {getattr(args, name)}; legal: {least} or more")
+    for path in (args.json, args.png):
+        if path is not None and not path.parent.is_dir():
+            args.error(f"{path} cannot be written: there is no folder {path.parent}")
+    try:
+        schemes = {text: parse_scheme(text) for text in args.scheme or SCHEMES}
+    except ValueError as error:
+        args.error(str(error))
+    if _lacks(args.command, "eval", (*MODEL_NEEDS, "matplotlib") if args.png else MODEL_NEEDS):
+        return None
+    from .audio import clips
+    from .models import ModelError, load
+    from .texts import TextError, windows
+
+    try:
+        model, tokenizer, kind = load(args.model)
+        if (kind == "speech") != bool(args.audio):
+            legal = "--audio FILE ..." if kind == "speech" else "--text FILE"
+            raise TextError(f"{args.model!r} is a model of kind {kind}; legal: {legal}")
+        limit = getattr(model.config, "max_position_embeddings", args.width)
+        if kind != "speech" and args.width > limit:
+            raise TextError(f"--width is {args.width}; {args.model!r} reads {limit} tokens at most")
+        if kind == "speech":
+            read, apart = clips(model, tokenizer.features, args.audio, args.calibration)
+            tokenizer = tokenizer.tokenizer
+        else:
+            texts = windows(tokenizer, args.text or ["pydoc"], args.windows, args.width, args.calibration)
+            read, apart = ([{"input_ids": ids} for ids in found.split(1) if len(ids)] for found in texts)
+    except (ModelError, TextError) as error:
+        print(f"int8fx {args.command}: {error}", file=sys.stderr)
+        return None
+    return _Loaded(model, kind, read, apart, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), schemes)
+
+
+def _show(args: argparse.Namespace, found: Any, draw: str) -> int:
+    """Prints what was found, and writes and draws it where that is asked for."""
+    from .machine import machine
+
+    found.about = {"machine": machine(), "command": args.typed}
     print(f"{found.about['machine']}\n{found}")
     if args.json:
         args.json.write_text(found.to_json() + "\n")
     if args.png:
-        from .plots import draw_inspection
+        from . import plots
 
-        draw_inspection(found, args.png)
+        getattr(plots, draw)(found, args.png)
     return 0
 
 

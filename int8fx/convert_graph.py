@@ -19,19 +19,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node
 
-from .convert import (
-    HEAD,
-    Layer,
-    Pack,
-    check_modules,
-    choose,
-    layer_name,
-    leave_reasons,
-    pack_layers,
-    packed_layers,
-    plan,
-    walk,
-)
+from .calibrate import Calibration
+from .convert import Pack, leave_reasons, pack_layers
+from .layers import HEAD, Layer, check_modules, choose, layer_name, packed_layers, plan, walk
 from .packing import COLUMNS, SCALE, SUFFIXES, PackedModule, PackedWeight, applied_to_packed, not_codes, untie_columns
 from .passes import count_ops
 from .passes.emit import NO_ROTATION, call, without_defaults
@@ -40,19 +30,27 @@ from .passes.products import read_product
 from .passes.weights import follow
 from .quantize import compute_dtype
 from .recipes import EMBEDDING, Recipe, embedding_forward
+from .schemes import Scheme
 from .selection import Selection
 
 aten = torch.ops.aten
 DTYPES = "int8fx_dtypes"  # in a graph module's meta: layer name -> the dtype that its weight had
 
 
-def convert_graph(model: GraphModule | ExportedProgram, pack: Pack, select: Selection | None, skip: Selection) -> int:
+def convert_graph(
+    model: GraphModule | ExportedProgram,
+    scheme: Scheme,
+    calibration: Calibration | None,
+    select: Selection | None,
+    skip: Selection,
+) -> int:
     """`convert` for graphs; returns how many weights it converted."""
     root = model.graph_module if isinstance(model, ExportedProgram) else model
     check_modules(root)
     packed = [*packed_layers(root), *packed_in_graph(model)]
     layers = plan(root, select, skip, graph_layers(model), packed)
     chosen = choose(layers)
+    pack = Pack(scheme, calibration, chosen)
     leave_reasons(root, layers)
     root.meta.setdefault(DTYPES, {}).update((layer.name, layer.weight.dtype) for layer in chosen)
     count = len(chosen)

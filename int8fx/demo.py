@@ -93,6 +93,8 @@ class Demo:
                 + (" to convert it to int8" if label == INT8 else "")
             )
             self.models[label], self.tokenizer, self.kind = load(self.name, dtype)
+            if self.kind == "speech":
+                raise ModelError(f"{self.name!r} writes speech; the demo takes language models and text encoders")
         int8fx.convert(self.models[INT8], int8fx.llm_int8(self.threshold))
         summary = int8fx.summary(self.models[INT8])
         left = "; ".join(f"{n} x {reason}" for reason, n in Counter(row.reason for row in summary.left).items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from . import metrics
 from .calibrate import calibrate, show_progress
 from .convert import convert
-from .schemes import Scheme
+from .layers import packed_layers
+from .mixed import Plan
+from .schemes import Scheme, need_moments
 from .tables import table
 
 
@@ -35,7 +37,7 @@ class Result:
 
     bytes: of the converted model's parameters and buffers, tied ones once.
     converted: how many weights are int8.
-    seconds: of the fastest read of a window.
+    seconds: of the fastest read of a sample.
     metrics: name -> `Estimate`.
     """
 
@@ -51,8 +53,7 @@ class Evaluation:
 
     model: str
     kind: str
-    windows: int
-    width: int
+    data: str
     reference: Result
     results: dict[str, Result]
     about: dict[str, str] = field(default_factory=dict)
@@ -63,7 +64,7 @@ class Evaluation:
         for label, result in {"float": self.reference, **self.results}.items():
             cells = [_cell(name, result.metrics[name]) if name in result.metrics else "" for name in names]
             rows.append([label, *cells, f"{result.bytes / 1e6:.1f}", f"{result.seconds:.2f}"])
-        head = f"{self.model}: {self.windows} windows of {self.width} tokens; mean [95 % interval over windows]"
+        head = f"{self.model}: {self.data}; mean [95 % interval over them]"
         return "\n".join([head, table(rows)])
 
     def to_json(self) -> str:
@@ -71,7 +72,7 @@ class Evaluation:
 
 
 def _cell(name: str, e: Estimate) -> str:
-    if "agreement" in name or "same" in name:
+    if any(word in name for word in ("agreement", "same", "changed")):
         return f"{e.value:.1%} [{e.low:.1%}, {e.high:.1%}]"
     return f"{e.value:.3g} [{e.low:.3g}, {e.high:.3g}]"
 
@@ -79,48 +80,62 @@ def _cell(name: str, e: Estimate) -> str:
 def evaluate(
     model: nn.Module,
     kind: str,
-    windows: Tensor,
-    schemes: dict[str, Scheme],
+    samples: Sequence[Mapping[str, Any]],
+    schemes: Mapping[str, Scheme | Plan],
     *,
-    calibration: Tensor | None = None,
+    calibration: Sequence[Mapping[str, Any]] = (),
+    decode: Callable[[Tensor], str] = str,
     name: str = "model",
     progress: bool = False,
 ) -> Evaluation:
-    """Reads ``windows``, one per call, with ``model`` and with a copy of it for each scheme; compares their outputs.
+    """Reads ``samples``, one per call, with ``model`` and with a copy of it for each scheme; compares their outputs.
 
     Language models: ``KL(float || scheme)`` per token in nats (mean, 99th percentile, maximum), how often the likeliest
     token is the same, perplexity, and the difference of the negative log-likelihood per token, paired. Encoders: 1 -
-    cosine of the mean of the last hidden states, and how often a window finds the same other windows by it. Every
-    figure has a bootstrap interval over windows.
+    cosine of the mean of the last hidden states, and how often a sample finds the same other samples by it. Speech
+    models: the KL and the likeliest token, per frame (CTC) or for the tokens in ``labels``, and the share of words that
+    the scheme writes differently (`metrics.word_errors`). Every figure has a bootstrap interval over samples.
 
     Args:
         model: of transformers, float; it stays as it is.
-        kind: ``lm`` or ``encoder``.
-        windows: ``[W, T]`` token ids.
-        schemes: label -> scheme.
-        calibration: ``[C, T]`` token ids that static columns are chosen by; None for their choice without data.
+        kind: ``lm``, ``encoder`` or ``speech``.
+        samples: keyword arguments for the model, tensors ``[1, ...]``: ``input_ids`` of texts; for speech what
+            `audio.clips` gives.
+        schemes: label -> scheme, or a `Plan` for this model.
+        calibration: samples that static columns are chosen by; none for their choice without data.
+        decode: ``[T]`` token ids to the words of a speech model.
         name: of the model, for the table.
         progress: whether to show a bar on stderr.
 
     Raises:
-        ValueError: there are fewer than two windows, no schemes, or another kind.
+        ValueError: there are fewer than two samples, no schemes, or another kind.
     """
-    if kind not in ("lm", "encoder") or len(windows) < 2 or not schemes:
-        found = f"kind {kind!r}, {len(windows)} windows, {len(schemes)} schemes"
-        raise ValueError(f"int8fx.evaluate: {found}; legal: lm or encoder, two windows or more, one scheme or more")
-    static = any(scheme.static_columns(1) for scheme in schemes.values())
-    data = [] if calibration is None else list(calibration.split(1))
-    known = calibrate(model, data, progress=progress) if static and data else None
-    models = {label: convert(float_copy(model), scheme, calibration=known) for label, scheme in schemes.items()}
+    kinds: dict[str, Callable[[], Any]] = {"lm": _LanguageModel, "encoder": _Encoder, "speech": lambda: _Speech(decode)}
+    if kind not in kinds or len(samples) < 2 or not schemes:
+        found = f"kind {kind!r}, {len(samples)} samples, {len(schemes)} schemes"
+        raise ValueError(
+            f"int8fx.evaluate: {found}; legal: {', '.join(kinds)}, two samples or more, one scheme or more"
+        )
+    moments = need_moments(schemes.values())
+    static = any(isinstance(scheme, Scheme) and scheme.static_columns(1) for scheme in schemes.values())
+    known = (
+        calibrate(model, calibration, moments=moments, progress=progress)
+        if calibration and (static or moments)
+        else None
+    )
+    models = {}
+    for label, scheme in schemes.items():
+        twin = float_copy(model)
+        models[label] = scheme.convert(twin) if isinstance(scheme, Plan) else convert(twin, scheme, calibration=known)
     reference = Result(count_bytes(model), 0)
-    results = {label: Result(count_bytes(m), count_packed(m)) for label, m in models.items()}
-    compare = _LanguageModel() if kind == "lm" else _Encoder()
-    steps, done = (len(models) + 1) * len(windows), 0
+    results = {label: Result(count_bytes(m), sum(1 for _ in packed_layers(m))) for label, m in models.items()}
+    compare = kinds[kind]()
+    steps, done = (len(models) + 1) * len(samples), 0
 
-    def read(m: nn.Module, ids: Tensor, result: Result) -> Tensor:
+    def read(m: nn.Module, sample: Mapping[str, Any], result: Result) -> Any:
         nonlocal done
         begin = time.perf_counter()
-        y = compare.outputs(m, ids)
+        y = compare.outputs(m, sample)
         result.seconds = min(result.seconds, time.perf_counter() - begin)
         done += 1
         if progress:
@@ -128,15 +143,21 @@ def evaluate(
         return y
 
     with torch.no_grad():
-        for ids in windows.split(1):
-            expected = read(model, ids, reference)
-            compare.see(None, ids, expected, expected)
+        for sample in samples:
+            expected = read(model, sample, reference)
+            compare.see(None, sample, expected, expected)
             for label, m in models.items():
-                compare.see(label, ids, expected, read(m, ids, results[label]))
+                compare.see(label, sample, expected, read(m, sample, results[label]))
     reference.metrics = dict(compare.estimates(None))
     for label, result in results.items():
         result.metrics = dict(compare.estimates(label))
-    return Evaluation(name, kind, len(windows), windows.shape[1], reference, results)
+    return Evaluation(name, kind, _describe(kind, samples), reference, results)
+
+
+def _describe(kind: str, samples: Sequence[Mapping[str, Any]]) -> str:
+    if kind == "speech":
+        return f"{len(samples)} clips of speech"
+    return f"{len(samples)} windows of {samples[0]['input_ids'].shape[1]} tokens"
 
 
 class _LanguageModel:
@@ -147,24 +168,18 @@ class _LanguageModel:
         self.top1: dict[str | None, list[Tensor]] = {}
         self.nll: dict[str | None, list[Tensor]] = {}
 
-    def outputs(self, model: Any, ids: Tensor) -> Tensor:
-        return model(input_ids=ids, use_cache=False).logits
+    def outputs(self, model: Any, sample: Mapping[str, Any]) -> Tensor:
+        return model(**sample, use_cache=False).logits[0]
 
-    def see(self, label: str | None, ids: Tensor, expected: Tensor, found: Tensor) -> None:
-        for i in range(len(ids)):  # window by window: float32 logits of a large vocabulary take much memory
-            nll = metrics.negative_log_likelihood(found[i], ids[i])
-            self.nll.setdefault(label, []).append(nll)
-            if label is not None:
-                self.kl.setdefault(label, []).append(metrics.kl_divergence(expected[i], found[i]))
-                self.top1.setdefault(label, []).append(metrics.top1_agreement(expected[i], found[i]).double())
+    def see(self, label: str | None, sample: Mapping[str, Any], expected: Tensor, found: Tensor) -> None:
+        self.nll.setdefault(label, []).append(metrics.negative_log_likelihood(found, sample["input_ids"][0]))
+        if label is not None:
+            self.kl.setdefault(label, []).append(metrics.kl_divergence(expected, found))
+            self.top1.setdefault(label, []).append(metrics.top1_agreement(expected, found).double())
 
     def estimates(self, label: str | None) -> Iterator[tuple[str, Estimate]]:
         if label is not None:
-            kl = self.kl[label]
-            yield "KL mean", _estimate(kl, torch.mean)
-            yield "KL p99", _estimate(kl, lambda v: v.quantile(0.99))
-            yield "KL max", _estimate(kl, torch.amax)
-            yield "top-1 agreement", _estimate(self.top1[label], torch.mean)
+            yield from _logit_estimates(self.kl[label], self.top1[label])
         nll = self.nll[label]
         yield "perplexity", _estimate(nll, lambda v: v.mean().exp())
         if label is not None:
@@ -178,10 +193,10 @@ class _Encoder:
     def __init__(self) -> None:
         self.vectors: dict[str | None, list[Tensor]] = {}
 
-    def outputs(self, model: Any, ids: Tensor) -> Tensor:
-        return model(input_ids=ids).last_hidden_state.mean(1)
+    def outputs(self, model: Any, sample: Mapping[str, Any]) -> Tensor:
+        return model(**sample).last_hidden_state.mean(1)
 
-    def see(self, label: str | None, ids: Tensor, expected: Tensor, found: Tensor) -> None:
+    def see(self, label: str | None, sample: Mapping[str, Any], expected: Tensor, found: Tensor) -> None:
         self.vectors.setdefault(label, []).append(found)
 
     def estimates(self, label: str | None) -> Iterator[tuple[str, Estimate]]:
@@ -196,6 +211,46 @@ class _Encoder:
         yield "10 nearest same", _estimate(list(shared.split(1)), torch.mean)
 
 
+class _Speech:
+    """Values per frame or token, and words, by scheme and clip."""
+
+    def __init__(self, decode: Callable[[Tensor], str]) -> None:
+        self.decode = decode
+        self.kl: dict[str, list[Tensor]] = {}
+        self.top1: dict[str, list[Tensor]] = {}
+        self.words: dict[str, list[Tensor]] = {}
+
+    def outputs(self, model: Any, sample: Mapping[str, Any]) -> tuple[Tensor, list[str]]:
+        logits = model(**sample).logits
+        ids = model.generate(sample[model.main_input_name]) if "labels" in sample else logits.argmax(-1)
+        return logits[0], self.decode(ids[0]).split()
+
+    def see(
+        self,
+        label: str | None,
+        sample: Mapping[str, Any],
+        expected: tuple[Tensor, list[str]],
+        found: tuple[Tensor, list[str]],
+    ) -> None:
+        if label is not None:
+            self.kl.setdefault(label, []).append(metrics.kl_divergence(expected[0], found[0]))
+            self.top1.setdefault(label, []).append(metrics.top1_agreement(expected[0], found[0]).double())
+            changed = metrics.word_errors(expected[1], found[1])
+            self.words.setdefault(label, []).append(torch.tensor([[changed, len(expected[1])]]).double())
+
+    def estimates(self, label: str | None) -> Iterator[tuple[str, Estimate]]:
+        if label is not None:
+            yield from _logit_estimates(self.kl[label], self.top1[label])
+            yield "words changed", _estimate(self.words[label], lambda v: v[:, 0].sum() / v[:, 1].sum().clamp_min(1))
+
+
+def _logit_estimates(kl: list[Tensor], top1: list[Tensor]) -> Iterator[tuple[str, Estimate]]:
+    yield "KL mean", _estimate(kl, torch.mean)
+    yield "KL p99", _estimate(kl, lambda v: v.quantile(0.99))
+    yield "KL max", _estimate(kl, torch.amax)
+    yield "top-1 agreement", _estimate(top1, torch.mean)
+
+
 def _estimate(groups: list[Tensor], statistic: Callable[[Tensor], Tensor]) -> Estimate:
     return Estimate(*metrics.bootstrap(groups, statistic))
 
@@ -208,9 +263,3 @@ def float_copy(model: nn.Module) -> nn.Module:
 def count_bytes(model: nn.Module) -> int:
     """Bytes of ``model``'s parameters and buffers; what is tied counts once."""
     return sum(t.nbytes for t in chain(model.parameters(), model.buffers()))
-
-
-def count_packed(model: nn.Module) -> int:
-    from .convert import packed_layers
-
-    return sum(1 for _ in packed_layers(model))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate import Calibration, run_batch, show_progress
-from .convert import Layer, Pack, plan
+from .convert import Pack
+from .layers import Layer, plan
 from .observe import observe
 from .ops import linear
 from .packing import COLUMNS, COLUMNS_WEIGHT
@@ -112,12 +113,13 @@ def inspect(
         ValueError: there are no batches, or no layer of the model took part in them.
     """
     layers = {layer.name: layer for layer in plan(model) if layer.reason is None}
+    packs = {label: Pack(scheme, calibration, layers.values()) for label, scheme in schemes.items()}
     seen: dict[str, _Seen] = {}
 
     def see(name: str, x: Tensor) -> None:
         if name in layers and x.shape[0]:
             if name not in seen:
-                seen[name] = _Seen(layers[name], schemes, calibration, threshold)
+                seen[name] = _Seen(layers[name], packs, threshold)
             seen[name].add(x)
 
     batches = list(data)
@@ -137,16 +139,13 @@ def inspect(
 class _Seen:
     """What one layer's inputs add up to."""
 
-    def __init__(
-        self, layer: Layer, schemes: dict[str, Scheme], calibration: Calibration | None, threshold: float
-    ) -> None:
+    def __init__(self, layer: Layer, packs: dict[str, Pack], threshold: float) -> None:
         self.layer, self.threshold = layer, threshold
         weight = layer.oriented()
         self.shape, K = tuple(weight.shape), weight.shape[-1]
         self.rows = 0
         self.count, self.absmax = torch.zeros(K, dtype=torch.int64), torch.zeros(K)
-        self.square, self.error = 0.0, dict.fromkeys(schemes, 0.0)
-        packs = {label: Pack(scheme, calibration) for label, scheme in schemes.items()}
+        self.square, self.error = 0.0, dict.fromkeys(packs, 0.0)
         self.packed = {label: (pack([layer]), pack.describe(layer)) for label, pack in packs.items()}
         sizes = {label: sum(t.nbytes for t in buffers) for label, (buffers, _) in self.packed.items()}
         self.bytes = {"float": weight.nbytes, **sizes}

@@ -68,6 +68,19 @@ def retrieval_agreement(reference: Tensor, y: Tensor, k: int = 10) -> tuple[Tens
     return (theirs[:, 0] == ours[:, 0]).double(), shared
 
 
+def word_errors(reference: list[str], words: list[str]) -> int:
+    """The least number of words to insert, delete or replace that makes ``reference`` of ``words``.
+
+    Over the number of words in ``reference`` this is the word error rate (Levenshtein 1966, Soviet Physics Doklady 10).
+    """
+    row = list(range(len(words) + 1))
+    for i, expected in enumerate(reference, 1):
+        last, row[0] = row[0], i
+        for j, word in enumerate(words, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (word != expected))
+    return row[-1]
+
+
 def bootstrap(
     groups: list[Tensor], statistic: Callable[[Tensor], Tensor], resamples: int = 1000, level: float = 0.95
 ) -> tuple[float, float, float]:
@@ -77,8 +90,8 @@ def bootstrap(
     tokens of a window) is drawn together. The same groups give the same interval.
 
     Args:
-        groups: values, one tensor ``[T]`` per group.
-        statistic: ``[n]`` to a number.
+        groups: values, one tensor ``[T, ...]`` per group.
+        statistic: ``[n, ...]`` to a number.
         resamples: how many times groups are drawn, with replacement, as many as there are.
         level: of confidence.
     """

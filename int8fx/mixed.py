@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -11,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate import Calibration, calibrate, run_batch, show_progress
-from .convert import Layer, Pack, convert
-from .convert import plan as plan_layers
+from .convert import Pack, convert
+from .layers import Layer
+from .layers import plan as plan_layers
 from .ops import linear
 from .recipes import linear_forward
-from .schemes import Rotated, Scheme
+from .schemes import Rotated, Scheme, need_moments
 from .tables import table
 
 SCHEMES = (Rotated(budget=0.0), Rotated(), Rotated(budget=0.05))
@@ -38,11 +41,16 @@ class Plan:
     kl: the estimate for the whole model: the sum over its layers.
     bytes: of the weights of these layers, as they are in a model of 16 bits.
     smallest: the bytes of the smallest plan.
+    options: layer name -> what it could have had.
     """
 
     chosen: dict[str, Option]
-    smallest: int
+    options: dict[str, list[Option]] = field(repr=False)
     calibration: Calibration = field(repr=False)
+
+    @property
+    def smallest(self) -> int:
+        return sum(min(option.bytes for option in own) for own in self.options.values())
 
     @property
     def kl(self) -> float:
@@ -51,6 +59,10 @@ class Plan:
     @property
     def bytes(self) -> int:
         return sum(option.bytes for option in self.chosen.values())
+
+    def within(self, *, budget_bytes: int | None = None, max_kl: float | None = None) -> Plan:
+        """The plan for another budget, by the same measurements; arguments and errors are those of `plan`."""
+        return _choose(self.options, budget_bytes, max_kl, self.calibration)
 
     def convert(self, model: nn.Module) -> nn.Module:
         """`int8fx.convert` of each layer to its scheme, in place; layers without a plan stay as they are."""
@@ -63,9 +75,18 @@ class Plan:
     def __str__(self) -> str:
         rows = [["layer", "scheme", "KB", "KL"]]
         for name, option in self.chosen.items():
-            scheme = "16 bits" if option.scheme is None else repr(option.scheme)
-            rows.append([name, scheme, f"{option.bytes / 1e3:,.0f}", f"{option.kl:.2e}"])
-        return f"{table(rows)}\n{self.bytes:,} bytes, estimated KL {self.kl:.3g}"
+            rows.append([name, _name(option), f"{option.bytes / 1e3:,.0f}", f"{option.kl:.2e}"])
+        return f"{table(rows)}\n{self.summary()}"
+
+    def summary(self) -> str:
+        """How many layers have what, bytes and estimated loss, in a line."""
+        counts = Counter(_name(option) for option in self.chosen.values())
+        layers = ", ".join(f"{count} x {name}" for name, count in counts.most_common())
+        return f"{layers}; {self.bytes:,} bytes, estimated KL {self.kl:.3g}"
+
+
+def _name(option: Option) -> str:
+    return "16 bits" if option.scheme is None else repr(option.scheme)
 
 
 def plan(
@@ -102,10 +123,11 @@ def plan(
         progress: whether to show a bar on stderr.
 
     Raises:
-        ValueError: not one of the budgets is given, it cannot be met (the message says what can), or no layer was seen.
+        ValueError: not one of the budgets is given, it cannot be met (the message says what can), no layer was seen, or
+            a loss is not finite.
     """
-    if (budget_bytes is None) == (max_kl is None):
-        raise ValueError("int8fx.plan: give budget_bytes or max_kl, one of them")
+    _check(budget_bytes, max_kl)
+    schemes = list(schemes)
     layers = {
         layer.name: layer
         for layer in plan_layers(model)
@@ -113,8 +135,8 @@ def plan(
     }
     batches = list(data)
     if calibration is None:
-        calibration = calibrate(model, batches, progress=progress)
-    options = _measure(model, batches, layers, list(schemes), calibration, samples, progress)
+        calibration = calibrate(model, batches, moments=need_moments(schemes), progress=progress)
+    options = _measure(model, batches, layers, schemes, calibration, samples, progress)
     if not options:
         raise ValueError("int8fx.plan: no linear layer of the model in these batches; legal: data that it runs on")
     return _choose(options, budget_bytes, max_kl, calibration)
@@ -133,7 +155,7 @@ def _measure(
     progress: bool,
 ) -> dict[str, list[Option]]:
     """The options of each layer that took part; 16 bits is the last of them."""
-    packs = [Pack(scheme, calibration) for scheme in schemes]
+    packs = [Pack(scheme, calibration, layers.values()) for scheme in schemes]
     owners = {id(layer.module): layer for layer in layers.values()}
     packed: dict[str, list[tuple[Tensor, ...]]] = {}
     losses: dict[str, list[float]] = {}
@@ -173,6 +195,10 @@ def _measure(
     for name in (name for name in layers if name in losses):
         size = [sum(map(_bytes16, buffers)) for buffers in packed[name]]
         kl = [loss / (samples * rows) for loss in losses[name]]
+        if not all(map(math.isfinite, kl)):
+            raise ValueError(
+                f"int8fx.plan: layer {name!r} has a loss of NaN or inf; legal: data that gives finite outputs"
+            )
         options[name] = [Option(*o) for o in zip(schemes, size, kl, strict=True)]
         options[name].append(Option(None, _bytes16(layers[name].weight), 0.0))
     return options
@@ -215,19 +241,25 @@ def _bytes16(tensor: Tensor) -> int:
 # ---- choosing -------------------------------------------------------------------------------------------------------
 
 
+def _check(budget_bytes: int | None, max_kl: float | None) -> None:
+    if (budget_bytes is None) == (max_kl is None):
+        raise ValueError("int8fx.plan: give budget_bytes or max_kl, one of them")
+    if max_kl is not None and not max_kl >= 0:
+        raise ValueError(f"int8fx.plan: max_kl is {max_kl}; legal: 0 or more")
+
+
 def _choose(
     options: dict[str, list[Option]], budget_bytes: int | None, max_kl: float | None, calibration: Calibration
 ) -> Plan:
+    _check(budget_bytes, max_kl)
     chosen, steps = {}, []
     for name, own in options.items():
         path = _hull(own)
         chosen[name] = path[0]
         steps += [(_gain(a, b), name, b) for a, b in pairwise(path)]
-    found = Plan(chosen, sum(option.bytes for option in chosen.values()), calibration)
+    found = Plan(chosen, options, calibration)
     if budget_bytes is not None and found.smallest > budget_bytes:
         raise ValueError(f"int8fx.plan: budget_bytes is {budget_bytes:,}; legal: {found.smallest:,} or more")
-    if max_kl is not None and max_kl < 0:
-        raise ValueError(f"int8fx.plan: max_kl is {max_kl}; legal: 0 or more")
     full: set[str] = set()  # layers whose next step was too large: their later ones would skip it
     for _, name, option in sorted(steps, key=lambda step: -step[0]):
         if max_kl is not None and found.kl <= max_kl:

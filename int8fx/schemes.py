@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class LLMInt8:
         object.__setattr__(self, "threshold", float(self.threshold))
         object.__setattr__(self, "keep", _share("keep", self.keep))
 
-    block = 1
+    block, rounding = 1, "nearest"
 
     def static_columns(self, K: int) -> int:
         """How many columns of K are kept with exact weights, chosen when the model is converted."""
@@ -55,12 +55,15 @@ class Rotated:
     block: int = 64
     budget: float = 0.01
     columns: str | None = "static"
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         if not isinstance(self.block, int) or self.block < 1 or self.block & (self.block - 1):
             raise ValueError(f"block must be a power of two, found {self.block!r}")
         if self.columns not in ("static", "dynamic", None):
             raise ValueError(f"columns must be 'static', 'dynamic' or None, found {self.columns!r}")
+        if self.rounding not in ("nearest", "gptq"):
+            raise ValueError(f"rounding must be 'nearest' or 'gptq', found {self.rounding!r}")
         object.__setattr__(self, "budget", _share("budget", self.budget))
 
     threshold = NO_THRESHOLD
@@ -75,6 +78,11 @@ class Rotated:
 
 
 Scheme = LLMInt8 | Rotated
+
+
+def need_moments(schemes: Iterable[object]) -> bool:
+    """Whether one of these schemes takes what ``calibrate(moments=True)`` finds."""
+    return any(isinstance(scheme, Rotated) and scheme.rounding == "gptq" for scheme in schemes)
 
 
 def parse_scheme(text: str) -> Scheme:
@@ -116,7 +124,9 @@ def llm_int8(threshold: float = 6.0, keep: float = 0.0) -> LLMInt8:
     return LLMInt8(threshold, keep)
 
 
-def rotated(block: int = 64, budget: float = 0.01, columns: str | None = "static") -> Rotated:
+def rotated(
+    block: int = 64, budget: float = 0.01, columns: str | None = "static", rounding: str = "nearest"
+) -> Rotated:
     """Rotated int8: x and W are rotated alike along K, in blocks, so that outliers spread before they are rounded.
 
     ``y = int8(rotate(x_rest)) @ int8(rotate(W_rest)).T * scales + x_kept @ W_kept.T``; see `quantize.rotate` and
@@ -129,11 +139,15 @@ def rotated(block: int = 64, budget: float = 0.01, columns: str | None = "static
             block is rotated in smaller ones (`quantize.rotation_blocks`).
         budget: the share of input columns that are taken out before the rotation and multiplied in 16 bits; at least
             one of each layer, 0 for none: a plain int8 product.
-        columns: ``static``: chosen by `convert`, from what `calibrate` found, else by the weight (the columns of
+        columns: ``static``: chosen by `convert`, from what `calibrate` found, else by the weights (the columns of
             largest Euclidean norm); their weights are kept exactly. ``dynamic``: the columns that are largest in each
             call, with the dequantised weight. ``None``: no columns.
+        rounding: of the weight to codes. ``nearest``: each for itself. ``gptq``: so that the product's error is small
+            on the data of ``calibrate(moments=True)`` (`rounding.round_weight`); kept columns make good what is left,
+            and are exact no more. It costs time when the model is converted and nothing later: what is stored is of
+            the same form.
 
     Raises:
         ValueError: an argument is none of these.
     """
-    return Rotated(block, budget, columns)
+    return Rotated(block, budget, columns, rounding)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from .convert import LEFT, Layer, packed_layers, plan
+from .convert import LEFT
+from .layers import Layer, packed_layers, plan
 from .packing import SUFFIXES
 from .tables import table
 

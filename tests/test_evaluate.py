@@ -120,11 +120,15 @@ def test_compressed_texts_are_read(tmp_path):
 # ---- evaluate -------------------------------------------------------------------------------------------------------
 
 
+def samples(windows: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": ids} for ids in windows.split(1)]
+
+
 def test_figures_of_a_language_model_are_those_of_the_converted_model(tmp_path):
     model, tokenizer, kind = load(str(save_lm(tmp_path)))
     read, apart = windows(tokenizer, ["pydoc"], 3, 32, 2)
     before = copy.deepcopy(model.state_dict())
-    found = evaluate(model, kind, read, SCHEMES, calibration=apart)
+    found = evaluate(model, kind, samples(read), SCHEMES, calibration=samples(apart))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert list(found.results) == list(SCHEMES)
     twin = int8fx.convert(float_copy(model), SCHEMES["llm_int8"])
@@ -155,8 +159,8 @@ def test_float_copies_share_parameters_and_nothing_else():
 
 @pytest.mark.parametrize(("kind", "count", "schemes"), [("tts", 3, SCHEMES), ("lm", 1, SCHEMES), ("lm", 3, {})])
 def test_what_cannot_be_evaluated_is_refused(kind, count, schemes):
-    with pytest.raises(ValueError, match=r"int8fx\.evaluate: kind .*; legal: lm or encoder"):
-        evaluate(nn.Linear(3, 3), kind, torch.zeros(count, 4, dtype=torch.long), schemes)
+    with pytest.raises(ValueError, match=r"int8fx\.evaluate: kind .*; legal: lm, encoder, speech, two samples"):
+        evaluate(nn.Linear(3, 3), kind, samples(torch.zeros(count, 4, dtype=torch.long)), schemes)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -181,13 +185,34 @@ def test_the_command_prints_a_table_and_writes_files(save, tmp_path, capsys):
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_command_compares_plans(tmp_path, capsys):
+    path, model = tmp_path / "found.json", str(save_lm(tmp_path / "model"))
+    sizes = ["--windows", "2", "--width", "32", "--calibration", "2"]
+    plans = ["--plan", "1", "--plan", "1.5", "--plan", "3"]
+    assert (
+        cli.main(["eval", "--model", model, *sizes, "--scheme", "rotated(budget=0)", *plans, "--json", str(path)]) == 0
+    )
+    output, found = capsys.readouterr().out.split("\n"), json.loads(path.read_text())["results"]
+    assert output[0].startswith("plan 1: 7 x Rotated(block=64, budget=0.0")
+    assert "7 x 16 bits" in output[2]
+    kl = [
+        found[label]["metrics"]["KL mean"]["value"] for label in ("rotated(budget=0)", "plan 1", "plan 1.5", "plan 3")
+    ]
+    assert kl[0] == kl[1] > kl[2] > kl[3] == 0
+    assert found["plan 3"]["converted"] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--plan", "0.9"], "--plan is 0.9 with 8 windows to calibrate; legal: 1 or more, of each"),
+        (["--plan", "nan"], "--plan is nan with"),
+        (["--plan", "1.1", "--calibration", "0"], "--plan is 1.1 with 0 windows to calibrate"),
         (["--scheme", "int4"], "legal: llm_int8(threshold=6, keep=0), rotated(...)"),
         (["--scheme", "rotated(block=3)"], "block must be a power of two"),
         (["--windows", "1"], "--windows is 1; legal: 2 or more"),
         (["--calibration", "-1"], "--calibration is -1; legal: 0 or more"),
+        (["--json", "no/such/folder/x.json"], "x.json cannot be written: there is no folder no/such/folder"),
     ],
 )
 def test_wrong_arguments_are_explained(arguments, said, capsys):
@@ -206,8 +231,21 @@ def test_what_eval_needs_is_named(monkeypatch, capsys):
 def test_models_and_texts_that_cannot_be_had_end_in_a_line(tmp_path, capsys):
     assert cli.main(["eval", "--model", str(tmp_path / "none")]) == 1
     assert capsys.readouterr().err.startswith("int8fx eval: cannot load")
-    assert cli.main(["eval", "--model", str(save_lm(tmp_path / "model")), "--text", str(tmp_path / "none")]) == 1
+    text = ["--width", "32", "--text", str(tmp_path / "none")]
+    assert cli.main(["eval", "--model", str(save_lm(tmp_path / "model")), *text]) == 1
     assert "int8fx eval: cannot read the text" in capsys.readouterr().err
+
+
+def test_what_int8fx_refuses_ends_in_a_line(tmp_path, capsys):
+    model, sizes = str(save_lm(tmp_path / "model")), ["--windows", "2", "--width", "32"]
+    gptq = ["--scheme", "rotated(rounding='gptq')", "--calibration", "0"]
+    for command in ("eval", "inspect"):
+        assert cli.main([command, "--model", model, *sizes, *gptq]) == 1
+        assert (
+            capsys.readouterr().err.strip().split("\n")[-1].startswith("int8fx.convert: rounding='gptq' knows nothing")
+        )
+    assert cli.main(["eval", "--model", model, "--width", "97"]) == 1
+    assert "--width is 97; " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

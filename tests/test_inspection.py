@@ -89,7 +89,7 @@ def test_the_command_prints_a_table_and_writes_files(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     files = [tmp_path / "found.json", tmp_path / "found.png"]
     sizes = ["--windows", "2", "--width", "32", "--calibration", "2", "--threshold", "2"]
-    schemes = ["--scheme", "llm_int8", "--scheme", "rotated(16)"]
+    schemes = ["--scheme", "llm_int8", "--scheme", "rotated(16)", "--scheme", "rotated(16, rounding='gptq')"]
     outputs = ["--json", str(files[0]), "--png", str(files[1])]
     assert cli.main(["inspect", "--model", str(save_lm(tmp_path / "model")), *sizes, *schemes, *outputs]) == 0
     output, found = capsys.readouterr().out, json.loads(files[0].read_text())
@@ -99,3 +99,9 @@ def test_the_command_prints_a_table_and_writes_files(tmp_path, capsys):
     assert len(found["layers"]) == 7
     assert all(0 < layer["error"]["rotated(16)"] < 0.05 for layer in found["layers"])
     assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_thresholds_that_are_none_are_explained(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["inspect", "--threshold", "nan"])
+    assert "--threshold is nan; legal: 0 or more" in capsys.readouterr().err

@@ -76,6 +76,7 @@ def test_plans_keep_their_budgets_and_leave_the_model_alone():
     last = math.inf
     for budget in torch.linspace(least.bytes, best.bytes, 9).long().tolist():
         found = int8fx.plan(model, batches, budget_bytes=budget)
+        assert least.within(budget_bytes=budget).chosen == found.chosen
         assert found.bytes <= budget
         assert found.kl <= last
         last = found.kl
@@ -128,6 +129,16 @@ def test_frozen_models_are_measured_too():
 def test_budgets_that_cannot_be_met_are_refused(budgets, said):
     with pytest.raises(ValueError, match=said):
         int8fx.plan(small_model(), data(20), **budgets)
+    with pytest.raises(ValueError, match=said):
+        int8fx.plan(small_model(), data(20), max_kl=math.inf).within(**budgets)
+
+
+def test_losses_that_are_not_finite_are_named():
+    model, batches = small_model(), data(20)
+    calibration = int8fx.calibrate(model, batches)
+    batches[0][3, 4] = math.nan
+    with pytest.raises(ValueError, match=r"int8fx\.plan: layer '0' has a loss of NaN or inf"):
+        int8fx.plan(model, batches, max_kl=math.inf, calibration=calibration)
 
 
 def test_models_without_linear_layers_are_refused():

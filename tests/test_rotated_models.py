@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import int8fx
 from int8fx import reference
-from int8fx.calibrate import Calibration, calibrate, choose_columns
+from int8fx.calibrate import Calibration, calibrate
 from int8fx.packing import COLUMNS, COLUMNS_WEIGHT, SCALE
 from int8fx.passes import PASSES, count_ops
 from int8fx.quantize import dequantize, quantize_weight
@@ -78,7 +78,7 @@ def test_a_converted_layer_is_the_reference(name, dtype):
     calibration = calibrate(twin, [x])
     int8fx.convert(layer, scheme, calibration=calibration)
     count = scheme.static_columns(K)
-    columns = choose_columns(twin.weight, count, ["weight"], calibration) if count else None
+    columns = x.abs().amax(0).float().topk(count).indices.sort().values if count else None
     kept = None if columns is None else twin.weight[:, columns]
     packed = quantize_weight(twin.weight.detach(), scheme.block, columns)
     assert torch.equal(layer._buffers["weight"], packed[0])
@@ -278,7 +278,8 @@ def test_architectures_are_calibrated_whole_and_converted(name):
     """Experts, Conv1D, packed attention projections, bare Parameters: each product's input is seen."""
     model, inputs = models.ALL[name]()
     plain = int8fx.convert(copy.deepcopy(model), int8fx.llm_int8(float("inf")))
-    calibration = calibrate(model, [inputs])
+    calibration = calibrate(model, [inputs], moments=True)
+    gptq = int8fx.convert(copy.deepcopy(model), int8fx.rotated(16, 0.05, rounding="gptq"), calibration=calibration)
 
     def output(model: nn.Module) -> Tensor:
         with torch.no_grad():
@@ -291,6 +292,7 @@ def test_architectures_are_calibrated_whole_and_converted(name):
     assert names
     assert names <= set(calibration.absmax)
     assert 0 < (output(model) - before).norm() < (output(plain) - before).norm()
+    assert 0 < (output(gptq) - before).norm() < 1.1 * (output(model) - before).norm()  # of the data that it has seen
 
 
 def test_aot_inductor_packages_hold_the_scheme(tmp_path):
@@ -400,6 +402,30 @@ def test_layers_without_data_keep_the_columns_of_largest_weight():
         layer.weight[:, [3, 50]] *= 9
     int8fx.convert(layer, int8fx.rotated(budget=2 / K), calibration=Calibration())
     assert layer._buffers["weight" + COLUMNS].tolist() == [3, 50]
+
+
+def test_without_data_weights_beside_each_other_keep_the_same_columns():
+    """So that products of one x share its quantisation; other widths and other modules choose for themselves."""
+    model = nn.Sequential(model_of(), nn.Linear(K, 8))
+    with torch.no_grad():
+        model[0].q.weight[:, 11] *= 9
+        model[0].v.weight[:, 40] *= 9
+        model[1].weight[:, 3] *= 9
+    size = torch.stack([getattr(model[0], n).weight.square().sum(0) for n in ("q", "k", "v", "gate", "up")]).sum(0)
+    size += model[0].w.square().sum(1)
+    int8fx.convert(model, int8fx.rotated(budget=2 / K))
+    kept = {n: getattr(model[0], n)._buffers["weight" + COLUMNS] for n in ("q", "k", "v", "gate", "up", "down")}
+    assert kept["q"].tolist() == size.topk(2).indices.sort().values.tolist() == [11, 40]
+    assert all(kept[n] is kept["q"] for n in ("k", "v", "gate", "up"))
+    assert kept["down"].shape != kept["q"].shape or not torch.equal(kept["down"], kept["q"])
+    assert 3 in model[1]._buffers["weight" + COLUMNS]
+
+
+def test_compiled_models_share_without_data(no_graphs_from_caches):
+    model = int8fx.convert(model_of(), SCHEMES["static"])
+    with torch.no_grad():
+        torch.compile(model, fullgraph=True)(batch(8, 40))
+    assert PASSES.reports[-1].shared == 3
 
 
 # ---- the scheme -----------------------------------------------------------------------------------------------------
