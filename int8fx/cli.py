@@ -246,8 +246,8 @@ def _load(args: argparse.Namespace) -> _Loaded | None:
 
     try:
         model, tokenizer, kind = load(args.model)
-        if (kind == "speech") != bool(args.audio):
-            legal = "--audio FILE ..." if kind == "speech" else "--text FILE"
+        if (kind == "speech") != bool(args.audio) or (args.audio and args.text):
+            legal = "--audio FILE ..., no --text" if kind == "speech" else "--text FILE, no --audio"
             raise TextError(f"{args.model!r} is a model of kind {kind}; legal: {legal}")
         limit = getattr(model.config, "max_position_embeddings", args.width)
         if kind != "speech" and args.width > limit:

@@ -160,10 +160,12 @@ def test_clips_without_words_are_refused(tmp_path, monkeypatch):
 def test_models_get_what_they_read(tmp_path, capsys):
     audio = str(save_audio(tmp_path / "a.wav", 0.5))
     assert cli.main(["eval", "--model", str(save_lm(tmp_path / "lm")), "--audio", audio]) == 1
-    assert "is a model of kind lm; legal: --text FILE" in capsys.readouterr().err
+    assert "is a model of kind lm; legal: --text FILE, no --audio" in capsys.readouterr().err
     whisper = str(save_whisper(tmp_path / "whisper"))
     assert cli.main(["eval", "--model", whisper]) == 1
     assert "is a model of kind speech; legal: --audio FILE" in capsys.readouterr().err
+    assert cli.main(["eval", "--model", whisper, "--audio", audio, "--text", "pydoc"]) == 1
+    assert "is a model of kind speech; legal: --audio FILE ..., no --text" in capsys.readouterr().err
     assert cli.main(["eval", "--model", whisper, "--audio", audio]) == 1
     assert "1 clips of audio are too few" in capsys.readouterr().err
     assert cli.main(["demo", "--model", whisper]) == 1
