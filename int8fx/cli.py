@@ -307,6 +307,8 @@ def _bench(args: argparse.Namespace) -> int:
     for name, value in (("rounds", args.rounds), ("threads", args.threads)):
         if value is not None and value < 1:
             args.error(f"--{name} is {value}; legal: 1 or more")
+    if args.device != "cpu" and args.threads is not None:
+        args.error(f"--threads is {args.threads} with --device {args.device}; legal: with cpu")
     if _lacks("bench", "bench", BENCH_NEEDS):
         return 1
     from .bench.command import Options, run
