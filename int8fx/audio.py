@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import wave
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from .texts import CALIBRATION_SHARE, TextError
 
 SECONDS = 30  # of a clip, at most: what Whisper hears at once
+LEAST = 0.1  # seconds of a file: the convolutions of speech models need some 25 ms
 
 
 def read_audio(path: str, rate: int) -> Tensor:
@@ -22,7 +24,7 @@ def read_audio(path: str, rate: int) -> Tensor:
     hold stay, others are cut.
 
     Raises:
-        TextError: it cannot be read, or is no such file.
+        TextError: it cannot be read, is no such file or too short.
     """
     try:
         with wave.open(str(Path(path)), "rb") as file:
@@ -32,6 +34,9 @@ def read_audio(path: str, rate: int) -> Tensor:
         raise TextError(f"cannot read the audio {path!r}: {error}; it takes a WAV file of 16-bit PCM") from error
     if width != 2 or not data:
         raise TextError(f"the audio {path!r} has {len(data)} bytes of {8 * width} bits; legal: some, of 16 bits")
+    if len(data) % (2 * channels) or len(data) < 2 * channels * LEAST * own or not own:
+        found = f"{len(data)} bytes for {channels} channels of 16 bits at {own} Hz"
+        raise TextError(f"the audio {path!r} has {found}; legal: whole samples, {LEAST} seconds or more")
     x = torch.frombuffer(bytearray(data), dtype=torch.int16).view(-1, channels).float().mean(1) / 2**15
     count = round(len(x) * rate / own)
     return x if own == rate else torch.fft.irfft(torch.fft.rfft(x)[: count // 2 + 1], count) * (count / len(x))
@@ -40,8 +45,9 @@ def read_audio(path: str, rate: int) -> Tensor:
 def clips(model: Any, features: Any, sources: Sequence[str], calibration: int) -> tuple[list[dict], list[dict]]:
     """Clips of at most 30 seconds as arguments for ``model``: those to measure, those to calibrate on.
 
-    The last tenth of all clips, at least one and at most ``calibration``, is for calibration. A model that writes token
-    by token gets the tokens that it writes itself as ``labels``: all of its copies then read the same.
+    A longer file becomes several of equal length: none is a few samples that were left. The last tenth of all clips,
+    at least one and at most ``calibration``, is for calibration. A model that writes token by token gets the tokens
+    that it writes itself as ``labels``: all of its copies then read the same.
 
     Args:
         model: of transformers, for sequence to sequence or CTC.
@@ -54,7 +60,8 @@ def clips(model: Any, features: Any, sources: Sequence[str], calibration: int) -
     """
     rate, found = features.sampling_rate, []
     for source in sources:
-        for x in read_audio(source, rate).split(SECONDS * rate):
+        audio = read_audio(source, rate)
+        for x in audio.tensor_split(math.ceil(len(audio) / (SECONDS * rate))):
             found.append(dict(features(x.numpy(), sampling_rate=rate, return_tensors="pt")))
     apart = min(calibration, max(1, round(len(found) * CALIBRATION_SHARE)))
     if len(found) - apart < 2:

@@ -51,7 +51,8 @@ def calibrate(
         progress: whether to show a bar on stderr; by default if that is a terminal.
 
     Raises:
-        ValueError: there are no batches, no product with a weight of the model was seen, or x has NaN or inf.
+        ValueError: there are no batches, no product with a weight of the model was seen, x has NaN or inf, or its
+            moments overflow.
     """
     from .observe import observe
 
@@ -71,6 +72,11 @@ def calibrate(
         if not absmax.isfinite().all():
             raise ValueError(
                 f"int8fx.calibrate: layer {name!r} gets NaN or inf from these batches; legal: finite inputs"
+            )
+        if moments and not calibration.moments[name].isfinite().all():
+            raise ValueError(
+                f"int8fx.calibrate: moments of layer {name!r} overflow float32, its inputs reach {absmax.max():.3g}; "
+                "legal: inputs whose squares add up in float32"
             )
     return calibration
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ class _Loaded:
 
 def _eval(args: argparse.Namespace) -> int:
     for size in args.plan:
-        if not size >= 1 or not args.calibration:
+        if not size >= 1 or not isfinite(size) or not args.calibration:
             args.error(f"--plan is {size:g} with {args.calibration} windows to calibrate; legal: 1 or more, of each")
     loaded = _load(args)
     if loaded is None:
@@ -230,8 +231,9 @@ def _load(args: argparse.Namespace) -> _Loaded | None:
         if getattr(args, name) < least:
             args.error(f"--{name} is {getattr(args, name)}; legal: {least} or more")
     for path in (args.json, args.png):
-        if path is not None and not path.parent.is_dir():
-            args.error(f"{path} cannot be written: there is no folder {path.parent}")
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+            args.error(f"{path} cannot be written: {reason}")
     try:
         schemes = {text: parse_scheme(text) for text in args.scheme or SCHEMES}
     except ValueError as error:
@@ -244,8 +246,8 @@ def _load(args: argparse.Namespace) -> _Loaded | None:
 
     try:
         model, tokenizer, kind = load(args.model)
-        if (kind == "speech") != bool(args.audio):
-            legal = "--audio FILE ..." if kind == "speech" else "--text FILE"
+        if (kind == "speech") != bool(args.audio) or (args.audio and args.text):
+            legal = "--audio FILE ..., no --text" if kind == "speech" else "--text FILE, no --audio"
             raise TextError(f"{args.model!r} is a model of kind {kind}; legal: {legal}")
         limit = getattr(model.config, "max_position_embeddings", args.width)
         if kind != "speech" and args.width > limit:
@@ -305,6 +307,8 @@ def _bench(args: argparse.Namespace) -> int:
     for name, value in (("rounds", args.rounds), ("threads", args.threads)):
         if value is not None and value < 1:
             args.error(f"--{name} is {value}; legal: 1 or more")
+    if args.device != "cpu" and args.threads is not None:
+        args.error(f"--threads is {args.threads} with --device {args.device}; legal: with cpu")
     if _lacks("bench", "bench", BENCH_NEEDS):
         return 1
     from .bench.command import Options, run

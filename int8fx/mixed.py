@@ -123,10 +123,12 @@ def plan(
         progress: whether to show a bar on stderr.
 
     Raises:
-        ValueError: not one of the budgets is given, it cannot be met (the message says what can), no layer was seen, or
-            a loss is not finite.
+        ValueError: not one of the budgets is given, it cannot be met (the message says what can), there are no samples,
+            no layer was seen, or a loss is not finite.
     """
     _check(budget_bytes, max_kl)
+    if samples < 1:
+        raise ValueError(f"int8fx.plan: samples is {samples}; legal: 1 or more")
     schemes = list(schemes)
     layers = {
         layer.name: layer
@@ -244,6 +246,8 @@ def _bytes16(tensor: Tensor) -> int:
 def _check(budget_bytes: int | None, max_kl: float | None) -> None:
     if (budget_bytes is None) == (max_kl is None):
         raise ValueError("int8fx.plan: give budget_bytes or max_kl, one of them")
+    if budget_bytes is not None and not budget_bytes >= 0:
+        raise ValueError(f"int8fx.plan: budget_bytes is {budget_bytes}; legal: 0 or more")
     if max_kl is not None and not max_kl >= 0:
         raise ValueError(f"int8fx.plan: max_kl is {max_kl}; legal: 0 or more")
 

@@ -58,6 +58,8 @@ def instruction_set() -> InstructionSet:
 
 def _tiles_permitted() -> bool:
     """Asks Linux for AMX's tiles, which a process has to before it uses them; oneDNN asks in the same way."""
+    if sys.platform != "linux":
+        return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 

@@ -44,6 +44,11 @@ class _Products(TorchDispatchMode):
                     for name in names:
                         self.see(name, rows)
                     break
+        else:
+            with self:  # in inference mode composite ops come whole
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
         return func(*args, **(kwargs or {}))
 
     def _layers(self, weight: Tensor) -> list[str]:

@@ -56,8 +56,9 @@ def draw_inspection(inspection: Inspection, path: str | Path) -> None:
             )
     drawn = figure(11, max(3.0, 1.5 + 0.09 * len(layers)))
     left, right = drawn.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    top = max((o.absmax for layer in layers for o in layer.outliers), default=inspection.threshold)
-    norm = LogNorm(inspection.threshold, max(top, 1.01 * inspection.threshold))
+    sizes = [o.absmax for layer in layers for o in layer.outliers if o.absmax > 0]
+    least = inspection.threshold if 0 < inspection.threshold < np.inf else min(sizes, default=1.0)
+    norm = LogNorm(least, max([1.01 * least, *sizes]))
     shown = left.imshow(
         image,
         aspect="auto",

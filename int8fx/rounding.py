@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,7 @@ def round_weight(
     """
     _, scale = quantize_weight(weight, block, columns)
     *lead, K = weight.shape
-    rest, w = moments.to(weight.device, torch.float64), weight.reshape(-1, K).float()
+    rest, w = moments.to(weight.device, torch.float64), weight.reshape(math.prod(lead), K).float()
     if columns is not None:
         kept = rest[columns][:, columns]
         kept.diagonal().add_(1e-6 * kept.diagonal().mean() + TINY)
@@ -60,7 +62,7 @@ def round_weight(
     if columns is None:
         return codes.view(*lead, K), scale, None
     made_good = (w.double() - codes.double() * scale.double().view(-1, 1)) @ solved.T
-    kept_weight = weight[..., columns].double() + made_good.view(*lead, -1)
+    kept_weight = weight[..., columns].double() + made_good.view(*lead, len(columns))
     return codes.view(*lead, K), scale, kept_weight.to(weight.dtype)
 
 

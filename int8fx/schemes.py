@@ -132,7 +132,8 @@ def rotated(
     ``y = int8(rotate(x_rest)) @ int8(rotate(W_rest)).T * scales + x_kept @ W_kept.T``; see `quantize.rotate` and
     `reference.linear`. The idea is QuaRot's (Ashkboos et al. 2024, arXiv 2404.00456), here block by block, inside each
     product, with nothing folded into other layers. Shapes are fixed; with static columns, or none, a row's result
-    does not depend on the other rows of its batch.
+    does not depend on the other rows of its batch. (Without the rotation, block 1, it depends on how many they are: few
+    rows take a more exact kernel, as LLM.int8()'s do.)
 
     Args:
         block: size of the Hadamard blocks, a power of two; 1 for no rotation. What K has left behind its last whole

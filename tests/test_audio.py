@@ -88,6 +88,26 @@ def test_empty_files_and_other_widths_are_named(tmp_path):
         read_audio(str(tmp_path / "b.wav"), 16000)
 
 
+def test_broken_and_tiny_files_are_named(tmp_path):
+    """Cut within a sample, without a rate, shorter than any model hears."""
+    whole = save_audio(tmp_path / "a.wav", 0.5).read_bytes()
+    stopped = whole[:24] + bytes(4) + whole[28:]  # the rate
+    tiny = save_audio(tmp_path / "a.wav", 0.05).read_bytes()
+    for content, found in ((whole[:-1], "15999 bytes"), (stopped, "at 0 Hz"), (tiny, "1600 bytes")):
+        (tmp_path / "b.wav").write_bytes(content)
+        with pytest.raises(TextError, match=rf"b\.wav' has .*{found}.*; legal: whole samples, 0\.1 seconds or more"):
+            read_audio(str(tmp_path / "b.wav"), 16000)
+
+
+def test_long_files_are_clips_of_equal_length(tmp_path):
+    """The 31st second is no clip of its own, whose few samples no convolution would take."""
+    model, (features, _), _ = load(str(save_wav2vec2(tmp_path / "wav2vec2")))
+    measured, apart = clips(model, features, [str(save_audio(tmp_path / "a.wav", 60.001))], 8)
+    lengths = [clip["input_values"].shape[1] for clip in measured + apart]
+    assert (len(lengths), sum(lengths)) == (3, 960016)
+    assert max(lengths) - min(lengths) <= 1
+
+
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 SAVE = {"whisper": save_whisper, "wav2vec2": save_wav2vec2}
@@ -140,10 +160,12 @@ def test_clips_without_words_are_refused(tmp_path, monkeypatch):
 def test_models_get_what_they_read(tmp_path, capsys):
     audio = str(save_audio(tmp_path / "a.wav", 0.5))
     assert cli.main(["eval", "--model", str(save_lm(tmp_path / "lm")), "--audio", audio]) == 1
-    assert "is a model of kind lm; legal: --text FILE" in capsys.readouterr().err
+    assert "is a model of kind lm; legal: --text FILE, no --audio" in capsys.readouterr().err
     whisper = str(save_whisper(tmp_path / "whisper"))
     assert cli.main(["eval", "--model", whisper]) == 1
     assert "is a model of kind speech; legal: --audio FILE" in capsys.readouterr().err
+    assert cli.main(["eval", "--model", whisper, "--audio", audio, "--text", "pydoc"]) == 1
+    assert "is a model of kind speech; legal: --audio FILE ..., no --text" in capsys.readouterr().err
     assert cli.main(["eval", "--model", whisper, "--audio", audio]) == 1
     assert "1 clips of audio are too few" in capsys.readouterr().err
     assert cli.main(["demo", "--model", whisper]) == 1

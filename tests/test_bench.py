@@ -525,6 +525,7 @@ def test_all_suites_of_the_command_line_exist():
     [
         (["--rounds", "0"], "--rounds is 0; legal: 1 or more"),
         (["--threads", "-1"], "--threads is -1; legal: 1 or more"),
+        (["--device", "cuda", "--threads", "2"], "--threads is 2 with --device cuda; legal: with cpu"),
     ],
 )
 def test_wrong_arguments_are_explained(arguments, said, capsys):

@@ -207,12 +207,14 @@ def test_the_command_compares_plans(tmp_path, capsys):
     [
         (["--plan", "0.9"], "--plan is 0.9 with 8 windows to calibrate; legal: 1 or more, of each"),
         (["--plan", "nan"], "--plan is nan with"),
+        (["--plan", "inf"], "--plan is inf with"),
         (["--plan", "1.1", "--calibration", "0"], "--plan is 1.1 with 0 windows to calibrate"),
         (["--scheme", "int4"], "legal: llm_int8(threshold=6, keep=0), rotated(...)"),
         (["--scheme", "rotated(block=3)"], "block must be a power of two"),
         (["--windows", "1"], "--windows is 1; legal: 2 or more"),
         (["--calibration", "-1"], "--calibration is -1; legal: 0 or more"),
         (["--json", "no/such/folder/x.json"], "x.json cannot be written: there is no folder no/such/folder"),
+        (["--png", "."], ". cannot be written: it is a folder"),
     ],
 )
 def test_wrong_arguments_are_explained(arguments, said, capsys):

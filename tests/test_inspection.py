@@ -101,6 +101,26 @@ def test_the_command_prints_a_table_and_writes_files(tmp_path, capsys):
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("threshold", [0.0, 6.0, 1e3, float("inf")])
+def test_pictures_of_all_columns_and_of_none(threshold, tmp_path):
+    pytest.importorskip("matplotlib")
+    from int8fx.plots import draw_inspection
+
+    model, batches = model_and_batches()
+    draw_inspection(inspect(model, batches, SCHEMES, threshold=threshold), tmp_path / "found.png")
+    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inference_mode_hides_no_product():
+    """Composite ops are not taken apart there before they are seen."""
+    model, batches = model_and_batches()
+    known = calibrate(model, batches)
+    with torch.inference_mode():
+        found = calibrate(model, batches)
+    assert found.rows == known.rows
+    assert all(torch.equal(found.absmax[name], known.absmax[name]) for name in known.absmax)
+
+
 def test_thresholds_that_are_none_are_explained(capsys):
     with pytest.raises(SystemExit):
         cli.main(["inspect", "--threshold", "nan"])

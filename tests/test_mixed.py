@@ -124,6 +124,7 @@ def test_frozen_models_are_measured_too():
         ({"budget_bytes": 10**6, "max_kl": 1.0}, "give budget_bytes or max_kl"),
         ({"budget_bytes": 10}, r"budget_bytes is 10; legal: 4,\d\d\d or more"),
         ({"max_kl": -1.0}, "max_kl is -1.0; legal: 0 or more"),
+        ({"budget_bytes": math.nan}, "budget_bytes is nan; legal: 0 or more"),
     ],
 )
 def test_budgets_that_cannot_be_met_are_refused(budgets, said):
@@ -131,6 +132,11 @@ def test_budgets_that_cannot_be_met_are_refused(budgets, said):
         int8fx.plan(small_model(), data(20), **budgets)
     with pytest.raises(ValueError, match=said):
         int8fx.plan(small_model(), data(20), max_kl=math.inf).within(**budgets)
+
+
+def test_no_samples_are_refused():
+    with pytest.raises(ValueError, match=r"int8fx\.plan: samples is 0; legal: 1 or more"):
+        int8fx.plan(small_model(), data(20), max_kl=1.0, samples=0)
 
 
 def test_losses_that_are_not_finite_are_named():

@@ -171,6 +171,12 @@ def test_tiles_are_permitted_only_where_there_are_any():
         assert not native._tiles_permitted()
 
 
+def test_tiles_are_not_permitted_by_other_systems(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(native.ctypes, "CDLL", None)
+    assert not native._tiles_permitted()
+
+
 def test_the_command(extensions, compiler):
     from int8fx.cli import main
 

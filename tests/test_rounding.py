@@ -118,6 +118,14 @@ def test_moments_of_few_or_no_directions_are_no_trouble(moments, count):
     assert (stands - weight).norm() < 0.1 * weight.norm()
 
 
+@pytest.mark.parametrize("shape", [(0, 60), (4, 0), (0, 4, 60), (3, 0, 60), (2, 4, 0)])
+def test_weights_without_elements_are_no_trouble(shape):
+    weight, columns = torch.randn(shape), columns_of(shape[-1], min(2, shape[-1]))
+    codes, scale, kept = round_weight(weight, torch.eye(shape[-1]), 64, columns)
+    assert (codes.shape, scale.shape) == (shape, shape[:-1])
+    assert kept is None or kept.shape == (*shape[:-1], 2)
+
+
 # ---- convert --------------------------------------------------------------------------------------------------------
 
 
@@ -193,3 +201,11 @@ def test_inputs_that_are_not_finite_are_named(value):
     data[1][3, 5] = value
     with pytest.raises(ValueError, match=r"int8fx\.calibrate: layer '0' gets NaN or inf from these batches"):
         calibrate(model, data)
+
+
+def test_moments_that_overflow_are_named():
+    model, data = model_and_data()
+    data[1] *= 1e19
+    assert calibrate(model, data).absmax["0"].isfinite().all()
+    with pytest.raises(ValueError, match=r"int8fx\.calibrate: moments of layer '0' overflow float32, its inputs reach"):
+        calibrate(model, data, moments=True)

@@ -3,8 +3,8 @@
     timing      interleaved rounds
     machine     what the machine is, and the most it can do (limits.cpp)
     candidates  one linear layer, by int8fx and by each peer
-    products    suites of single products: products, outliers, overhead, scaling
-    models      suites of whole language models: models; memory (a fresh process each)
+    products    suites of single products: products, outliers, schemes, overhead, scaling
+    models      suites of whole language models: models; profile (by kind of kernel); memory (a fresh process each)
     check, cuda the Triton kernels on a GPU: against the reference, then against peers and the GPU's limits
     report      tables and CSV
     plots       PNG

@@ -6,6 +6,7 @@
 #include <c10/util/Half.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -64,7 +65,7 @@ inline void mark_row(const T* __restrict row, int64_t K, T threshold, bits_t<T>*
 template <typename scalar_t>
 void mark_outliers(const scalar_t* x, int64_t M, int64_t K, double threshold, bool* mask) {
   using T = compute_t<scalar_t>;
-  std::memset(mask, 0, K);
+  std::fill_n(mask, K, false);  // not memset: mask is null for K = 0
   if (!(threshold < std::numeric_limits<double>::max())) return;
   std::mutex merging;
   at::parallel_for(0, M, std::max<int64_t>(1, 65536 / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
