@@ -232,7 +232,10 @@ def whole_models(settings: Settings) -> Iterator[Case]:
             except Exception as error:  # whatever a peer may raise
                 absent[form.name] = _failed(error)
         batches = models.BATCHES[:1] if settings.quick else models.BATCHES
-        groups = [models.forwards(contenders, models.TOKENS), *(models.decodes(contenders, b) for b in batches)]
+        groups = [
+            models.forwards(contenders, models.TOKENS, contenders),
+            *(models.decodes(contenders, b) for b in batches),
+        ]
         for group in groups:
             torch._dynamo.reset()
             for name, work in group:

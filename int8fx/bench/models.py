@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,7 +175,7 @@ def compare(settings: Settings, model: Any, title: str) -> Iterator[Case]:
             absent[form.name] = Measured(note=f"failed: {type(error).__name__}: {error}"[:200])
     tokens = QUICK_TOKENS if settings.quick else TOKENS
     batches = BATCHES[:1] if settings.quick else BATCHES
-    groups = [forwards(contenders, tokens), *(decodes(contenders, batch) for batch in batches)]
+    groups = [forwards(contenders, tokens, HEADED), *(decodes(contenders, batch) for batch in batches)]
     for group in (*groups, generations(contenders, model)):
         torch._dynamo.reset()
         for name, work in group:
@@ -186,8 +186,10 @@ def compare(settings: Settings, model: Any, title: str) -> Iterator[Case]:
             yield Case("models", name, INT8FX, order, subject=title, threads=settings.threads)
 
 
-def forwards(contenders: dict[str, Contender], tokens: int) -> Iterator[tuple[str, dict[str, Work]]]:
-    """A forward of ``[1, tokens]``: the decoder; of `HEADED`, also with the logits of every token by either head."""
+def forwards(
+    contenders: dict[str, Contender], tokens: int, headed: Collection[str]
+) -> Iterator[tuple[str, dict[str, Work]]]:
+    """A forward of ``[1, tokens]``: the decoder; of ``headed``, also with the logits of every token by either head."""
     vocabulary = min(c.decoder.config.vocab_size for c in contenders.values())
     ids = torch.randint(0, vocabulary, (1, tokens))
     decoders = {label: c.compile(c.decoder) for label, c in contenders.items()}
@@ -197,9 +199,7 @@ def forwards(contenders: dict[str, Contender], tokens: int) -> Iterator[tuple[st
 
     yield f"forward, {tokens} tokens", {label: [lambda label=label: hidden(label)] for label in contenders}  # type: ignore[misc]
     for kind in (HEAD_16, HEAD_8):
-        heads = {
-            label: contenders[label].compile(contenders[label].heads[kind]) for label in HEADED if label in contenders
-        }
+        heads = {label: c.compile(c.heads[kind]) for label, c in contenders.items() if label in headed}
         yield (
             f"forward, {kind}",
             {label: [lambda label=label, head=head: head(hidden(label))] for label, head in heads.items()},  # type: ignore[misc]
