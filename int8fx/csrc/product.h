@@ -105,32 +105,34 @@ struct Product {
     });
   }
 
-  // sums[r][n] = sum_k(rows[r, k] * weight[n0 + n, k]). Two channels at a time, in enough vectors of partial sums that
-  // additions (four cycles each) do not wait for each other; as many k at a time as the first-level cache holds of rows.
+  // sums[r][n] = sum_k(rows[r, k] * weight[n0 + n, k]), in enough vectors of partial sums that additions (four cycles each)
+  // do not wait for each other. Of several rows two channels at a time, and as many k as the first-level cache holds of
+  // them; of one row, where reading is all, the weight is one stream.
   template <int ROWS>
   void dot_floats(const T* rows, int64_t n0, int64_t count, T (&sums)[ROWS][WIDTH]) const {
-    constexpr int L = Lanes<T>::N, PARTS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
+    constexpr int L = Lanes<T>::N, PARTS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1, CHANNELS = ROWS == 1 ? 1 : 2;
     constexpr int64_t STEP = PARTS * L, AT_ONCE = 4096 / ROWS / STEP * STEP;
     using V = typename Lanes<T>::V;
     V partial[WIDTH][ROWS][PARTS] = {};
     const int64_t whole = K / STEP * STEP;
     for (int64_t k0 = 0; k0 < whole; k0 += AT_ONCE)
-      for (int64_t n = 0; n < count; n += 2) {
-        const int8_t* w[2] = {weight + (n0 + n) * K, weight + (n0 + std::min(n + 1, count - 1)) * K};
-        V two[2][ROWS][PARTS];
-        std::memcpy(two, partial[n], sizeof two);
+      for (int64_t n = 0; n < count; n += CHANNELS) {
+        const int8_t* w[CHANNELS];
+        for (int c = 0; c < CHANNELS; ++c) w[c] = weight + (n0 + std::min(n + c, count - 1)) * K;
+        V here[CHANNELS][ROWS][PARTS];
+        std::memcpy(here, partial[n], sizeof here);
         for (int64_t k = k0; k < std::min(whole, k0 + AT_ONCE); k += STEP)
 #pragma GCC unroll 4
           for (int part = 0; part < PARTS; ++part) {
-            const V value[2] = {widen<T>(w[0] + k + part * L), widen<T>(w[1] + k + part * L)};
+            V value[CHANNELS];
+            for (int c = 0; c < CHANNELS; ++c) value[c] = widen<T>(w[c] + k + part * L);
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) {
               const V row = *(const V*)(rows + r * K + k + part * L);
-              two[0][r][part] += row * value[0];
-              two[1][r][part] += row * value[1];
+              for (int c = 0; c < CHANNELS; ++c) here[c][r][part] += row * value[c];
             }
           }
-        std::memcpy(partial[n], two, sizeof two);
+        std::memcpy(partial[n], here, sizeof here);
       }
     for (int64_t n = 0; n < count; ++n)
       for (int r = 0; r < ROWS; ++r) {
