@@ -28,10 +28,12 @@ OURS = tuple(c for c in CANDIDATES if not c.needs)
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    """A slice is a call, two weights are beyond the cache; compile caches are fresh."""
+    """A slice is a call, two weights are beyond the cache; compile caches are fresh, threads as many as before."""
     monkeypatch.setattr(timing, "SLICE", 0)
     monkeypatch.setattr(products, "last_level_cache", lambda: 1)
+    before = torch.get_num_threads()
     yield
+    torch.set_num_threads(before)
     torch._dynamo.reset()
 
 

@@ -152,7 +152,10 @@ def _share_onnxruntime_threads() -> None:
 
 
 def _auto_round(layer: nn.Linear) -> Layer:
-    """As its own ``QuantLinear`` calls them: float32 inside, one group of K channels."""
+    """As its own ``QuantLinear`` calls them: float32 inside, one group of K channels.
+
+    Its packing sets OpenMP, and so torch, to all of the machine's threads; with fewer its products are wrong.
+    """
     import auto_round_kernel as kernels
 
     codes, scale = quantize_weight(layer.weight)
