@@ -81,13 +81,14 @@ def functional(layer: nn.Linear) -> Layer:
 
 
 def bitsandbytes_linear(layer: nn.Linear) -> nn.Module:
-    """``Linear8bitLt`` with threshold 6, in eval mode: its CPU path is not int8 while it trains."""
+    """``Linear8bitLt`` with threshold 6 where ``layer`` is, in eval mode: its CPU path is not int8 while it trains."""
     import bitsandbytes
 
     N, K = layer.weight.shape
-    theirs = bitsandbytes.nn.Linear8bitLt(K, N, layer.bias is not None, has_fp16_weights=False, threshold=6.0)
+    with torch.device("cpu"):  # moving it from there quantises it
+        theirs = bitsandbytes.nn.Linear8bitLt(K, N, layer.bias is not None, has_fp16_weights=False, threshold=6.0)
     theirs.load_state_dict(layer.state_dict())
-    return theirs.to(layer.weight.dtype).to("cpu").eval()  # moving it quantises it
+    return theirs.to(layer.weight.dtype).to(layer.weight.device).eval()
 
 
 def torchao_quantize(model: nn.Module, weight_only: bool) -> nn.Module:

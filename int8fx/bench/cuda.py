@@ -21,7 +21,7 @@ from torch import nn
 import int8fx
 
 from . import candidates, models, report
-from .candidates import BFLOAT16, BITSANDBYTES, INT8FX, Candidate, inputs, linear, torchao_quantize
+from .candidates import BFLOAT16, INT8FX, Candidate, inputs, linear
 from .check import checks
 from .machine import describe
 from .models import Form
@@ -51,35 +51,11 @@ def unavailable(suites: Sequence[str] = ()) -> str:
 # ---- what is timed ---------------------------------------------------------------------------------------------------
 
 
-def _bitsandbytes(model: Any) -> Any:
-    import bitsandbytes
-
-    def layer(module: nn.Linear) -> nn.Module:
-        N, K = module.weight.shape
-        with torch.device("cpu"):  # moving it from there quantises it
-            theirs = bitsandbytes.nn.Linear8bitLt(K, N, module.bias is not None, has_fp16_weights=False, threshold=6.0)
-        theirs.load_state_dict(module.state_dict())
-        return theirs.to(module.weight.dtype).to(module.weight.device).eval()
-
-    if isinstance(model, nn.Linear):
-        return layer(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            model.set_submodule(name, layer(module))
-    return model
-
-
-def _torchao(weight_only: bool) -> Callable[[Any], Any]:
-    return lambda model: torchao_quantize(nn.Sequential(model), weight_only)[0]  # type: ignore[index]
-
-
 FORMS = (
     Form(INT8FX, int8fx.convert),
     Form(ROTATED, lambda model: int8fx.convert(model, int8fx.rotated())),
     Form(BFLOAT16, lambda model: model, converts_head=False),
-    Form(BITSANDBYTES, _bitsandbytes, compiled=False, needs=("bitsandbytes",)),
-    Form("torchao dynamic", _torchao(weight_only=False), needs=("torchao",)),
-    Form("torchao weight-only", _torchao(weight_only=True), needs=("torchao",)),
+    *models.PEERS,
 )
 
 

@@ -113,14 +113,17 @@ def _torchao(weight_only: bool) -> Callable[[Any], Any]:
     return lambda model: torchao_quantize(nn.Sequential(model), weight_only)[0]  # type: ignore[index]
 
 
+PEERS = (
+    Form(BITSANDBYTES, _bitsandbytes, compiled=False, needs=("bitsandbytes",)),
+    Form("torchao dynamic", _torchao(weight_only=False), needs=("torchao",)),
+    Form("torchao weight-only", _torchao(weight_only=True), needs=("torchao",)),
+)
 FORMS = (
     Form(INT8FX, int8fx.convert),
     Form(FLOAT32, lambda model: model.float(), converts_head=False),
     Form(BFLOAT16, lambda model: model, converts_head=False),
     Form("bfloat16, eager", lambda model: model, compiled=False, converts_head=False),
-    Form(BITSANDBYTES, _bitsandbytes, compiled=False, needs=("bitsandbytes",)),
-    Form("torchao dynamic", _torchao(weight_only=False), needs=("torchao",)),
-    Form("torchao weight-only", _torchao(weight_only=True), needs=("torchao",)),
+    *PEERS,
 )
 
 
