@@ -34,7 +34,7 @@ def linear(
     |--------------------------------|----------------------------------------------------------------------------|
     | rotated, or columns are kept   | `quantize_rowwise`, `int8_matmul`; and what finds outliers, see "more"     |
     | threshold 0                    | `weight_only`: every column is an outlier, so nothing of x is quantised     |
-    | up to 64 rows (FUSED_ROWS)     | `fused_linear`: one launch, scales per block of K                          |
+    | up to 16 rows (FUSED_ROWS)     | `fused_linear`: one launch, scales per block of K                          |
     | more                           | `outlier_mask`, `quantize_rowwise`, `extract_outliers`, `int8_matmul`      |
     | float64                        | torch's operators: for checks, not for speed                               |
 

@@ -1,6 +1,9 @@
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: the kernels' tests need no GPU
+import hardware
+
+if not hardware.DEVICE:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: the kernels' tests need no GPU
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ torch.set_num_threads(1)  # the tensors are tiny: on a busy machine a second thr
 _slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40, suppress_health_check=_slow)
 settings.register_profile("thorough", deadline=None, max_examples=1500, suppress_health_check=_slow)
+if hardware.DEVICE:
+    hardware.install()
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

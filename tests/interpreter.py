@@ -9,6 +9,7 @@ instruction do not. The four functions below are replaced in this process only.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import hardware
 import numpy as np
 import torch
 import triton.language as tl
@@ -17,7 +18,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from int8fx import gpu, native, ops
 
-assert knobs.runtime.interpret, "set TRITON_INTERPRET=1 before triton is imported; tests/conftest.py does"
+assert knobs.runtime.interpret or hardware.DEVICE, "set TRITON_INTERPRET=1 before triton is imported, as conftest does"
 
 
 def _widen(bits: np.ndarray) -> np.ndarray:
@@ -63,10 +64,11 @@ def _convert(self, source, to, rounding):
     return _cast_with_bfloat16(self, source, to)
 
 
-InterpreterBuilder.cast_impl = _cast_with_bfloat16
-InterpreterBuilder.create_fp_to_fp = _convert
-InterpreterBuilder.create_dot = _dot_with_bfloat16
-InterpreterBuilder.create_fma = _fma
+if not hardware.DEVICE:
+    InterpreterBuilder.cast_impl = _cast_with_bfloat16
+    InterpreterBuilder.create_fp_to_fp = _convert
+    InterpreterBuilder.create_dot = _dot_with_bfloat16
+    InterpreterBuilder.create_fma = _fma
 
 
 @contextmanager

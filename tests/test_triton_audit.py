@@ -57,12 +57,17 @@ def test_weights_are_loaded_16_bytes_at_a_time(rows):
             assert row["async_copies"] >= row["weight_loads"], row["label"]
 
 
+ALIKE = {"HGMMA.64xNx16.F32.BF16": "HMMA.16816.F32.BF16"}
+"""Instructions whose sums are the same, bit by bit, on an H100 (`test_cuda.test_kept_columns_...`)."""
+
+
 def test_every_tile_of_a_target_adds_kept_columns_by_the_same_instruction(rows):
     """So a row's result does not depend on the tile that it is computed in, whatever order the instruction sums in."""
     for target in TARGETS:
         kept = [row["residual"] for row in rows if row["target"] == target and row["label"].endswith("kept")]
         assert len(kept) == len(configs.INT8_MATMUL[target])
-        (shapes,) = {re.sub(r"64x\d+x16", "64xNx16", name) for name in kept}  # N is the width of the tile
+        shapes = {re.sub(r"64x\d+x16", "64xNx16", name) for name in kept}  # N is the width of the tile
+        (shapes,) = {ALIKE.get(name, name) for name in shapes}
         assert FLOAT_MATRIX.match(shapes)
 
 

@@ -111,9 +111,9 @@ def spied(monkeypatch, module, name):
     ("M", "threshold", "dtype", "expected"),
     [
         (1, 6.0, torch.float16, [1, 0, 0, 0]),
-        (64, 6.0, torch.bfloat16, [1, 0, 0, 0]),
-        (65, 6.0, torch.bfloat16, [0, 1, 1, 0]),
-        (65, INF, torch.bfloat16, [0, 1, 0, 0]),
+        (16, 6.0, torch.bfloat16, [1, 0, 0, 0]),
+        (17, 6.0, torch.bfloat16, [0, 1, 1, 0]),
+        (17, INF, torch.bfloat16, [0, 1, 0, 0]),
         (1, 0.0, torch.float16, [0, 0, 0, 1]),
         (65, 0.0, torch.float16, [0, 0, 0, 1]),
         (2, 6.0, torch.float64, [0, 0, 0, 0]),
@@ -174,7 +174,7 @@ def test_k_is_split_until_most_processors_work():
         return configs.few_rows(M, N, K, 1, torch.float16, "sm_90", 132)[0].SPLIT_K
 
     shapes = ((4096, 4096), (8192, 8192), (28672, 8192), (1024, 4096))
-    assert [split(1, *shape) for shape in shapes] == [1, 1, 1, 4]
+    assert [split(1, *shape) for shape in shapes] == [2, 1, 1, 4]
     assert [split(16, *shape) for shape in shapes] == [4, 2, 1, 8]
 
 
@@ -183,10 +183,19 @@ def test_the_largest_tile_that_fills_the_device_comes_first():
         config = configs.int8_matmul(M, N, 4096, 1, torch.float16, False, "sm_90", 132)[0]
         return config.BLOCK_M, config.BLOCK_N, config.SPLIT_K
 
-    assert (tile(2048, 8192), tile(2048, 4096), tile(512, 4096), tile(128, 4096), tile(1, 4096)) == (
-        (128, 256, 1), (128, 256, 1), (64, 128, 1), (64, 64, 1), (64, 64, 2),
+    assert (tile(2048, 8192), tile(2048, 4096), tile(512, 4096), tile(128, 4096), tile(17, 4096)) == (
+        (128, 128, 1), (128, 128, 1), (64, 128, 1), (64, 64, 1), (64, 64, 2),
     )  # fmt: skip
-    assert tile(1, 1024) == (64, 64, 8)
+    assert tile(17, 1024) == (64, 64, 8)
+
+
+def test_a_tile_of_few_rows_is_for_few_rows():
+    """Each row of tiles reads the whole weight: it never serves more rows, however many processors are idle."""
+    for M, rows in ((1, 16), (16, 16), (17, 64), (128, 64), (2048, 128)):
+        for N in (128, 4096, 28672):
+            found = configs.int8_matmul(M, N, 4096, 1, torch.bfloat16, False, "sm_90", 132)
+            assert all(c.BLOCK_M == 16 if rows == 16 else c.BLOCK_M >= 64 for c in found)
+            assert len(set(found)) == len(found)
 
 
 def test_tiles_are_timed_once_and_never_while_a_graph_is_captured(monkeypatch, tmp_path):

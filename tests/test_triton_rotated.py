@@ -169,10 +169,10 @@ def invariant_problem(dtype, rows):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_rows_result_is_bit_equal_for_every_batch(dtype):
-    """Beyond 64 rows other schemes change kernels; this one does not."""
+    """Beyond 16 rows other schemes change kernels; this one does not."""
     p = invariant_problem(dtype, 130)
     whole = gpu.linear(*p.all)
-    for M in (1, 17, 64, 65, 129):
+    for M in (1, 16, 17, 64, 65, 129):
         assert torch.equal(gpu.linear(p.x[:M], *p.all[1:]), whole[:M])
     assert torch.equal(gpu.linear(p.x[97:], *p.all[1:]), whole[97:])
 
@@ -188,6 +188,35 @@ def test_no_split_of_k_changes_a_bit(dtype):
     ]
     assert all(torch.equal(results[0], y) for y in results)
     assert_within_budget(results[0], *p, rotation=p.rotation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kept_dtype", [None, torch.float32])
+@pytest.mark.parametrize("experts", [0, 3])
+def test_many_rows_gather_kept_columns_and_mark_them_once(dtype, kept_dtype, experts, monkeypatch):
+    """The same bits as where they stand: 20 columns, which is no multiple of what a dot takes."""
+    K, N, C = 100, 19, 20
+    x = activation(33, K, outliers="some", dtype=dtype, seed=5)
+    lead = (experts,) if experts else ()
+    packed = [packed_weight(N, K, seed=seed) for seed in range(max(experts, 1))]
+    weight, scale = (torch.stack(parts).view(*lead, *parts[0].shape) for parts in zip(*packed, strict=True))
+    columns = torch.randperm(K, generator=generator(1))[:C]
+    kept = torch.randn(*lead, N, C, generator=generator(2)).to(kept_dtype or dtype)
+
+    def product():
+        if experts:
+            offsets = torch.tensor([5, 5, 30])
+            return gpu.grouped_linear(x, weight, scale, None, offsets, NO_THRESHOLD, 64, columns, kept)
+        return gpu.linear(x, weight, scale, None, NO_THRESHOLD, "none", None, "none", 64, columns, kept)
+
+    def outliers_too():
+        return gpu.quantize_rowwise(x, 6.0, 1, columns)
+
+    expected, expected_codes = product(), outliers_too()
+    monkeypatch.setattr("int8fx.triton_kernels.int8_matmul.GATHER_ROWS", 1)
+    monkeypatch.setattr("int8fx.triton_kernels.quantize_rowwise.MARKED_ROWS", 1)
+    assert torch.equal(product(), expected)
+    assert all(torch.equal(a, b) for a, b in zip(outliers_too(), expected_codes, strict=True))
 
 
 # ---- dispatch and models ---------------------------------------------------------------------------------------------

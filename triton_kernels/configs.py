@@ -26,8 +26,12 @@ class Config:
         return {**tile, **more, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-FUSED_ROWS = 64
-"""Up to how many rows one launch does it all; the largest BLOCK_M below. The scheme needs all rows in one tile."""
+FUSED_ROWS = 16
+"""Up to how many rows one launch does it all. The scheme needs all rows in one tile, and every tile quantises them
+anew: on an H100 32 rows take 27 us in one launch and 28 in several (N = K = 4096), 64 take 40 and 25."""
+
+MANY_ROWS = 64
+"""From how many rows on a tile is for many."""
 
 MOST_SPLITS = 8
 
@@ -38,7 +42,7 @@ _AMD = ((256, 128, 64, 8, 2), (128, 128, 64, 4, 2), (64, 64, 128, 4, 2))
 INT8_MATMUL = {
     "sm_80": _AMPERE,
     "sm_89": _AMPERE,
-    "sm_90": ((128, 256, 128, 8, 4), (128, 128, 128, 8, 4), (64, 128, 128, 4, 4), (64, 64, 128, 4, 4)),
+    "sm_90": ((128, 128, 128, 4, 3), (64, 128, 128, 4, 4), (64, 64, 128, 4, 6), (16, 64, 256, 4, 6)),  # by an H100
     "sm_100": _AMPERE,
     "gfx90a": _AMD,
     "gfx942": _AMD,
@@ -48,16 +52,17 @@ FLOAT32 = ((64, 32, 64, 4, 2),)  # its residual runs without matrix instructions
 # For few rows, by how many there are at most. One row costs little to quantise: its tiles are narrow, so that there are
 # enough of them without splitting K, which costs a launch. CDNA, with two stages, has too little in flight for that.
 FEW_ROWS = {
-    "cuda": {1: (16, 32, 256, 4, 6), 16: (16, 128, 128, 4, 4), 32: (32, 128, 128, 8, 4), 64: (64, 128, 128, 8, 3)},
+    "cuda": {1: (16, 64, 256, 4, 4), 16: (16, 128, 128, 4, 4), 32: (32, 128, 128, 8, 4), 64: (64, 128, 128, 8, 3)},
     "hip": {1: (16, 128, 128, 4, 2), 16: (16, 128, 128, 4, 2), 32: (32, 128, 128, 4, 2), 64: (64, 128, 128, 8, 2)},
 }
 FEW_ROWS_FLOAT32 = {1: (16, 32, 32, 4, 2), 16: (16, 32, 32, 4, 2), 32: (32, 32, 32, 4, 2), 64: (64, 32, 32, 8, 2)}
 
 # Kernels that only move bytes: their tiles, with the dimensions they do not have as 1.
-OUTLIER_MASK = Config(32, 1, 128, 4, 2)
-QUANTIZE_ROWWISE = Config(1, 1, 4096, 8, 2)
-EXTRACT_OUTLIERS = Config(16, 1, 256, 4, 2)
+OUTLIER_MASK = Config(128, 1, 64, 4, 2)
+QUANTIZE_ROWWISE = Config(1, 1, 8192, 8, 2)
+EXTRACT_OUTLIERS = Config(32, 1, 128, 4, 2)
 GATHER_WEIGHT = Config(1, 64, 1, 4, 2)
+GATHER_COLUMNS = Config(64, 1, 1, 4, 2)
 
 
 @cache
@@ -106,14 +111,16 @@ def int8_matmul(
     point are multiplied.
     """
     configs = tiles(dtype, target, epilogue)
+    # A tile of few rows is for them alone: every row of tiles reads the whole weight.
+    configs = [c for c in configs if M <= c.BLOCK_M < MANY_ROWS] or [c for c in configs if c.BLOCK_M >= MANY_ROWS]
 
     def programs(c: Config) -> int:
         return triton.cdiv(M, c.BLOCK_M) * triton.cdiv(N, c.BLOCK_N) * E
 
     guess = next((c for c in configs if programs(c) >= processors), configs[-1])
-    guess = split(guess, programs(guess), K, processors)
-    near = [c for c in configs if c != guess and programs(c) >= processors // 2]
-    return guess, *near[-2:]
+    whole, guess = guess, split(guess, programs(guess), K, processors)
+    near = [c for c in configs if c != whole and programs(c) >= processors // 2]
+    return guess, *([whole] if guess != whole else []), *near[-2:]
 
 
 def split(config: Config, programs: int, K: int, processors: int) -> Config:

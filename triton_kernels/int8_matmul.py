@@ -10,7 +10,7 @@ from torch import Tensor
 from . import configs
 from .epilogue import finish, scale_channels
 from .groups import row_tiles, tile_rows
-from .kept import add_kept
+from .kept import add_kept, gather_columns
 from .outliers import BLOCK_O, gather_weight
 from .split_k import arrive, collect, k_range
 from .tuning import fastest
@@ -89,7 +89,7 @@ def _int8_matmul_kernel(
                 w = _fetch(weight_ptr, columns_ptr + start + o, channels, stride_wn, stride_wk)
             acc = tl.dot(x, widen(w, x.dtype), acc, input_precision="ieee")
     acc = scale_channels(acc, weight_scale_ptr, n, N, e)
-    if kept_ptr is not None:
+    if kept_weight_ptr is not None:
         at = e.to(tl.int64) * stride_xe + tl.minimum(m, end - 1).to(tl.int64) * stride_xm
         at_channels = e.to(tl.int64) * N + channels
         acc = add_kept(acc, x_ptr, at, kept_ptr, kept_weight_ptr, at_channels, C, stride_xk, BLOCK_O)
@@ -98,7 +98,7 @@ def _int8_matmul_kernel(
 
 
 GATHER_ROWS = 512
-"""From how many rows per weight on the outlier columns of the weight are gathered before the product."""
+"""From how many rows per weight on outlier columns of the weight, and kept columns, are gathered before the product."""
 
 
 def int8_matmul(
@@ -178,11 +178,17 @@ def int8_matmul(
     if columns is not None and GATHER_ROWS * (E if grouped else 1) <= M:
         gathered = gather_weight(weight, columns, count)
     x, kept_columns, kept_weight = kept or (None, None, None)
+    if kept is not None and GATHER_ROWS * (E if grouped else 1) <= M:
+        x, kept_columns, kept_weight = (
+            gather_columns(x, kept_columns),
+            None,
+            gather_columns(kept_weight.view(E, N, -1), None),
+        )
     strides = (0, 0, 0) if x is None else x.stride()
     _int8_matmul_kernel[(tiles * triton.cdiv(N, BLOCK_N), weights, split)](
         codes, x_scale, weight, weight_scale, panel, columns, count, gathered, offsets,
         x, kept_columns, kept_weight, bias, other, y, partial, counter,
-        M, N, K, E, 0 if kept_columns is None else len(kept_columns), 0 if panel is None else panel.shape[1],
+        M, N, K, E, 0 if kept_weight is None else kept_weight.shape[-1], 0 if panel is None else panel.shape[1],
         0 if gathered is None else gathered.shape[2], 0 if grouped else strides[0], *strides[1:], *weight.stride(),
         *((0, 0) if other is None else other.stride()), 0 if grouped else M,
         activation, binary, K % config.BLOCK_K == 0, split, BLOCK_O, triton.next_power_of_2(E),

@@ -1,7 +1,14 @@
 """Columns that every call keeps in floating point, and their exact weights: a fixed list, known to convert."""
 
+from __future__ import annotations
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .configs import GATHER_COLUMNS
+from .outliers import BLOCK_O
 
 
 @triton.jit
@@ -32,12 +39,15 @@ def add_kept(acc, x_ptr, at, columns_ptr, weight_ptr, channels, C, stride_xk, BL
     Args:
         acc: ``[BLOCK_M, BLOCK_N]`` float32.
         at: ``[BLOCK_M]`` int64, where the rows of x begin.
-        columns_ptr: ``[C]``. weight_ptr: ``[channels, C]``, contiguous.
+        columns_ptr: ``[C]``; None where x holds nothing else, side by side.
+        weight_ptr: ``[channels, C]``, contiguous.
         channels: ``[BLOCK_N]`` int64, rows of the weight that exist.
     """
     for first in range(0, C, BLOCK_O):
         c = first + tl.arange(0, BLOCK_O)
-        column = tl.load(columns_ptr + c, mask=c < C, other=0).to(tl.int64)
+        column = c.to(tl.int64)
+        if columns_ptr is not None:
+            column = tl.load(columns_ptr + c, mask=c < C, other=0).to(tl.int64)
         x = tl.load(x_ptr + at[:, None] + (column * stride_xk)[None, :], mask=(c < C)[None, :], other=0)
         w = tl.load(weight_ptr + channels[None, :] * C + c[:, None], mask=(c < C)[:, None], other=0)
         if x.dtype == w.dtype:
@@ -45,3 +55,45 @@ def add_kept(acc, x_ptr, at, columns_ptr, weight_ptr, channels, C, stride_xk, BL
         else:
             acc = tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
     return acc
+
+
+@triton.jit
+def _gather_kernel(
+    source_ptr, columns_ptr, panel_ptr, M, C, pitch, stride_e, stride_m, stride_k,
+    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    e = tl.program_id(2).to(tl.int64)
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    column = c.to(tl.int64)
+    if columns_ptr is not None:
+        column = tl.load(columns_ptr + c, mask=c < C, other=0).to(tl.int64)
+    rows = (m < M)[:, None]
+    at = e * stride_e + m[:, None] * stride_m + column[None, :] * stride_k
+    found = tl.load(source_ptr + at, mask=rows & (c < C)[None, :], other=0)
+    tl.store(panel_ptr + (e * M + m)[:, None] * pitch + c[None, :], found, mask=rows)
+
+
+def gather_columns(source: Tensor, columns: Tensor | None) -> Tensor:
+    """``panel[e, m, c] = source[e, m, columns[c]]``, and 0 behind the last, up to a multiple of `outliers.BLOCK_O`.
+
+    For many rows: each tile of the product would fetch 32 bytes for every single value. Exact.
+
+    Args:
+        source: ``[E, M, K]``, any dtype and strides.
+        columns: ``[C]`` integers below K, contiguous; None for all of them, in their order.
+
+    Returns:
+        ``[E, M, P]``, contiguous.
+    """
+    E, M, K = source.shape
+    C = K if columns is None else len(columns)
+    blocks = triton.cdiv(C, BLOCK_O)
+    panel = torch.empty(E, M, blocks * BLOCK_O, dtype=source.dtype, device=source.device)
+    if panel.numel():
+        BLOCK_M = GATHER_COLUMNS.BLOCK_M
+        _gather_kernel[(triton.cdiv(M, BLOCK_M), blocks, E)](
+            source, columns, panel, M, C, blocks * BLOCK_O, *source.stride(),
+            BLOCK_M=BLOCK_M, BLOCK_O=BLOCK_O, num_warps=GATHER_COLUMNS.num_warps,
+        )  # fmt: skip
+    return panel

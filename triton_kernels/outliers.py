@@ -10,22 +10,39 @@ from torch import Tensor
 from .configs import EXTRACT_OUTLIERS, GATHER_WEIGHT, OUTLIER_MASK
 from .groups import row_tiles, tile_rows
 
+ALL_ROWS = 256
+"""Up to how many rows one program looks at all of a column, so that the mask need not be filled with zeros before."""
+
 
 @triton.jit
 def _mask_kernel(
     x_ptr, mask_ptr, offsets_ptr, M, K, E, stride_xe, stride_xm, stride_xk, threshold,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    ALL_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     e, first, end = tile_rows(tl.program_id(0), tl.program_id(2), offsets_ptr, M, E, BLOCK_M, BLOCK_E)
-    m = first + tl.arange(0, BLOCK_M)
     x_ptr += e.to(tl.int64) * stride_xe
+    mask_ptr += e.to(tl.int64) * K
+    if ALL_ROWS:
+        found = tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
+        for start in range(0, M, BLOCK_M):
+            found |= _beyond(x_ptr, start, M, k, K, stride_xm, stride_xk, threshold, BLOCK_M)
+        tl.store(mask_ptr + k, tl.max(found, 0) > 0, mask=k < K)
+    else:
+        end = tl.where(e < E, end, 0)
+        found = tl.max(_beyond(x_ptr, first, end, k, K, stride_xm, stride_xk, threshold, BLOCK_M), 0) > 0
+        # Programs of other rows may store the same true at the same place: no atomics are needed.
+        tl.store(mask_ptr + k, found, mask=found & (k < K))
+
+
+@triton.jit
+def _beyond(x_ptr, first, end, k, K, stride_xm, stride_xk, threshold, BLOCK_M: tl.constexpr):
+    """1 where ``abs(x[m, k]) >= threshold``, for rows ``first <= m < min(first + BLOCK_M, end)``; int32."""
+    m = first + tl.arange(0, BLOCK_M)
     at = m.to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
-    mask = (e < E) & (m < end)[:, None] & (k < K)[None, :]
+    mask = (m < end)[:, None] & (k < K)[None, :]
     x = tl.load(x_ptr + at, mask=mask, other=0).to(tl.float32)
-    found = tl.max((mask & (tl.abs(x) >= threshold)).to(tl.int32), 0) > 0
-    # Programs of other rows may store the same true at the same place: no atomics are needed.
-    tl.store(mask_ptr + e.to(tl.int64) * K + k, found, mask=found & (k < K))
+    return (mask & (tl.abs(x) >= threshold)).to(tl.int32)
 
 
 def _strides(x: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
@@ -49,14 +66,16 @@ def outlier_mask(x: Tensor, threshold: float, offsets: Tensor | None = None, exp
     """
     E, M, K = x.shape
     groups = experts if offsets is not None else E
-    mask = torch.zeros(groups, K, dtype=torch.bool, device=x.device)
-    if threshold == float("inf") or 0 in (groups, M, K):
+    nothing = threshold == float("inf") or 0 in (groups, M, K)
+    all_rows = offsets is None and M <= ALL_ROWS and not nothing
+    mask = (torch.empty if all_rows else torch.zeros)(groups, K, dtype=torch.bool, device=x.device)
+    if nothing:
         return mask
     BLOCK_M, BLOCK_K = OUTLIER_MASK.BLOCK_M, OUTLIER_MASK.BLOCK_K
-    grid = (row_tiles(M, groups, BLOCK_M, offsets is not None), triton.cdiv(K, BLOCK_K), E)
-    _mask_kernel[grid](
+    tiles_m = 1 if all_rows else row_tiles(M, groups, BLOCK_M, offsets is not None)
+    _mask_kernel[(tiles_m, triton.cdiv(K, BLOCK_K), E)](
         x, mask, offsets, M, K, groups, *_strides(x, offsets), threshold,
-        BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_E=triton.next_power_of_2(groups),
+        ALL_ROWS=all_rows, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_E=triton.next_power_of_2(groups),
         num_warps=OUTLIER_MASK.num_warps,
     )  # fmt: skip
     return mask
@@ -66,35 +85,42 @@ def outlier_mask(x: Tensor, threshold: float, offsets: Tensor | None = None, exp
 def _extract_kernel(
     x_ptr, mask_ptr, offsets_ptr, panel_ptr, columns_ptr, count_ptr, M, K, E, pitch, stride_xe, stride_xm, stride_xk,
     rows_per_weight, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_E: tl.constexpr,
+    BEFORE: tl.constexpr,
 ):  # fmt: skip
-    e, first, end = tile_rows(tl.program_id(0), tl.program_id(1), offsets_ptr, M, E, BLOCK_M, BLOCK_E)
+    e, first, end = tile_rows(tl.program_id(0), tl.program_id(2), offsets_ptr, M, E, BLOCK_M, BLOCK_E)
     if e >= E:
         return
     m = first + tl.arange(0, BLOCK_M)
     rows = e.to(tl.int64) * rows_per_weight + m
-    x_ptr += e.to(tl.int64) * stride_xe
     mask_ptr += e.to(tl.int64) * K
     columns_ptr += e.to(tl.int64) * pitch
-    count = 0
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        found = tl.load(mask_ptr + k, mask=k < K, other=0).to(tl.int32)
+    start = tl.program_id(1) * BLOCK_K
+    before = tl.zeros((BEFORE,), tl.int32)  # outliers in the columns of programs to the left
+    for part in range(0, start, BEFORE):
+        i = part + tl.arange(0, BEFORE)
+        before += tl.load(mask_ptr + i, mask=i < start, other=0).to(tl.int32)
+    count = tl.sum(before, 0)
+    k = start + tl.arange(0, BLOCK_K)
+    found = tl.load(mask_ptr + k, mask=k < K, other=0).to(tl.int32)
+    here = tl.sum(found, 0)
+    if here > 0:
         o = count + tl.cumsum(found, 0) - 1
-        count += tl.sum(found, 0)
         tl.store(columns_ptr + o, k, mask=found > 0)  # the same from every program
-        here = (found > 0)[None, :] & (m < end)[:, None]
+        outlying = (found > 0)[None, :] & (m < end)[:, None]
         at = m.to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
-        x = tl.load(x_ptr + at, mask=here, other=0)
-        tl.store(panel_ptr + rows[:, None] * pitch + o[None, :], x, mask=here)
-    tl.store(count_ptr + e, count)
-    o = count + tl.arange(0, BLOCK_O)  # what a block of the residual reads beyond the last column
-    behind = o < (count + BLOCK_O - 1) // BLOCK_O * BLOCK_O
-    tl.store(columns_ptr + o, tl.zeros_like(o), mask=behind)
-    tl.store(
-        panel_ptr + rows[:, None] * pitch + o[None, :],
-        tl.zeros((BLOCK_M, BLOCK_O), panel_ptr.dtype.element_ty),
-        mask=behind[None, :] & (m < end)[:, None],
-    )
+        x = tl.load(x_ptr + e.to(tl.int64) * stride_xe + at, mask=outlying, other=0)
+        tl.store(panel_ptr + rows[:, None] * pitch + o[None, :], x, mask=outlying)
+    if start + BLOCK_K >= K:
+        count += here
+        tl.store(count_ptr + e, count)
+        o = count + tl.arange(0, BLOCK_O)  # what a block of the residual reads beyond the last column
+        behind = o < (count + BLOCK_O - 1) // BLOCK_O * BLOCK_O
+        tl.store(columns_ptr + o, tl.zeros_like(o), mask=behind)
+        tl.store(
+            panel_ptr + rows[:, None] * pitch + o[None, :],
+            tl.zeros((BLOCK_M, BLOCK_O), panel_ptr.dtype.element_ty),
+            mask=behind[None, :] & (m < end)[:, None],
+        )
 
 
 BLOCK_O = 16
@@ -123,13 +149,13 @@ def extract_outliers(x: Tensor, mask: Tensor, offsets: Tensor | None = None) -> 
     make = torch.empty if offsets is None else torch.zeros  # a group may have no rows, and so no program
     count = make(groups, dtype=torch.int32, device=x.device)
     BLOCK_M, BLOCK_K = EXTRACT_OUTLIERS.BLOCK_M, EXTRACT_OUTLIERS.BLOCK_K
-    grid = (row_tiles(M, groups, BLOCK_M, offsets is not None), E)
+    grid = (row_tiles(M, groups, BLOCK_M, offsets is not None), triton.cdiv(K, BLOCK_K), E)
     if 0 not in (groups, M, K):
         _extract_kernel[grid](
             x, mask, offsets, panel, columns, count, M, K, groups, pitch, *_strides(x, offsets),
             M if offsets is None else 0,
             BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_O=BLOCK_O, BLOCK_E=triton.next_power_of_2(groups),
-            num_warps=EXTRACT_OUTLIERS.num_warps,
+            BEFORE=min(triton.next_power_of_2(max(K, BLOCK_K)), 8192), num_warps=EXTRACT_OUTLIERS.num_warps,
         )  # fmt: skip
     return panel, columns, count
 

@@ -42,10 +42,9 @@ def _part(
 ):  # fmt: skip
     """Columns ``start <= k < start + BLOCK_K`` of a row as float32, 0 where they stay in 16 bits, rotated."""
     k = start + tl.arange(0, BLOCK_K)
-    inside = k < K
-    if mask_ptr is not None:
-        inside = inside & (tl.load(mask_ptr + k, mask=inside, other=1) == 0)
-    x = tl.load(x_ptr + k.to(tl.int64) * stride_xk, mask=inside, other=0).to(tl.float32)
+    x = tl.load(x_ptr + k.to(tl.int64) * stride_xk, mask=k < K, other=0).to(tl.float32)
+    if mask_ptr is not None:  # a mask that differs from column to column would split the load of x
+        x = tl.where(tl.load(mask_ptr + k, mask=k < K, other=1) == 0, x, 0.0)
     if columns_ptr is not None:
         x = tl.where(is_kept(columns_ptr, C, start, BLOCK_K), 0.0, x)
     return rotate(x, start, K, BLOCK, WHOLE_BLOCKS)
@@ -102,7 +101,7 @@ def quantize_rowwise(
     ``x_rest`` is x with zeros in ``columns`` and where ``mask`` is true; see `rotate`. Codes and scales are the
     reference's, bit for bit: sums in its order, IEEE division, half to even, no scale is below ``tiny``, a row whose z
     holds NaN or inf gets scale NaN. A row depends on no other row. It is read once; twice, the second time from the
-    cache, where it has more than 4096 columns: the scale must be known before the first code.
+    cache, where it has more than 8192 columns: the scale must be known before the first code.
 
     Args:
         x: ``[E, M, K]`` float16, bfloat16 or float32, any strides; ``[1, S, K]`` with offsets.
@@ -124,6 +123,10 @@ def quantize_rowwise(
         raise ValueError(f"quantize_rowwise: block {block} of K = {K}; legal: at most {MAX_BLOCK} on a GPU")
     codes = torch.empty(E * M, K, dtype=torch.int8, device=x.device)
     scale = torch.empty(E * M, dtype=torch.float32, device=x.device)
+    if columns is not None and E * M >= MARKED_ROWS:
+        if mask is None:
+            mask, offsets = torch.zeros(E, K, dtype=torch.bool, device=x.device), None
+        mask, columns = mask.index_fill(1, columns, True), None
     groups = E if mask is None else mask.shape[0]
     BLOCK_K = min(triton.next_power_of_2(max(K, 32)), max(QUANTIZE_ROWWISE.BLOCK_K, block))
     if E * M:
@@ -134,6 +137,9 @@ def quantize_rowwise(
         )  # fmt: skip
     return codes, scale
 
+
+MARKED_ROWS = 256
+"""From how many rows on the columns to leave out are marked in a mask once, in place of in every row."""
 
 MAX_BLOCK = 8192
 """The largest block of a rotation: a program holds one in registers."""

@@ -13,7 +13,7 @@ from .. import gpu, quantize, reference
 from ..quantize import NO_THRESHOLD, dequantize, quantize_weight
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ROWS = (1, 5, 64, 100)
+ROWS = (1, 5, 64, 600)
 SIZES = ((200, 300), (512, 4096))  # N, K
 EXPERTS = 3
 U = 2.0**-24  # of float32, that sums are carried in
@@ -45,6 +45,13 @@ def checks(device: str, rows: tuple[int, ...] = ROWS, sizes: tuple[tuple[int, in
             for M in rows:
                 where = f"{str(dtype).removeprefix('torch.')}, M = {M}, N = {N}, K = {K}"
                 yield from _case(device, where, dtype, M, N, K)
+
+
+def _fused(M: int) -> bool:
+    """Whether one launch does it all, with scales per block."""
+    from ..triton_kernels.configs import FUSED_ROWS
+
+    return M <= FUSED_ROWS
 
 
 def _case(device: str, where: str, dtype: torch.dtype, M: int, N: int, K: int) -> Iterator[Check]:
@@ -86,7 +93,7 @@ def _case(device: str, where: str, dtype: torch.dtype, M: int, N: int, K: int) -
     for threshold in (6.0, 0.0):
         y = gpu.grouped_linear(*_to(device, (x, codes, scale, None, offsets, threshold)))
         parts = [
-            _worst(y[begin:end], (x[begin:end], codes[e], scale[e], None, threshold), many=M > 64)
+            _worst(y[begin:end], (x[begin:end], codes[e], scale[e], None, threshold), many=not _fused(M))
             for e, (begin, end) in enumerate(zip([0, *offsets.tolist()], offsets.tolist(), strict=False))
             if end > begin
         ]
@@ -109,7 +116,7 @@ def _worst(y: Tensor, args: tuple, many: bool | None = None) -> float:
     x, weight, scale, _, threshold = args[:5]
     defaults: tuple = ("none", None, "none", 1, None, None)
     activation, other, binary, block, columns, kept = args[5:] + defaults[len(args) - 5 :]
-    same_codes = threshold == 0 or block > 1 or columns is not None or (len(x) > 64 if many is None else many)
+    same_codes = threshold == 0 or block > 1 or columns is not None or (not _fused(len(x)) if many is None else many)
     wide = (x.double(), weight, scale, None if args[3] is None else args[3].double())
     y, expected = y.cpu().double(), reference.linear(x.float(), *args[1:]).double()
     U_out = torch.finfo(x.dtype).eps / 2
