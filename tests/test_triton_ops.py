@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 import int8fx
 from int8fx import gpu, ops, reference
+from int8fx.gpu import EXACT_ROWS
 from int8fx.passes import count_ops, fold, lower, share
 from int8fx.quantize import NO_THRESHOLD
 
@@ -74,7 +75,7 @@ def code_step(x, weight, scale, args) -> float:
     """What two roundings of x to codes can make of an output, through an epilogue of slope below 1.13."""
     if not x.numel():
         return 0.0
-    step = x.abs().double().clamp(max=6.0).max().item() / 127 / 2
+    step = x.abs().double().clamp(max=args[4]).max().item() / 127 / 2
     other = args[6].abs().max().item() if len(args) > 6 and args[7] == "mul" else 1.0
     w = (weight.double().abs() * scale.double().unsqueeze(-1)).sum(-1).max().item()
     magnitude = reference.linear(*args).abs().max().item()
@@ -111,9 +112,10 @@ def spied(monkeypatch, module, name):
     ("M", "threshold", "dtype", "expected"),
     [
         (1, 6.0, torch.float16, [1, 0, 0, 0]),
-        (16, 6.0, torch.bfloat16, [1, 0, 0, 0]),
-        (17, 6.0, torch.bfloat16, [0, 1, 1, 0]),
-        (17, INF, torch.bfloat16, [0, 1, 0, 0]),
+        (2, 6.0, torch.bfloat16, [0, 0, 0, 1]),
+        (32, INF, torch.bfloat16, [0, 0, 0, 1]),
+        (33, 6.0, torch.bfloat16, [0, 1, 1, 0]),
+        (33, INF, torch.bfloat16, [0, 1, 0, 0]),
         (1, 0.0, torch.float16, [0, 0, 0, 1]),
         (65, 0.0, torch.float16, [0, 0, 0, 1]),
         (2, 6.0, torch.float64, [0, 0, 0, 0]),
@@ -157,6 +159,32 @@ def test_outliers_are_found_once_for_siblings(monkeypatch, on_triton):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize(
+    ("device", "rows", "threshold", "rotation", "shared"),
+    [
+        ("cuda", EXACT_ROWS, 6.0, (), 0),  # nothing of x is quantised: see gpu.linear
+        ("cuda", EXACT_ROWS + 1, 6.0, (), 1),
+        ("cuda", EXACT_ROWS + 1, 0.0, (), 0),
+        ("cuda", 1, NO_THRESHOLD, ("none", None, "none", 64), 1),
+        ("cpu", 1, 6.0, (), 1),
+    ],
+)
+def test_products_that_quantise_nothing_share_nothing(device, rows, threshold, rotation, shared):
+    graph = torch.fx.Graph()
+    with FakeTensorMode():
+        x = torch.empty(rows, 64, device=device)
+        weight = torch.empty(8, 64, dtype=torch.int8, device=device), torch.empty(8, device=device)
+        nodes = [graph.placeholder(name) for name in ("x", "w", "scale")]
+        for node, value in zip(nodes, (x, *weight), strict=True):
+            node.meta["val"] = value
+        products = [graph.call_function(ops.linear.default, (*nodes, None, threshold, *rotation)) for _ in range(2)]
+        for product in products:
+            product.meta["val"] = torch.empty(rows, 8, device=device)
+        graph.output(tuple(products))
+        assert share(graph) == shared
+    assert count_ops(graph).get("quantize_rowwise", 0) == shared
+
+
 # ---- tiles -----------------------------------------------------------------------------------------------------------
 
 
@@ -164,18 +192,17 @@ def test_outliers_are_found_once_for_siblings(monkeypatch, on_triton):
 @pytest.mark.parametrize("M", [1, 16, 17, 64])
 def test_a_tile_of_few_rows_holds_them_all(M, dtype):
     for N, K in ((4096, 4096), (1024, 4096), (28672, 8192), (8, 16)):
-        for config in configs.few_rows(M, N, K, 1, dtype, "sm_90", 132):
+        for config in configs.weight_only(M, N, K, 1, dtype, "sm_90", 132):
             assert config.BLOCK_M >= M
             assert config.SPLIT_K == 1 or 4 * config.SPLIT_K * config.BLOCK_K <= K
 
 
 def test_k_is_split_until_most_processors_work():
-    def split(M, N, K):
-        return configs.few_rows(M, N, K, 1, torch.float16, "sm_90", 132)[0].SPLIT_K
-
+    device = (1, torch.float16, "sm_90", 132)
     shapes = ((4096, 4096), (8192, 8192), (28672, 8192), (1024, 4096))
-    assert [split(1, *shape) for shape in shapes] == [2, 1, 1, 4]
-    assert [split(16, *shape) for shape in shapes] == [4, 2, 1, 8]
+    assert [configs.fused_linear(*shape, *device)[0].SPLIT_K for shape in shapes] == [2, 1, 1, 4]
+    assert [configs.weight_only(16, *shape, *device)[0].SPLIT_K for shape in shapes] == [1, 1, 1, 4]
+    assert [configs.weight_only(64, *shape, *device)[0].SPLIT_K for shape in shapes] == [2, 1, 1, 8]
 
 
 def test_the_largest_tile_that_fills_the_device_comes_first():
@@ -276,7 +303,7 @@ def test_a_converted_model_is_a_graph_of_int8fx_ops_on_cuda(make, expected):
     Then Inductor writes its Triton code for an H100 that is not there: the int8fx ops are called between its kernels.
     Not for experts: the code of their sort asks the driver what it can do.
     """
-    model, inputs = make()
+    model, inputs = make(length=EXACT_ROWS)  # of two rows
     model = int8fx.convert(model.half())
     backend = GraphBackend([lower, share, fold])
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -67,7 +67,9 @@ def test_codes_and_scales_are_the_references_bit_for_bit(x, block, count, masked
     assert_codes(x, block, columns, mask)
 
 
-@pytest.mark.parametrize(("K", "block"), [(4096, 4096), (5000, 64), (5000, 4096), (8193, 8192), (12288, 64)])
+@pytest.mark.parametrize(
+    ("K", "block"), [(4096, 4096), (5000, 64), (5000, 4096), (8193, 8192), (20000, 64), (16385, 8192)]
+)
 def test_long_rows_and_long_blocks(K, block):
     """Rows of one part, of several, and with a rest behind the last whole block."""
     assert_codes(activation(2, K, outliers="some", dtype=torch.bfloat16, seed=3), block, torch.arange(5, K, 101))
@@ -169,7 +171,7 @@ def invariant_problem(dtype, rows):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_rows_result_is_bit_equal_for_every_batch(dtype):
-    """Beyond 16 rows other schemes change kernels; this one does not."""
+    """Beyond 1 and 32 rows other schemes change kernels; this one does not."""
     p = invariant_problem(dtype, 130)
     whole = gpu.linear(*p.all)
     for M in (1, 16, 17, 64, 65, 129):
@@ -213,7 +215,7 @@ def test_many_rows_gather_kept_columns_and_mark_them_once(dtype, kept_dtype, exp
         return gpu.quantize_rowwise(x, 6.0, 1, columns)
 
     expected, expected_codes = product(), outliers_too()
-    monkeypatch.setattr("int8fx.triton_kernels.int8_matmul.GATHER_ROWS", 1)
+    monkeypatch.setattr("int8fx.triton_kernels.int8_matmul.GATHER_KEPT_ROWS", 1)
     monkeypatch.setattr("int8fx.triton_kernels.quantize_rowwise.MARKED_ROWS", 1)
     assert torch.equal(product(), expected)
     assert all(torch.equal(a, b) for a, b in zip(outliers_too(), expected_codes, strict=True))

@@ -27,18 +27,19 @@ from .assembly import (
 )
 from .fused_linear import _fused_linear_kernel
 from .int8_matmul import _int8_matmul_kernel
+from .kept import _gather_columns_kernel
 from .outliers import BLOCK_O, _extract_kernel, _gather_kernel, _mask_kernel
 from .quantize_rowwise import _quantize_rowwise_kernel
 from .weight_only import _weight_only_kernel
 
 _STRIDES = {
     "stride_xe": "i32:16", "stride_xm": "i32:16", "stride_xk": 1, "stride_we": "i32:16", "stride_wn": "i32:16",
-    "stride_wk": 1, "stride_om": "i32:16", "stride_on": 1,
+    "stride_wk": 1, "stride_e": "i32:16", "stride_m": "i32:16", "stride_k": 1, "stride_om": "i32:16", "stride_on": 1,
 }  # fmt: skip
 _SIZES = {"M": "i32", "N": "i32:16", "K": "i32:16", "E": 1, "C": "i32", "pitch": "i32:16", "capacity": "i32:16"}
 _CONSTANTS = {
     "INT8_MAX": 127, "TINY": 2.0**-126, "EVEN_K": True, "BLOCK_O": BLOCK_O, "BLOCK_E": 1, "GROUP_M": 8,
-    "BLOCK": 1, "WHOLE_BLOCKS": True, "ONE_PART": True,
+    "BLOCK": 1, "WHOLE_BLOCKS": True, "ONE_PART": True, "ALL_ROWS": False, "BEFORE": 8192,
 }  # fmt: skip
 
 
@@ -92,13 +93,14 @@ _KERNELS = {
     "quantize_rowwise": _quantize_rowwise_kernel,
     "extract_outliers": _extract_kernel,
     "gather_weight": _gather_kernel,
+    "gather_columns": _gather_columns_kernel,
 }
 PRODUCTS = ("int8_matmul", "fused_linear", "weight_only")
 
 
 _PLAIN = (("other_ptr", None),)
 _NO_OUTLIERS = (*_PLAIN, *((f"{name}_ptr", None) for name in ("count", "panel", "columns", "gathered")))
-_ONE = ("1 row", "")
+_ROW = ("ROWS", 1)
 _HEAVY = (("ACTIVATION", "gelu"), ("BINARY", "mul"))
 
 
@@ -113,15 +115,10 @@ def shipped(target: str) -> Iterator[Variant]:
     for row in configs.INT8_MATMUL[target]:
         yield Variant("int8_matmul", configs.Config(*row), "bf16", _PLAIN)
         yield Variant("int8_matmul", configs.Config(*row), "bf16", _kept("bf16"), "kept")
-    for rows, row in configs.FEW_ROWS[backend].items():
-        for kernel in ("fused_linear", "weight_only"):
-            yield Variant(kernel, configs.Config(*row, SPLIT_K=4), "bf16", (*_PLAIN, *_rows(rows)), _ONE[rows > 1])
+    yield Variant("fused_linear", configs.Config(*configs.FUSED_LINEAR[backend], SPLIT_K=4), "bf16", (*_PLAIN, _ROW))
+    for row in configs.WEIGHT_ONLY[backend].values():
+        yield Variant("weight_only", configs.Config(*row, SPLIT_K=4), "bf16", _PLAIN)
     yield _rotated(64)
-
-
-def _rows(rows: int) -> tuple[tuple[str, Any], ...]:
-    """`fused_linear` of one row quantises one row."""
-    return (("ROWS", 1),) if rows == 1 else ()
 
 
 def _rotated(block: int, whole: bool = True, one_part: bool = True) -> Variant:
@@ -135,7 +132,7 @@ def _rotated(block: int, whole: bool = True, one_part: bool = True) -> Variant:
 def everything(target: str) -> Iterator[Variant]:
     """`shipped`, and the other dtypes, splits, epilogues and kernels."""
     yield from shipped(target)
-    few = configs.FEW_ROWS[TARGETS[target].backend]
+    backend = TARGETS[target].backend
     for name, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
         for config in configs.tiles(dtype, target, epilogue=True):
             yield Variant("int8_matmul", config, name, _HEAVY, "gelu mul")
@@ -145,21 +142,25 @@ def everything(target: str) -> Iterator[Variant]:
         yield Variant("int8_matmul", replace(smallest, SPLIT_K=split), "bf16", constants, "kept gelu mul")
     for config in configs.tiles(torch.float32, target, epilogue=True):
         yield Variant("int8_matmul", config, "bf16", _kept("fp32"), "kept in fp32")
-    for kernel in ("fused_linear", "weight_only"):
-        for rows, row in few.items():
-            for split in (1, configs.MOST_SPLITS):
-                config = configs.Config(*row, SPLIT_K=split)
-                note = f"{_ONE[rows > 1]} gelu mul".strip()
-                yield Variant(kernel, config, "fp16", (*_HEAVY, *_rows(rows)), note)
-        for rows, row in configs.FEW_ROWS_FLOAT32.items():
-            yield Variant(kernel, configs.Config(*row, SPLIT_K=4), "fp32", _rows(rows), _ONE[rows > 1])
-    yield Variant("fused_linear", configs.Config(*few[16], SPLIT_K=4), "bf16", (("OUTLIERS", False),), "no outliers")
-    yield Variant("outlier_mask", configs.OUTLIER_MASK, "bf16")
+    few = [("fused_linear", configs.FUSED_LINEAR[backend], (_ROW,), "")]
+    few += [("fused_linear", configs.FUSED_LINEAR[backend], (("OUTLIERS", False), _ROW), " no outliers")]
+    few += [("weight_only", row, (), "") for row in configs.WEIGHT_ONLY[backend].values()]
+    for kernel, row, constants, note in few:
+        for split in (1, configs.MOST_SPLITS):
+            config = configs.Config(*row, SPLIT_K=split)
+            yield Variant(kernel, config, "fp16", (*_HEAVY, *constants), f"gelu mul{note}")
+    yield Variant("fused_linear", configs.Config(*configs.FUSED_LINEAR_FLOAT32, SPLIT_K=4), "fp32", (_ROW,))
+    for row in configs.WEIGHT_ONLY_FLOAT32.values():
+        yield Variant("weight_only", configs.Config(*row, SPLIT_K=4), "fp32")
+    for all_rows in (False, True):
+        yield Variant("outlier_mask", configs.OUTLIER_MASK, "bf16", (("ALL_ROWS", all_rows),), "all rows" * all_rows)
     yield Variant("extract_outliers", configs.EXTRACT_OUTLIERS, "bf16")
     yield Variant("quantize_rowwise", configs.QUANTIZE_ROWWISE, "bf16", (("columns_ptr", None),))
     yield _rotated(64, whole=False, one_part=False)
     yield _rotated(4096)
     yield Variant("gather_weight", configs.GATHER_WEIGHT, "bf16")
+    gathered = (("columns_ptr", "*i64:16"), ("source_ptr", "*bf16:16"))
+    yield Variant("gather_columns", configs.GATHER_COLUMNS, "bf16", gathered)
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def line(r: Row) -> str:
 
 def histogram(target: str) -> str:
     """The instructions of a step of `fused_linear`'s loop, of one warp: of one row, in blocks without outliers."""
-    row = configs.FEW_ROWS[TARGETS[target].backend][1]
+    row = configs.FUSED_LINEAR[TARGETS[target].backend]
     loop = _machine(target, "fused_linear", configs.Config(*row), False, 1).loop(INT8_MATRIX)
     assert loop is not None
     counts = ", ".join(f"{count} {opcode}" for opcode, count in loop.opcodes.most_common())
@@ -258,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _machine(target: str, kernel: str, config: configs.Config, outliers: bool = True, rows: int = 0) -> Machine:
     constants = (*(_PLAIN if outliers or kernel != "int8_matmul" else _NO_OUTLIERS), ("OUTLIERS", outliers))
-    constants += _rows(rows)
+    constants += (_ROW,) if rows == 1 else ()
     return Variant(kernel, config, "bf16", constants).compile(target)
 
 

@@ -26,10 +26,6 @@ class Config:
         return {**tile, **more, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-FUSED_ROWS = 16
-"""Up to how many rows one launch does it all. The scheme needs all rows in one tile, and every tile quantises them
-anew: on an H100 32 rows take 27 us in one launch and 28 in several (N = K = 4096), 64 take 40 and 25."""
-
 MANY_ROWS = 64
 """From how many rows on a tile is for many."""
 
@@ -49,17 +45,20 @@ INT8_MATMUL = {
 }
 FLOAT32 = ((64, 32, 64, 4, 2),)  # its residual runs without matrix instructions: a larger tile spills
 
-# For few rows, by how many there are at most. One row costs little to quantise: its tiles are narrow, so that there are
-# enough of them without splitting K, which costs a launch. CDNA, with two stages, has too little in flight for that.
-FEW_ROWS = {
-    "cuda": {1: (16, 64, 256, 4, 4), 16: (16, 128, 128, 4, 4), 32: (32, 128, 128, 8, 4), 64: (64, 128, 128, 8, 3)},
-    "hip": {1: (16, 128, 128, 4, 2), 16: (16, 128, 128, 4, 2), 32: (32, 128, 128, 4, 2), 64: (64, 128, 128, 8, 2)},
+# One row costs little to quantise. CDNA, with two stages, has too little in flight for narrow tiles.
+FUSED_LINEAR = {"cuda": (16, 64, 256, 4, 4), "hip": (16, 128, 128, 4, 2)}
+FUSED_LINEAR_FLOAT32 = (16, 32, 32, 4, 2)
+
+# By how many rows there are at most.
+WEIGHT_ONLY = {
+    "cuda": {16: (16, 32, 256, 4, 4), 32: (32, 64, 128, 4, 4), 64: (64, 64, 128, 4, 4)},
+    "hip": {16: (16, 128, 128, 4, 2), 32: (32, 128, 128, 4, 2), 64: (64, 128, 128, 8, 2)},
 }
-FEW_ROWS_FLOAT32 = {1: (16, 32, 32, 4, 2), 16: (16, 32, 32, 4, 2), 32: (32, 32, 32, 4, 2), 64: (64, 32, 32, 8, 2)}
+WEIGHT_ONLY_FLOAT32 = {16: (16, 32, 32, 4, 2), 32: (32, 32, 32, 4, 2), 64: (64, 32, 32, 8, 2)}
 
 # Kernels that only move bytes: their tiles, with the dimensions they do not have as 1.
 OUTLIER_MASK = Config(128, 1, 64, 4, 2)
-QUANTIZE_ROWWISE = Config(1, 1, 8192, 8, 2)
+QUANTIZE_ROWWISE = Config(1, 1, 16384, 8, 2)  # 16 warps beyond 8192 columns
 EXTRACT_OUTLIERS = Config(32, 1, 128, 4, 2)
 GATHER_WEIGHT = Config(1, 64, 1, 4, 2)
 GATHER_COLUMNS = Config(64, 1, 1, 4, 2)
@@ -134,14 +133,25 @@ def _may_split(config: Config, K: int) -> bool:
     return config.SPLIT_K < MOST_SPLITS and 8 * config.SPLIT_K * config.BLOCK_K <= K
 
 
-def few_rows(M: int, N: int, K: int, E: int, dtype: torch.dtype, target: str, processors: int) -> tuple[Config, ...]:
-    """Candidates for `fused_linear` and `weight_only`: K is `split`, and split once more."""
-    table = FEW_ROWS["hip" if target.startswith("gfx") else "cuda"]
-    table = FEW_ROWS_FLOAT32 if dtype == torch.float32 else table
-    rows = next((rows for rows in table if rows >= M), max(table))
-    config = Config(*table[rows])
-    programs = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N) * E
-    config = split(config, programs, K, processors)
+def fused_linear(N: int, K: int, E: int, dtype: torch.dtype, target: str, processors: int) -> tuple[Config, ...]:
+    """Candidates for `fused_linear`: K is `split`, and split once more."""
+    tile = FUSED_LINEAR_FLOAT32 if dtype == torch.float32 else FUSED_LINEAR[_backend(target)]
+    return _split_twice(Config(*tile), 1, N, K, E, processors)
+
+
+def weight_only(M: int, N: int, K: int, E: int, dtype: torch.dtype, target: str, processors: int) -> tuple[Config, ...]:
+    """Candidates for `weight_only`: K is `split`, and split once more."""
+    table = WEIGHT_ONLY_FLOAT32 if dtype == torch.float32 else WEIGHT_ONLY[_backend(target)]
+    config = Config(*table[next((rows for rows in table if rows >= M), max(table))])
+    return _split_twice(config, triton.cdiv(M, config.BLOCK_M), N, K, E, processors)
+
+
+def _backend(target: str) -> str:
+    return "hip" if target.startswith("gfx") else "cuda"
+
+
+def _split_twice(config: Config, tiles_m: int, N: int, K: int, E: int, processors: int) -> tuple[Config, ...]:
+    config = split(config, tiles_m * triton.cdiv(N, config.BLOCK_N) * E, K, processors)
     return (config, replace(config, SPLIT_K=2 * config.SPLIT_K)) if _may_split(config, K) else (config,)
 
 

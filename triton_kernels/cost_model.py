@@ -15,11 +15,11 @@ from functools import cache
 
 import torch
 
+from ..gpu import EXACT_ROWS
 from . import configs
 from .assembly import FLOAT_MATRIX, INT8_MATRIX, Loop, Machine
-from .configs import FUSED_ROWS
 from .int8_matmul import GATHER_ROWS
-from .outliers import BLOCK_O
+from .outliers import ALL_ROWS, BLOCK_O
 
 BANDWIDTH_SHARE = 0.92
 LAUNCH = 1.5e-6
@@ -127,22 +127,27 @@ def _instructions(machine: Machine, pattern) -> tuple[int, Loop | None]:
 
 
 def few_rows(gpu: Gpu, compiled: Compile, M: int, N: int, K: int, outliers: float) -> Cost:
-    """`fused_linear`: one launch, and a fill of the counters where K is split."""
-    config = configs.few_rows(M, N, K, 1, torch.bfloat16, gpu.target, gpu.processors)[0]
+    """`fused_linear` for one row, `weight_only` for more: one launch, and a fill of the counters where K is split."""
+    sizes = (N, K, 1, torch.bfloat16, gpu.target, gpu.processors)
+    config = (configs.fused_linear(*sizes) if M == 1 else configs.weight_only(M, *sizes))[0]
     single = replace(config, SPLIT_K=1)
-    machine = compiled(gpu.target, "fused_linear", single, True, M)
-    plain, _ = _instructions(compiled(gpu.target, "fused_linear", single, False, M), INT8_MATRIX)
-    widen, _ = _instructions(compiled(gpu.target, "weight_only", single), FLOAT_MATRIX)
-    full, loop = _instructions(machine, INT8_MATRIX)
-    assert loop is not None
-    if not loop.count(FLOAT_MATRIX):  # the residual was moved out of the loop's range
-        full += widen
-    skipped = max(plain, full - widen)
-    share = 1 - (1 - outliers) ** config.BLOCK_K  # of the blocks hold an outlier
-    instructions = skipped + share * (full - skipped)
-
     tile = 2 * config.BLOCK_M * config.BLOCK_N * config.BLOCK_K
-    matrix = tile / gpu.int8_per_clock + share * tile / gpu.float16_per_clock
+    machine = compiled(gpu.target, "weight_only", single)
+    instructions, _ = _instructions(machine, FLOAT_MATRIX)
+    matrix = tile / gpu.float16_per_clock
+    if M == 1:
+        widen = instructions
+        machine = compiled(gpu.target, "fused_linear", single, True, M)
+        plain, _ = _instructions(compiled(gpu.target, "fused_linear", single, False, M), INT8_MATRIX)
+        full, loop = _instructions(machine, INT8_MATRIX)
+        assert loop is not None
+        if not loop.count(FLOAT_MATRIX):  # the residual was moved out of the loop's range
+            full += widen
+        skipped = max(plain, full - widen)
+        share = 1 - (1 - outliers) ** config.BLOCK_K  # of the blocks hold an outlier
+        instructions = skipped + share * (full - skipped)
+        matrix = tile / gpu.int8_per_clock + share * matrix
+
     issue = instructions * config.num_warps / gpu.issue
     tiles = math.ceil(N / config.BLOCK_N)
     programs = tiles * config.SPLIT_K
@@ -179,9 +184,12 @@ def many_rows(gpu: Gpu, compiled: Compile, M: int, N: int, K: int, outliers: flo
     x = 2 * M * K
     again = x if x > gpu.cache / 2 else 0  # what of x is read from memory a second time
     columns = math.ceil(outliers * K)
-    cost = Cost(1, K, LAUNCH, "memory")  # the mask, filled with zeros
     twice = x if K > configs.QUANTIZE_ROWWISE.BLOCK_K else 0  # a row of several parts is read again, from the cache
-    cost += _copy(gpu, x) + _copy(gpu, again + M * K, x - again + twice) + _copy(gpu, 0, M * columns * 34 + M / 16 * K)
+    extract = configs.EXTRACT_OUTLIERS
+    masks = math.ceil(M / extract.BLOCK_M) * math.ceil(K / extract.BLOCK_K) * K / 2  # each program reads what is before
+    cost = _copy(gpu, x) + _copy(gpu, again + M * K, x - again + twice) + _copy(gpu, 0, M * columns * 34 + masks)
+    if M > ALL_ROWS:
+        cost += Cost(1, K, LAUNCH, "memory")  # the mask, filled with zeros
     gathers = columns and M >= GATHER_ROWS
     if gathers:
         cost += _copy(gpu, min(N * columns * 64, N * K) + N * columns)
@@ -227,7 +235,7 @@ SHAPES = tuple((M, N) for N in (4096, 8192) for M in (1, 16, 128, 2048))
 
 
 def modelled(gpu: Gpu, compiled: Compile, M: int, N: int, K: int, outliers: float) -> Cost:
-    return (few_rows if M <= FUSED_ROWS else many_rows)(gpu, compiled, M, N, K, outliers)
+    return (few_rows if M <= EXACT_ROWS else many_rows)(gpu, compiled, M, N, K, outliers)
 
 
 def rows(compiled: Compile) -> Iterator[str]:

@@ -15,6 +15,18 @@ from .widen import widen
 
 
 @triton.jit
+def _repeat(rows, BLOCK_M: tl.constexpr):
+    """``rows [R, n]`` as often as makes BLOCK_M of them: ``[BLOCK_M, n]``."""
+    R: tl.constexpr = rows.shape[0]
+    n: tl.constexpr = rows.shape[1]
+    if R == 1:
+        rows = tl.broadcast_to(rows, (BLOCK_M, n))
+    elif R < BLOCK_M:
+        rows = tl.reshape(tl.broadcast_to(rows[None, :, :], (BLOCK_M // R, R, n)), (BLOCK_M, n))
+    return rows
+
+
+@triton.jit
 def _fused_linear_kernel(
     x_ptr, weight_ptr, weight_scale_ptr, bias_ptr, other_ptr, offsets_ptr, y_ptr, partial_ptr, counter_ptr,
     M, N, K, stride_xe, stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_om, stride_on, rows_per_weight,
@@ -56,14 +68,12 @@ def _fused_linear_kernel(
         scale = row_scale(tl.max(tl.abs(inside).to(tl.int32, bitcast=True), 1), INT8_MAX, TINY)
         steps = tl.broadcast_to(tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None], inside.shape)
         codes = tl.fma(inside, steps, tl.full(inside.shape, 12582912.0, tl.float32))  # see to_codes
-        codes = tl.broadcast_to(codes.to(tl.int32, bitcast=True).to(tl.int8), (BLOCK_M, BLOCK_K))
-        products = tl.dot(codes, w, out_dtype=tl.int32)
-        acc += products.to(tl.float32) * scale[:, None]
+        products = tl.dot(_repeat(codes.to(tl.int32, bitcast=True).to(tl.int8), BLOCK_M), w, out_dtype=tl.int32)
+        acc += products.to(tl.float32) * _repeat(scale[:, None], BLOCK_M)
         if OUTLIERS:
             if tl.max(outlier, 0) > 0:
                 kept = tl.where(outlier[None, :] > 0, x, tl.zeros_like(x))
-                kept = tl.broadcast_to(kept, (BLOCK_M, BLOCK_K))
-                acc = tl.dot(kept, widen(w, x.dtype), acc, input_precision="ieee")
+                acc = tl.dot(_repeat(kept, BLOCK_M), widen(w, x.dtype), acc, input_precision="ieee")
         x_ptrs += BLOCK_K * stride_xk
         weight_ptrs += BLOCK_K * stride_wk
 
@@ -110,7 +120,7 @@ def fused_linear(
     by one rounding per block and per split (``outliers + blocks + splits + 4`` roundings); R is the same. A row with
     NaN or inf in a column that is no outlier gets NaN, as there.
 
-    One row is quantised once and stands in all BLOCK_M rows of the tile that the matrix instructions ask for.
+    Fewer rows than the matrix instructions ask for are quantised once and repeated until they fill the tile.
 
     The residual runs only in blocks that hold an outlier; it multiplies x's 16 bits by the codes as 16 bits, exactly.
 
@@ -137,7 +147,9 @@ def fused_linear(
     if 0 in (E, rows, N):
         return y
     if config is None:
-        candidates = configs.few_rows(M, N, K, E, x.dtype, configs.target_of(x.device), configs.processors_of(x.device))
+        candidates = configs.fused_linear(
+            N, K, E, x.dtype, configs.target_of(x.device), configs.processors_of(x.device)
+        )
         shape = (triton.next_power_of_2(M), N, K, E, x.dtype, threshold != float("inf"), configs.name_of(x.device))
         config = fastest(
             "fused_linear", shape, candidates,
@@ -154,6 +166,6 @@ def fused_linear(
         M, N, K, 0 if offsets is not None else x.stride(0), x.stride(1), x.stride(2), *weight.stride(),
         *((0, 0) if other is None else other.stride()), 0 if offsets is not None else M,
         threshold, int8_max, tiny, threshold != float("inf"), activation, binary, K % config.BLOCK_K == 0, split,
-        1 if M == 1 else config.BLOCK_M, **config.kernel_options(),
+        min(triton.next_power_of_2(M), config.BLOCK_M), **config.kernel_options(),
     )  # fmt: skip
     return y

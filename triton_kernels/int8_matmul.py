@@ -98,7 +98,10 @@ def _int8_matmul_kernel(
 
 
 GATHER_ROWS = 512
-"""From how many rows per weight on outlier columns of the weight, and kept columns, are gathered before the product."""
+"""From how many rows per weight on the outlier columns of the weight are gathered before the product."""
+
+GATHER_KEPT_ROWS = 128
+"""From how many rows per weight on kept columns of x, and their weights, are gathered before the product."""
 
 
 def int8_matmul(
@@ -156,42 +159,39 @@ def int8_matmul(
     y = (codes.new_empty if offsets is None else codes.new_zeros)((R, N), dtype=dtype)
     if 0 in (E, R, N):
         return y
-    if config is None:
-        device, epilogue = codes.device, activation != "none" or other is not None
-        target, processors = configs.target_of(device), configs.processors_of(device)
-        residual = dtype if kept is None else torch.promote_types(dtype, kept[2].dtype)  # float32 if they differ
-        candidates = configs.int8_matmul(M, N, K, E, residual, epilogue, target, processors)
-        shape = (triton.next_power_of_2(M), N, K, E, residual, offsets is not None, configs.name_of(device))
-        config = fastest(
-            "int8_matmul", shape, candidates,
-            lambda c: int8_matmul(
-                codes, x_scale, weight, weight_scale, outliers, bias, dtype, activation, other, binary,
-                kept=kept, offsets=offsets, config=c,
-            ),
-        )  # fmt: skip
-    BLOCK_M, BLOCK_N, split = config.BLOCK_M, config.BLOCK_N, config.SPLIT_K
     grouped = offsets is not None
-    tiles, weights = row_tiles(M, E, BLOCK_M, grouped), 1 if grouped else E
-    partial, counter = configs.workspace(config, N, tiles * weights, codes.device, torch.int32)
     panel, columns, count = (None, None, None) if outliers is None or K == 0 else outliers
     gathered = None
     if columns is not None and GATHER_ROWS * (E if grouped else 1) <= M:
         gathered = gather_weight(weight, columns, count)
     x, kept_columns, kept_weight = kept or (None, None, None)
-    if kept is not None and GATHER_ROWS * (E if grouped else 1) <= M:
+    if kept is not None and GATHER_KEPT_ROWS * (E if grouped else 1) <= M:
         x, kept_columns, kept_weight = (
             gather_columns(x, kept_columns),
             None,
             gather_columns(kept_weight.view(E, N, -1), None),
         )
     strides = (0, 0, 0) if x is None else x.stride()
-    _int8_matmul_kernel[(tiles * triton.cdiv(N, BLOCK_N), weights, split)](
-        codes, x_scale, weight, weight_scale, panel, columns, count, gathered, offsets,
-        x, kept_columns, kept_weight, bias, other, y, partial, counter,
-        M, N, K, E, 0 if kept_weight is None else kept_weight.shape[-1], 0 if panel is None else panel.shape[1],
-        0 if gathered is None else gathered.shape[2], 0 if grouped else strides[0], *strides[1:], *weight.stride(),
-        *((0, 0) if other is None else other.stride()), 0 if grouped else M,
-        activation, binary, K % config.BLOCK_K == 0, split, BLOCK_O, triton.next_power_of_2(E),
-        **config.kernel_options(GROUP_M=8),
-    )  # fmt: skip
+
+    def launch(config: configs.Config) -> None:
+        tiles, weights = row_tiles(M, E, config.BLOCK_M, grouped), 1 if grouped else E
+        partial, counter = configs.workspace(config, N, tiles * weights, codes.device, torch.int32)
+        _int8_matmul_kernel[(tiles * triton.cdiv(N, config.BLOCK_N), weights, config.SPLIT_K)](
+            codes, x_scale, weight, weight_scale, panel, columns, count, gathered, offsets,
+            x, kept_columns, kept_weight, bias, other, y, partial, counter,
+            M, N, K, E, 0 if kept_weight is None else kept_weight.shape[-1], 0 if panel is None else panel.shape[1],
+            0 if gathered is None else gathered.shape[2], 0 if grouped else strides[0], *strides[1:], *weight.stride(),
+            *((0, 0) if other is None else other.stride()), 0 if grouped else M,
+            activation, binary, K % config.BLOCK_K == 0, config.SPLIT_K, BLOCK_O, triton.next_power_of_2(E),
+            **config.kernel_options(GROUP_M=8),
+        )  # fmt: skip
+
+    if config is None:
+        device, epilogue = codes.device, activation != "none" or other is not None
+        target, processors = configs.target_of(device), configs.processors_of(device)
+        residual = dtype if kept is None else torch.promote_types(dtype, kept[2].dtype)  # float32 if they differ
+        candidates = configs.int8_matmul(M, N, K, E, residual, epilogue, target, processors)
+        shape = (triton.next_power_of_2(M), N, K, E, residual, grouped, kept is None, configs.name_of(device))
+        config = fastest("int8_matmul", shape, candidates, launch)
+    launch(config)
     return y

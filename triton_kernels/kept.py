@@ -58,7 +58,7 @@ def add_kept(acc, x_ptr, at, columns_ptr, weight_ptr, channels, C, stride_xk, BL
 
 
 @triton.jit
-def _gather_kernel(
+def _gather_columns_kernel(
     source_ptr, columns_ptr, panel_ptr, M, C, pitch, stride_e, stride_m, stride_k,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +92,7 @@ def gather_columns(source: Tensor, columns: Tensor | None) -> Tensor:
     panel = torch.empty(E, M, blocks * BLOCK_O, dtype=source.dtype, device=source.device)
     if panel.numel():
         BLOCK_M = GATHER_COLUMNS.BLOCK_M
-        _gather_kernel[(triton.cdiv(M, BLOCK_M), blocks, E)](
+        _gather_columns_kernel[(triton.cdiv(M, BLOCK_M), blocks, E)](
             source, columns, panel, M, C, blocks * BLOCK_O, *source.stride(),
             BLOCK_M=BLOCK_M, BLOCK_O=BLOCK_O, num_warps=GATHER_COLUMNS.num_warps,
         )  # fmt: skip

@@ -101,7 +101,7 @@ def quantize_rowwise(
     ``x_rest`` is x with zeros in ``columns`` and where ``mask`` is true; see `rotate`. Codes and scales are the
     reference's, bit for bit: sums in its order, IEEE division, half to even, no scale is below ``tiny``, a row whose z
     holds NaN or inf gets scale NaN. A row depends on no other row. It is read once; twice, the second time from the
-    cache, where it has more than 8192 columns: the scale must be known before the first code.
+    cache, where it has more than 16384 columns: the scale must be known before the first code.
 
     Args:
         x: ``[E, M, K]`` float16, bfloat16 or float32, any strides; ``[1, S, K]`` with offsets.
@@ -125,15 +125,17 @@ def quantize_rowwise(
     scale = torch.empty(E * M, dtype=torch.float32, device=x.device)
     if columns is not None and E * M >= MARKED_ROWS:
         if mask is None:
-            mask, offsets = torch.zeros(E, K, dtype=torch.bool, device=x.device), None
-        mask, columns = mask.index_fill(1, columns, True), None
+            mask, offsets = torch.zeros(E, K, dtype=torch.bool, device=x.device).index_fill_(1, columns, True), None
+        else:
+            mask = mask.index_fill(1, columns, True)
+        columns = None
     groups = E if mask is None else mask.shape[0]
     BLOCK_K = min(triton.next_power_of_2(max(K, 32)), max(QUANTIZE_ROWWISE.BLOCK_K, block))
     if E * M:
         _quantize_rowwise_kernel[(M, E)](
             x, mask, columns, offsets, codes, scale, M, K, groups, 0 if columns is None else len(columns), *x.stride(),
             int8_max, tiny, block, K % block == 0, K <= BLOCK_K, BLOCK_K=BLOCK_K,
-            BLOCK_E=triton.next_power_of_2(groups), num_warps=QUANTIZE_ROWWISE.num_warps,
+            BLOCK_E=triton.next_power_of_2(groups), num_warps=QUANTIZE_ROWWISE.num_warps if BLOCK_K <= 8192 else 16,
         )  # fmt: skip
     return codes, scale
 

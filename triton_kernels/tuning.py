@@ -12,11 +12,14 @@ from triton.runtime.cache import get_cache_manager
 
 from .configs import Config
 
+CLEARLY = 0.95
+"""What part of the guess's time another candidate must take to be taken: less is noise."""
+
 _fastest: dict[str, int] = {}
 
 
 def fastest(kernel: str, shape: tuple, candidates: tuple[Config, ...], run: Callable[[Config], object]) -> Config:
-    """The candidate whose ``run`` takes the least time; the first where there is nothing to time.
+    """The candidate whose ``run`` takes the least time; the first where none is clearly faster or nothing can be timed.
 
     Timed on the first call with a shape (M counts up to the next power of two), remembered in this process and in
     Triton's cache directory. While a CUDA graph is captured nothing may be timed: then the first candidate, the table's
@@ -40,10 +43,11 @@ def fastest(kernel: str, shape: tuple, candidates: tuple[Config, ...], run: Call
             return candidates[0]
         else:
             times = [_time(lambda c=c: run(c)) for c in candidates]
-            _fastest[key] = times.index(min(times))
+            fastest = times.index(min(times))
+            _fastest[key] = fastest if times[fastest] < CLEARLY * times[0] else 0
             cache.put(json.dumps(_fastest[key]), "fastest.json", binary=False)
     return candidates[_fastest[key]]
 
 
 def _time(run: Callable[[], object]) -> float:
-    return triton.testing.do_bench(run, warmup=5, rep=20)
+    return triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")

@@ -95,7 +95,9 @@ def weight_only(
     if 0 in (E, *y.shape):
         return y
     if config is None:
-        candidates = configs.few_rows(M, N, K, E, x.dtype, configs.target_of(x.device), configs.processors_of(x.device))
+        candidates = configs.weight_only(
+            M, N, K, E, x.dtype, configs.target_of(x.device), configs.processors_of(x.device)
+        )
         config = fastest(
             "weight_only", (triton.next_power_of_2(M), N, K, E, x.dtype, grouped, configs.name_of(x.device)),
             candidates, lambda c: weight_only(

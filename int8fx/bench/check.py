@@ -13,7 +13,7 @@ from .. import gpu, quantize, reference
 from ..quantize import NO_THRESHOLD, dequantize, quantize_weight
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ROWS = (1, 5, 64, 600)
+ROWS = (1, 5, 64, 100, 600)
 SIZES = ((200, 300), (512, 4096))  # N, K
 EXPERTS = 3
 U = 2.0**-24  # of float32, that sums are carried in
@@ -37,8 +37,9 @@ def checks(device: str, rows: tuple[int, ...] = ROWS, sizes: tuple[tuple[int, in
 
     Codes, scales and masks must be equal. Products of the same codes may differ by what float32 sums and the last
     rounding may: ``2 * (K + 32) * u * sum(abs(x * w)) + 2 * U * abs(y)``, with u and U half the machine epsilons of
-    float32 and x's dtype. Where few rows have scales of their own per block of K, the error against float64 may beside
-    that be what the scheme's codes may add, ``Q = x_scale / 2 * (1 + 2**-16) * sum_in(abs(w))`` of `reference.linear`.
+    float32 and x's dtype. Where nothing of x is quantised, the reference is float64's product; where a row has scales
+    of its own per block of K, the error against that may beside be what the scheme's codes may add,
+    ``Q = x_scale / 2 * (1 + 2**-16) * sum_in(abs(w))`` of `reference.linear`.
     """
     for dtype in DTYPES:
         for N, K in sizes:
@@ -47,11 +48,11 @@ def checks(device: str, rows: tuple[int, ...] = ROWS, sizes: tuple[tuple[int, in
                 yield from _case(device, where, dtype, M, N, K)
 
 
-def _fused(M: int) -> bool:
-    """Whether one launch does it all, with scales per block."""
-    from ..triton_kernels.configs import FUSED_ROWS
-
-    return M <= FUSED_ROWS
+def _codes_of(M: int, threshold: float, rotated_or_kept: bool = False) -> str:
+    """What `gpu.linear` quantises x to, for M rows."""
+    if threshold == 0 or (1 < M <= gpu.EXACT_ROWS and not rotated_or_kept):
+        return "none"
+    return "scales per block" if M == 1 and not rotated_or_kept else "the scheme's"
 
 
 def _case(device: str, where: str, dtype: torch.dtype, M: int, N: int, K: int) -> Iterator[Check]:
@@ -82,7 +83,7 @@ def _case(device: str, where: str, dtype: torch.dtype, M: int, N: int, K: int) -
         yield Check(f"quantize_rowwise, {what}: {where}", 0.0 if _same_codes(found, x, *options) else math.inf)
         args = cases[what]
         quantized = gpu.linear_quantized(*_to(device, (x, *found, *args[1:4], *args[5:11])))
-        yield Check(f"linear_quantized, {what}: {where}", _worst(quantized, args, many=True))
+        yield Check(f"linear_quantized, {what}: {where}", _worst(quantized, args, "the scheme's"))
     weights = [quantize_weight(torch.randn(N, K, generator=g) / math.sqrt(K)) for _ in range(EXPERTS)]
     codes, scale = (torch.stack(parts) for parts in zip(*weights, strict=True))
     batch = torch.stack([x] * EXPERTS)
@@ -93,7 +94,7 @@ def _case(device: str, where: str, dtype: torch.dtype, M: int, N: int, K: int) -
     for threshold in (6.0, 0.0):
         y = gpu.grouped_linear(*_to(device, (x, codes, scale, None, offsets, threshold)))
         parts = [
-            _worst(y[begin:end], (x[begin:end], codes[e], scale[e], None, threshold), many=not _fused(M))
+            _worst(y[begin:end], (x[begin:end], codes[e], scale[e], None, threshold), _codes_of(M, threshold))
             for e, (begin, end) in enumerate(zip([0, *offsets.tolist()], offsets.tolist(), strict=False))
             if end > begin
         ]
@@ -111,22 +112,23 @@ def _same_codes(found: tuple[Tensor, ...], x: Tensor, threshold: float, block: i
     return all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
 
 
-def _worst(y: Tensor, args: tuple, many: bool | None = None) -> float:
-    """``y`` beside ``reference.linear(*args)``; ``many``: whether it stands on the reference's codes."""
+def _worst(y: Tensor, args: tuple, codes: str = "") -> float:
+    """``y`` beside ``reference.linear(*args)``; ``codes``: what x was quantised to, if not by its number of rows."""
     x, weight, scale, _, threshold = args[:5]
     defaults: tuple = ("none", None, "none", 1, None, None)
     activation, other, binary, block, columns, kept = args[5:] + defaults[len(args) - 5 :]
-    same_codes = threshold == 0 or block > 1 or columns is not None or (not _fused(len(x)) if many is None else many)
+    codes = codes or _codes_of(len(x), threshold, block > 1 or columns is not None)
     wide = (x.double(), weight, scale, None if args[3] is None else args[3].double())
     y, expected = y.cpu().double(), reference.linear(x.float(), *args[1:]).double()
     U_out = torch.finfo(x.dtype).eps / 2
     w = dequantize(weight, scale, torch.float64, block, columns, kept).abs()
     sums = (len(w[0]) + 32) * U * (x.double().abs() @ w.t())
-    if not same_codes:
+    if codes != "the scheme's":
+        expected = reference.linear(*wide, 0.0, activation, other, binary, block, columns, kept)
+    if codes == "scales per block":
         mask = quantize.outlier_mask(x, threshold)
         scale_of_x = quantize.quantize_rowwise(x, mask)[1].double().unsqueeze(-1)
         sums = sums + scale_of_x / 4 * (1 + 2**-16) * (1 + 2 * U_out) * w[:, ~mask].sum(-1)
-        expected = reference.linear(*wide, 0.0, activation, other, binary)
     if other is not None and binary == "mul":
         sums = sums * other.double().abs()
     legal = 2 * SLOPE * sums + 2 * U_out * expected.abs() + torch.finfo(x.dtype).smallest_normal

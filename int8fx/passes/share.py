@@ -12,17 +12,19 @@ After::
     k = int8fx.linear_quantized(x, codes, x_scale, outlier_mask, wk, sk, None)
 
 x itself stays an input: the residual multiplies its outlier columns in 16 bits. Products that keep columns share if
-these are one tensor: `convert` ties equal ones.
+these are one tensor: `convert` ties equal ones. On a GPU, products of few rows are left alone: see `gpu.linear`.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import defaultdict
 
 import torch
 from torch.fx import Graph, Node
 
+from ..gpu import EXACT_ROWS
 from .emit import NO_ROTATION, call, erase_dead, without_defaults
 from .verify import verify
 
@@ -52,9 +54,9 @@ def share(graph: Graph) -> int:
             groups[_value(node.args[0]), node.args[4], block, columns, top].append(node)
     saved = 0
     for (_, threshold, block, columns, top), nodes in groups.items():
-        if len(nodes) < 2:
-            continue
         x = nodes[0].args[0]
+        if len(nodes) < 2 or not _quantised(x.meta["val"], threshold, block, columns):
+            continue
         with graph.inserting_before(nodes[0]):
             rotation = without_defaults((block, columns, top), (1, None, 0))
             quantized = call(graph, torch.ops.int8fx.quantize_rowwise.default, x, threshold, *rotation)
@@ -70,6 +72,13 @@ def share(graph: Graph) -> int:
             erase_dead(node)
         saved += len(nodes) - 1
     return saved
+
+
+def _quantised(x: torch.Tensor, threshold: float, block: int, columns: Node | None) -> bool:
+    """Whether a product of x quantises it in a launch of its own: on a GPU some do not, and would share nothing."""
+    rows = math.prod(x.shape[:-1])
+    few = isinstance(rows, int) and rows <= EXACT_ROWS  # a symbol may be many
+    return x.device.type != "cuda" or block > 1 or columns is not None or not (few or threshold == 0)
 
 
 def _value(x: Node) -> object:
