@@ -121,7 +121,8 @@ struct Product {
         for (int c = 0; c < CHANNELS; ++c) w[c] = weight + (n0 + std::min(n + c, count - 1)) * K;
         V here[CHANNELS][ROWS][PARTS];
         std::memcpy(here, partial[n], sizeof here);
-        for (int64_t k = k0; k < std::min(whole, k0 + AT_ONCE); k += STEP)
+        for (int64_t k = k0; k < std::min(whole, k0 + AT_ONCE); k += STEP) {
+          if (ROWS == 1) prefetch(w[0] + k);
 #pragma GCC unroll 4
           for (int part = 0; part < PARTS; ++part) {
             V value[CHANNELS];
@@ -132,6 +133,7 @@ struct Product {
               for (int c = 0; c < CHANNELS; ++c) here[c][r][part] += row * value[c];
             }
           }
+        }
         std::memcpy(partial[n], here, sizeof here);
       }
     for (int64_t n = 0; n < count; ++n)
