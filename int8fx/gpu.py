@@ -12,9 +12,9 @@ from .quantize import INT8_MAX, TINY, dequantize, rotate
 
 _CONSTANTS = {"int8_max": INT8_MAX, "tiny": TINY}
 EXACT_ROWS = 32
-"""Up to how many rows nothing of x is quantised where the scheme does not rotate it: reading the weight is all the time
-there is. Of N = K = 8192 on an H100, 16 rows take 29 us, quantised in one launch 44, in several 38; in bfloat16 48.
-One row takes 31 us, and 26 where it is quantised in the same launch."""
+"""Up to how many rows, from two on, nothing of x is quantised where the scheme does not rotate it: reading the weight
+is all the time there is. Of N = K = 8192 on an H100, 16 rows take 29 us, quantised in one launch 44, in several 38; in
+bfloat16 48. (One row takes 31 us so, and 26 to 31 where it is quantised in the same launch.)"""
 
 _LARGEST = torch.finfo(torch.float32).max  # thresholds beyond it find nothing
 
@@ -38,8 +38,8 @@ def linear(
     | x                              | kernels                                                                    |
     |--------------------------------|----------------------------------------------------------------------------|
     | rotated, or columns are kept   | `quantize_rowwise`, `int8_matmul`; and what finds outliers, see "more"     |
-    | threshold 0, or up to 32 rows  | `weight_only`: nothing of x is quantised, every column an outlier          |
-    | 1 row                          | `fused_linear`: one launch, scales per block of K                          |
+    | threshold 0, or 2 to 32 rows   | `weight_only`: nothing of x is quantised, every column an outlier          |
+    | 1 row                          | `fused_linear`: all in one kernel, scales per block of K                   |
     | more                           | `outlier_mask`, `quantize_rowwise`, `extract_outliers`, `int8_matmul`      |
     | float64                        | torch's operators: for checks, not for speed                               |
 
@@ -188,7 +188,7 @@ def _few_rows(
 
     if threshold == 0 or 1 < x.shape[1] <= EXACT_ROWS:
         return weight_only(x, *packed, activation, other, binary, offsets=offsets)
-    if x.shape[1] > EXACT_ROWS:
+    if x.shape[1] > 1:
         return None
     threshold = threshold if threshold <= _LARGEST else math.inf
     return fused_linear(x, *packed, threshold, activation, other, binary, **_CONSTANTS, offsets=offsets)

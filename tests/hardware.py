@@ -24,9 +24,9 @@ KERNELS = {
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    storage = tensor.untyped_storage().cuda()
+    bytes_ = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).to(DEVICE)
     empty = torch.empty(0, dtype=tensor.dtype, device=DEVICE)
-    return empty.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+    return empty.set_(bytes_.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 def _on_device(kernel):

@@ -13,6 +13,8 @@ from torch import nn
 
 import int8fx
 from int8fx import ops
+from int8fx.gpu import EXACT_ROWS
+from int8fx.quantize import NO_THRESHOLD
 
 pytestmark = pytest.mark.skipif(not hardware.DEVICE, reason="INT8FX_TEST_DEVICE=cuda runs it on a GPU")
 
@@ -27,7 +29,7 @@ def relative(y, exact):
 @pytest.mark.parametrize("make", [llama, mixtral])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_model_is_as_exact_as_on_the_cpu_eager_and_compiled(make, scheme):
-    model, inputs = make()
+    model, inputs = make(length=EXACT_ROWS)  # of two rows: the scheme's own kernels
     model = model.to(torch.bfloat16).eval()
     on_gpu = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     with torch.no_grad():
@@ -75,31 +77,44 @@ def test_kept_columns_add_up_to_the_same_bits_in_every_tile(dtype):
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("M", [1, 33, 100])
-def test_a_recorded_graph_computes_what_was_recorded(M):
-    codes, scale = (t.cuda() for t in packed_weight(512, 1024))
-    static = torch.zeros(M, 1024, device="cuda", dtype=torch.bfloat16)
-    ops.linear(static, codes, scale, None, 6.0)  # chooses a tile
+ALL_PATHS = [(M, rotated) for M in (1, 2, 33, 100, 300, 600) for rotated in (False, True)]
+"""Small products of a long K, which is split; with the mask's zeros, gathered weights and kept columns, or without."""
+
+
+def product_of(rotated):
+    codes, scale = (t.cuda() for t in packed_weight(256, 4096))
+    rotation = ()
+    if rotated:
+        columns = torch.arange(3, 4096, 101, device="cuda")
+        rotation = ("none", None, "none", 64, columns, torch.randn(256, len(columns), device="cuda").bfloat16())
+    return lambda x: ops.linear(x, codes, scale, None, NO_THRESHOLD if rotated else 6.0, *rotation)
+
+
+@pytest.mark.parametrize(("M", "rotated"), ALL_PATHS)
+def test_a_recorded_graph_computes_what_was_recorded(M, rotated):
+    product = product_of(rotated)
+    static = torch.zeros(M, 4096, device="cuda", dtype=torch.bfloat16)
+    product(static)  # chooses a tile
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = ops.linear(static, codes, scale, None, 6.0)
+        y = product(static)
     for seed in range(3):
         torch.manual_seed(seed)
-        x = torch.randn(M, 1024, device="cuda").bfloat16()
-        x[:, seed::97] *= 10  # other outliers, and another number of them, than when it was recorded
+        x = torch.randn(M, 4096, device="cuda").bfloat16()
+        x[:, seed :: 97 + seed] *= 10  # other outliers, and another number of them, than when it was recorded
         static.copy_(x)
         graph.replay()
-        assert torch.equal(y, ops.linear(x, codes, scale, None, 6.0))
+        assert torch.equal(y, product(x))
 
 
-def test_a_call_awaits_nothing():
+@pytest.mark.parametrize(("M", "rotated"), ALL_PATHS)
+def test_a_call_awaits_nothing(M, rotated):
     """No value comes back to the host between two launches."""
-    codes, scale = (t.cuda() for t in packed_weight(512, 1024))
-    for M in (1, 33, 100):
-        x = torch.randn(M, 1024, device="cuda").bfloat16()
-        ops.linear(x, codes, scale, None, 6.0)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            ops.linear(x, codes, scale, None, 6.0)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    product = product_of(rotated)
+    x = torch.randn(M, 4096, device="cuda").bfloat16()
+    product(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        product(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -222,6 +222,7 @@ def test_a_tile_of_few_rows_is_for_few_rows():
         for N in (128, 4096, 28672):
             found = configs.int8_matmul(M, N, 4096, 1, torch.bfloat16, False, "sm_90", 132)
             assert all(c.BLOCK_M == 16 if rows == 16 else c.BLOCK_M >= 64 for c in found)
+            assert N < 28672 or rows == found[0].BLOCK_M
             assert len(set(found)) == len(found)
 
 

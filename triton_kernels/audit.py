@@ -109,24 +109,31 @@ def _kept(dtype: str) -> tuple[tuple[str, Any], ...]:
     return (*_NO_OUTLIERS, ("kept_ptr", "*i64:16"), ("kept_weight_ptr", f"*{dtype}:16"))
 
 
+_GATHERED = (*_NO_OUTLIERS, ("kept_weight_ptr", "*bf16:16"), ("C", "i32:16"))
+"""Columns kept for many rows: their values and weights stand side by side."""
+
+
 def shipped(target: str) -> Iterator[Variant]:
     """Every tile of the tables for ``target``, bfloat16, as most calls use it."""
     backend = TARGETS[target].backend
     for row in configs.INT8_MATMUL[target]:
         yield Variant("int8_matmul", configs.Config(*row), "bf16", _PLAIN)
         yield Variant("int8_matmul", configs.Config(*row), "bf16", _kept("bf16"), "kept")
+        if row[0] >= configs.MANY_ROWS:
+            yield Variant("int8_matmul", configs.Config(*row), "bf16", _GATHERED, "gathered, kept")
     yield Variant("fused_linear", configs.Config(*configs.FUSED_LINEAR[backend], SPLIT_K=4), "bf16", (*_PLAIN, _ROW))
     for row in configs.WEIGHT_ONLY[backend].values():
         yield Variant("weight_only", configs.Config(*row, SPLIT_K=4), "bf16", _PLAIN)
     yield _rotated(64)
 
 
-def _rotated(block: int, whole: bool = True, one_part: bool = True) -> Variant:
+def _rotated(block: int, K: int = 4096, whole: bool = True) -> Variant:
     """`quantize_rowwise` of a row with columns that are kept."""
+    config = configs.quantize_rowwise(K, block)
     kept = (("mask_ptr", None), ("columns_ptr", "*i64:16"))
-    constants = (*kept, ("BLOCK", block), ("WHOLE_BLOCKS", whole), ("ONE_PART", one_part))
+    constants = (*kept, ("BLOCK", block), ("WHOLE_BLOCKS", whole), ("ONE_PART", K <= config.BLOCK_K))
     rest = "" if whole else ", a rest"
-    return Variant("quantize_rowwise", configs.QUANTIZE_ROWWISE, "bf16", constants, f"rotated {block}{rest}")
+    return Variant("quantize_rowwise", config, "bf16", constants, f"rotated {block}{rest}")
 
 
 def everything(target: str) -> Iterator[Variant]:
@@ -155,8 +162,9 @@ def everything(target: str) -> Iterator[Variant]:
     for all_rows in (False, True):
         yield Variant("outlier_mask", configs.OUTLIER_MASK, "bf16", (("ALL_ROWS", all_rows),), "all rows" * all_rows)
     yield Variant("extract_outliers", configs.EXTRACT_OUTLIERS, "bf16")
-    yield Variant("quantize_rowwise", configs.QUANTIZE_ROWWISE, "bf16", (("columns_ptr", None),))
-    yield _rotated(64, whole=False, one_part=False)
+    yield Variant("quantize_rowwise", configs.quantize_rowwise(8192, 1), "bf16", (("columns_ptr", None),))
+    yield _rotated(64, K=14336)
+    yield _rotated(64, K=20000, whole=False)
     yield _rotated(4096)
     yield Variant("gather_weight", configs.GATHER_WEIGHT, "bf16")
     gathered = (("columns_ptr", "*i64:16"), ("source_ptr", "*bf16:16"))

@@ -58,7 +58,7 @@ WEIGHT_ONLY_FLOAT32 = {16: (16, 32, 32, 4, 2), 32: (32, 32, 32, 4, 2), 64: (64, 
 
 # Kernels that only move bytes: their tiles, with the dimensions they do not have as 1.
 OUTLIER_MASK = Config(128, 1, 64, 4, 2)
-QUANTIZE_ROWWISE = Config(1, 1, 16384, 8, 2)  # 16 warps beyond 8192 columns
+MOST_COLUMNS = 16384  # of a row that `quantize_rowwise` holds at a time
 EXTRACT_OUTLIERS = Config(32, 1, 128, 4, 2)
 GATHER_WEIGHT = Config(1, 64, 1, 4, 2)
 GATHER_COLUMNS = Config(64, 1, 1, 4, 2)
@@ -153,6 +153,12 @@ def _backend(target: str) -> str:
 def _split_twice(config: Config, tiles_m: int, N: int, K: int, E: int, processors: int) -> tuple[Config, ...]:
     config = split(config, tiles_m * triton.cdiv(N, config.BLOCK_N) * E, K, processors)
     return (config, replace(config, SPLIT_K=2 * config.SPLIT_K)) if _may_split(config, K) else (config,)
+
+
+def quantize_rowwise(K: int, block: int) -> Config:
+    """The tile of `quantize_rowwise`: a whole row, or as much as `MOST_COLUMNS`, of whole blocks of the rotation."""
+    BLOCK_K = min(triton.next_power_of_2(max(K, 32)), max(MOST_COLUMNS, block))
+    return Config(1, 1, BLOCK_K, 8 if BLOCK_K <= 8192 else 16, 2)
 
 
 def workspace(

@@ -184,7 +184,7 @@ def many_rows(gpu: Gpu, compiled: Compile, M: int, N: int, K: int, outliers: flo
     x = 2 * M * K
     again = x if x > gpu.cache / 2 else 0  # what of x is read from memory a second time
     columns = math.ceil(outliers * K)
-    twice = x if K > configs.QUANTIZE_ROWWISE.BLOCK_K else 0  # a row of several parts is read again, from the cache
+    twice = x if K > configs.MOST_COLUMNS else 0  # a row of several parts is read again, from the cache
     extract = configs.EXTRACT_OUTLIERS
     masks = math.ceil(M / extract.BLOCK_M) * math.ceil(K / extract.BLOCK_K) * K / 2  # each program reads what is before
     cost = _copy(gpu, x) + _copy(gpu, again + M * K, x - again + twice) + _copy(gpu, 0, M * columns * 34 + masks)

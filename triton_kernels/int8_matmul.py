@@ -131,7 +131,7 @@ def int8_matmul(
 
     Without outliers a row of y depends on no other row, bit for bit, and on no tile: the int8 sum is exact however K is
     split, and the kept columns are added in their order, 16 to a dot, by the one matrix instruction that every tile of
-    a device uses (the audit's tests compare them).
+    a device uses, or by two whose sums are the same in every bit (the audit's tests and those on a GPU compare them).
 
     A program of a group without rows ends at once; a tile reads the rows of one group only. Nothing depends on data on
     the host: the residual's loop reads its length from ``count``.
@@ -169,7 +169,7 @@ def int8_matmul(
         x, kept_columns, kept_weight = (
             gather_columns(x, kept_columns),
             None,
-            gather_columns(kept_weight.view(E, N, -1), None),
+            gather_columns(kept_weight.view(E, N, kept_weight.shape[-1]), None),
         )
     strides = (0, 0, 0) if x is None else x.stride()
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import QUANTIZE_ROWWISE
+from . import configs
 from .kept import is_kept
 from .rotate import rotate
 
@@ -130,12 +130,12 @@ def quantize_rowwise(
             mask = mask.index_fill(1, columns, True)
         columns = None
     groups = E if mask is None else mask.shape[0]
-    BLOCK_K = min(triton.next_power_of_2(max(K, 32)), max(QUANTIZE_ROWWISE.BLOCK_K, block))
+    config = configs.quantize_rowwise(K, block)
     if E * M:
         _quantize_rowwise_kernel[(M, E)](
             x, mask, columns, offsets, codes, scale, M, K, groups, 0 if columns is None else len(columns), *x.stride(),
-            int8_max, tiny, block, K % block == 0, K <= BLOCK_K, BLOCK_K=BLOCK_K,
-            BLOCK_E=triton.next_power_of_2(groups), num_warps=QUANTIZE_ROWWISE.num_warps if BLOCK_K <= 8192 else 16,
+            int8_max, tiny, block, K % block == 0, K <= config.BLOCK_K, BLOCK_K=config.BLOCK_K,
+            BLOCK_E=triton.next_power_of_2(groups), num_warps=config.num_warps,
         )  # fmt: skip
     return codes, scale
 

@@ -43,8 +43,8 @@ def fastest(kernel: str, shape: tuple, candidates: tuple[Config, ...], run: Call
             return candidates[0]
         else:
             times = [_time(lambda c=c: run(c)) for c in candidates]
-            fastest = times.index(min(times))
-            _fastest[key] = fastest if times[fastest] < CLEARLY * times[0] else 0
+            best = times.index(min(times))
+            _fastest[key] = best if times[best] < CLEARLY * times[0] else 0
             cache.put(json.dumps(_fastest[key]), "fastest.json", binary=False)
     return candidates[_fastest[key]]
 

@@ -84,6 +84,7 @@ def _case(device: str, where: str, dtype: torch.dtype, M: int, N: int, K: int) -
         args = cases[what]
         quantized = gpu.linear_quantized(*_to(device, (x, *found, *args[1:4], *args[5:11])))
         yield Check(f"linear_quantized, {what}: {where}", _worst(quantized, args, "the scheme's"))
+    yield from _tiles(device, where, x, *cases["threshold 6"][1:4])
     weights = [quantize_weight(torch.randn(N, K, generator=g) / math.sqrt(K)) for _ in range(EXPERTS)]
     codes, scale = (torch.stack(parts) for parts in zip(*weights, strict=True))
     batch = torch.stack([x] * EXPERTS)
@@ -99,6 +100,22 @@ def _case(device: str, where: str, dtype: torch.dtype, M: int, N: int, K: int) -
             if end > begin
         ]
         yield Check(f"grouped_linear, threshold {threshold:g}: {where}", max(parts))
+
+
+def _tiles(device: str, where: str, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Iterator[Check]:
+    """Every tile of the product of quantised rows, whichever the sizes would choose."""
+    from ..triton_kernels import configs
+    from ..triton_kernels.int8_matmul import int8_matmul
+    from ..triton_kernels.outliers import extract_outliers
+
+    one = _to(device, (x, weight, scale, bias))
+    codes, x_scale, mask = gpu.quantize_rowwise(one[0], 6.0)
+    outliers = extract_outliers(one[0][None], mask[None])
+    for tile in configs.tiles(x.dtype, configs.target_of(one[0].device), epilogue=False):
+        packed = (t[None] for t in one[1:3])
+        y = int8_matmul(codes, x_scale, *packed, outliers, one[3][None], x.dtype, config=tile)
+        name = f"int8_matmul {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
+        yield Check(f"{name}: {where}", _worst(y, (x, weight, scale, bias, 6.0), "the scheme's"))
 
 
 def _to(device: str, args: tuple) -> tuple:
