@@ -84,7 +84,7 @@ def _case(device: str, where: str, dtype: torch.dtype, M: int, N: int, K: int) -
         args = cases[what]
         quantized = gpu.linear_quantized(*_to(device, (x, *found, *args[1:4], *args[5:11])))
         yield Check(f"linear_quantized, {what}: {where}", _worst(quantized, args, "the scheme's"))
-    yield from _tiles(device, where, x, *cases["threshold 6"][1:4])
+    yield from _tiles(device, where, x, *plain, bias)
     weights = [quantize_weight(torch.randn(N, K, generator=g) / math.sqrt(K)) for _ in range(EXPERTS)]
     codes, scale = (torch.stack(parts) for parts in zip(*weights, strict=True))
     batch = torch.stack([x] * EXPERTS)
