@@ -90,7 +90,8 @@ def linear_quantized(
     columns: Tensor | None = None,
     columns_weight: Tensor | None = None,
 ) -> Tensor:
-    """With a rotation ``mask`` is not read: `quantize_rowwise` marks no column then."""
+    """With a rotation ``mask`` is not read: `quantize_rowwise` marks no column then. Nor are codes by which `linear`
+    would not multiply so few rows: shared or not, a product is the same."""
     x3d = _matrices(x, weight)
     if x.dtype == torch.float64:
         y = codes.double() @ weight.double().t() * x_scale[:, None] * weight_scale
@@ -100,8 +101,12 @@ def linear_quantized(
         y = reference.ACTIVATIONS[activation](y if bias is None else y + bias)
         y = y.view(*x.shape[:-1], weight.shape[0])
         return y if other is None else reference.BINARIES[binary](y, other)
+    packed, kept = _packed(weight, weight_scale, bias), _kept(x3d, columns, columns_weight)
     with torch.cuda.device_of(x):
-        packed, kept = _packed(weight, weight_scale, bias), _kept(x3d, columns, columns_weight)
+        if block == 1 and columns is None and 1 < x3d.shape[1] <= EXACT_ROWS:  # as `linear` does
+            y = _few_rows(x3d, packed, 0.0, activation, _rows(other), binary)
+            assert y is not None
+            return y.view(*x.shape[:-1], weight.shape[0])
         quantized = codes.contiguous(), x_scale.contiguous(), mask.contiguous()[None] if block == 1 else None
         y = _product(x3d, quantized, packed, activation, _rows(other), binary, kept=kept)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -171,7 +171,7 @@ def test_the_command_checks_then_times_then_writes(gpu_of_paper, capsys):
     assert cuda.run(options, Console(width=150, highlight=False, markup=False), "cpu") == 0
     output = capsys.readouterr().out
     assert "a GPU of paper, sm_80" in output
-    assert "14 of 14 checks of the kernels agree with the reference" in output
+    assert "18 of 18 checks of the kernels agree with the reference" in output
     with open(gpu_of_paper / "bench-cuda.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["candidate"], row["M"]) for row in rows[:4]] == [

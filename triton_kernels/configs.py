@@ -111,7 +111,9 @@ def int8_matmul(
     """
     configs = tiles(dtype, target, epilogue)
     # A tile of few rows is for them alone: every row of tiles reads the whole weight.
-    configs = [c for c in configs if M <= c.BLOCK_M < MANY_ROWS] or [c for c in configs if c.BLOCK_M >= MANY_ROWS]
+    most = max(MANY_ROWS, triton.next_power_of_2(M))
+    few = [c for c in configs if M <= c.BLOCK_M < MANY_ROWS]
+    configs = few or [c for c in configs if MANY_ROWS <= c.BLOCK_M <= most]
 
     def programs(c: Config) -> int:
         return triton.cdiv(M, c.BLOCK_M) * triton.cdiv(N, c.BLOCK_N) * E
