@@ -116,11 +116,12 @@ _GATHERED = (*_NO_OUTLIERS, ("kept_weight_ptr", "*bf16:16"), ("C", "i32:16"))
 def shipped(target: str) -> Iterator[Variant]:
     """Every tile of the tables for ``target``, bfloat16, as most calls use it."""
     backend = TARGETS[target].backend
-    for row in configs.INT8_MATMUL[target]:
-        yield Variant("int8_matmul", configs.Config(*row), "bf16", _PLAIN)
-        yield Variant("int8_matmul", configs.Config(*row), "bf16", _kept("bf16"), "kept")
-        if row[0] >= configs.MANY_ROWS:
-            yield Variant("int8_matmul", configs.Config(*row), "bf16", _GATHERED, "gathered, kept")
+    for config in configs.tiles(torch.bfloat16, target, epilogue=False):
+        yield Variant("int8_matmul", config, "bf16", _PLAIN)
+    for config in configs.tiles(torch.bfloat16, target, epilogue=True):
+        yield Variant("int8_matmul", config, "bf16", _kept("bf16"), "kept")
+        if config.BLOCK_M >= configs.MANY_ROWS:
+            yield Variant("int8_matmul", config, "bf16", _GATHERED, "gathered, kept")
     yield Variant("fused_linear", configs.Config(*configs.FUSED_LINEAR[backend], SPLIT_K=4), "bf16", (*_PLAIN, _ROW))
     for row in configs.WEIGHT_ONLY[backend].values():
         yield Variant("weight_only", configs.Config(*row, SPLIT_K=4), "bf16", _PLAIN)

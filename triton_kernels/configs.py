@@ -38,7 +38,13 @@ _AMD = ((256, 128, 64, 8, 2), (128, 128, 64, 4, 2), (64, 64, 128, 4, 2))
 INT8_MATMUL = {
     "sm_80": _AMPERE,
     "sm_89": _AMPERE,
-    "sm_90": ((128, 128, 128, 4, 3), (64, 128, 128, 4, 4), (64, 64, 128, 4, 6), (16, 64, 256, 4, 6)),  # by an H100
+    "sm_90": (  # by an H100
+        (128, 128, 128, 4, 3),
+        (128, 128, 128, 8, 3),
+        (64, 128, 128, 4, 4),
+        (64, 64, 128, 4, 6),
+        (16, 64, 256, 8, 6),
+    ),
     "sm_100": _AMPERE,
     "gfx90a": _AMD,
     "gfx942": _AMD,
@@ -95,10 +101,12 @@ def name_of(device: torch.device) -> str:
 def tiles(dtype: torch.dtype, target: str, epilogue: bool) -> list[Config]:
     """The tiles of `int8_matmul`, largest first.
 
-    A tile of more than 128 x 128 has no registers left for an activation or another tensor.
+    A thread with more than 64 sums has no registers left for an activation, another tensor or kept columns.
     """
     configs = [Config(*row) for row in (FLOAT32 if dtype == torch.float32 else INT8_MATMUL[target])]
-    return [c for c in configs if not epilogue or c.BLOCK_M * c.BLOCK_N <= 128 * 128]
+    warp = 64 if target.startswith("gfx") else 32
+    most = {warps: 64 * min(256, warps * warp) for warps in (4, 8)}
+    return [c for c in configs if not epilogue or most[c.num_warps] >= c.BLOCK_M * c.BLOCK_N]
 
 
 def int8_matmul(

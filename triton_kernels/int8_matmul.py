@@ -187,7 +187,7 @@ def int8_matmul(
         )  # fmt: skip
 
     if config is None:
-        device, epilogue = codes.device, activation != "none" or other is not None
+        device, epilogue = codes.device, activation != "none" or other is not None or kept is not None
         target, processors = configs.target_of(device), configs.processors_of(device)
         residual = dtype if kept is None else torch.promote_types(dtype, kept[2].dtype)  # float32 if they differ
         candidates = configs.int8_matmul(M, N, K, E, residual, epilogue, target, processors)
