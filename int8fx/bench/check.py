@@ -83,7 +83,7 @@ def _case(device: str, where: str, dtype: torch.dtype, M: int, N: int, K: int) -
         yield Check(f"quantize_rowwise, {what}: {where}", 0.0 if _same_codes(found, x, *options) else math.inf)
         args = cases[what]
         quantized = gpu.linear_quantized(*_to(device, (x, *found, *args[1:4], *args[5:11])))
-        codes_of = "the scheme's" if M == 1 else _codes_of(M, args[4], what != "threshold 6")
+        codes_of = "the scheme's" if M == 1 else _codes_of(M, options[0], what != "threshold 6")
         yield Check(f"linear_quantized, {what}: {where}", _worst(quantized, args, codes_of))
     yield from _tiles(device, where, x, *plain, bias)
     weights = [quantize_weight(torch.randn(N, K, generator=g) / math.sqrt(K)) for _ in range(EXPERTS)]
