@@ -104,9 +104,10 @@ def linear_quantized(
     packed, kept = _packed(weight, weight_scale, bias), _kept(x3d, columns, columns_weight)
     with torch.cuda.device_of(x):
         if block == 1 and columns is None and 1 < x3d.shape[1] <= EXACT_ROWS:  # as `linear` does
-            few = _few_rows(x3d, packed, 0.0, activation, _rows(other), binary)
-            assert few is not None
-            return few.view(*x.shape[:-1], weight.shape[0])
+            from .triton_kernels.weight_only import weight_only
+
+            y = weight_only(x3d, *packed, activation, _rows(other), binary)
+            return y.view(*x.shape[:-1], weight.shape[0])
         quantized = codes.contiguous(), x_scale.contiguous(), mask.contiguous()[None] if block == 1 else None
         y = _product(x3d, quantized, packed, activation, _rows(other), binary, kept=kept)
     return y.view(*x.shape[:-1], weight.shape[0])

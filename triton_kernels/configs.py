@@ -104,7 +104,7 @@ def tiles(dtype: torch.dtype, target: str, epilogue: bool) -> list[Config]:
     A thread with more than 64 sums has no registers left for an activation, another tensor or kept columns.
     """
     configs = [Config(*row) for row in (FLOAT32 if dtype == torch.float32 else INT8_MATMUL[target])]
-    warp = 64 if target.startswith("gfx") else 32
+    warp = 64 if _backend(target) == "hip" else 32
     most = {warps: 64 * min(256, warps * warp) for warps in (4, 8)}
     return [c for c in configs if not epilogue or most[c.num_warps] >= c.BLOCK_M * c.BLOCK_N]
 

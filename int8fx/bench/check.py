@@ -115,7 +115,7 @@ def _tiles(device: str, where: str, x: Tensor, weight: Tensor, scale: Tensor, bi
     for tile in configs.tiles(x.dtype, configs.target_of(one[0].device), epilogue=False):
         packed = (t[None] for t in one[1:3])
         y = int8_matmul(codes, x_scale, *packed, outliers, one[3][None], x.dtype, config=tile)
-        name = f"int8_matmul {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
+        name = f"int8_matmul {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}, {tile.num_warps} warps"
         yield Check(f"{name}: {where}", _worst(y, (x, weight, scale, bias, 6.0), "the scheme's"))
 
 
