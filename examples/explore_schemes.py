@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import int8fx
-from int8fx import metrics
-from int8fx.layers import plan
-from int8fx.models import load
-from int8fx.quantize import quantize_rowwise, rotate
-from int8fx.texts import windows
+from int8fx.conversion.layers import plan
+from int8fx.schemes.quantize import quantize_rowwise, rotate
+from int8fx.tools import metrics
+from int8fx.tools.data.models import load
+from int8fx.tools.data.texts import windows
 
 BLOCK, BUDGET, GROUP = 64, 0.01, 128
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import int8fx
-from int8fx.inspection import inspect
+from int8fx.tools.inspection import inspect
 
 torch.manual_seed(0)
 layer = nn.TransformerEncoderLayer(d_model=256, nhead=4, dim_feedforward=512, batch_first=True)
@@ -33,6 +33,6 @@ assert {17, 99} <= set(down.kept["rotated"])
 assert down.error["rotated"] < down.error["LLM.int8()"]
 
 if len(sys.argv) > 1:
-    from int8fx.plots import draw_inspection
+    from int8fx.tools.plots import draw_inspection
 
     draw_inspection(found, sys.argv[1])

@@ -5,12 +5,12 @@
 """
 
 from . import ops as ops
-from .calibrate import Calibration, calibrate
-from .convert import convert
-from .mixed import Plan, plan
-from .packing import is_packed
+from .calibration.calibrate import Calibration, calibrate
+from .calibration.plan import Plan, plan
+from .conversion.convert import convert
+from .conversion.packed import is_packed
+from .conversion.summary import summary
 from .schemes import llm_int8, rotated
-from .summary import summary
 
 __version__ = "0.1.0"
 __all__ = ["Calibration", "Plan", "calibrate", "convert", "is_packed", "llm_int8", "plan", "rotated", "summary"]

@@ -1,6 +1,6 @@
 import os
 
-import hardware
+from support import hardware
 
 if hardware.DEVICE:
     os.environ.pop("TRITON_INTERPRET", None)
@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from int8fx import cpu, native, ops
+from int8fx import ops
+from int8fx.ops import fallback as cpu
+from int8fx.ops import native
 
 torch.set_num_threads(1)  # the tensors are tiny: on a busy machine a second thread makes the tests ten times slower
 

@@ -59,11 +59,11 @@ result = sorted(set(sys.modules) - before)
     own = {name for name in found if name.startswith("int8fx.")}
     assert not own & {
         "int8fx.passes",
-        "int8fx.backend",
-        "int8fx.models",
-        "int8fx.cli",
-        "int8fx.evaluate",
-        "int8fx.plots",
+        "int8fx.passes.backend",
+        "int8fx.tools.data.models",
+        "int8fx.tools.cli",
+        "int8fx.tools.evaluate",
+        "int8fx.tools.plots",
         "int8fx.triton_kernels",
     }
 

@@ -119,8 +119,8 @@ def test_wheel_describes_itself(tree, wheel):
     assert metadata.get_payload().strip(), "no README"
     entry_points = ConfigParser()
     entry_points.read_string(files[f"{DIST_INFO}/entry_points.txt"].decode())
-    assert dict(entry_points["torch_dynamo_backends"]) == {"int8fx": "int8fx.backend:int8fx"}
-    assert dict(entry_points["console_scripts"]) == {"int8fx": "int8fx.cli:main"}
+    assert dict(entry_points["torch_dynamo_backends"]) == {"int8fx": "int8fx.passes.backend:int8fx"}
+    assert dict(entry_points["console_scripts"]) == {"int8fx": "int8fx.tools.cli:main"}
 
 
 def test_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
@@ -158,7 +158,7 @@ backend = lookup_backend("int8fx")
 result = ["int8fx" in torch._dynamo.list_backends(), backend.__module__, backend.__code__.co_filename]
 """
     listed, module, file = asked(code, tmp_path, PYTHONPATH=str(installed))
-    assert (listed, module) == (True, "int8fx.backend")
+    assert (listed, module) == (True, "int8fx.passes.backend")
     assert file == str(installed / "int8fx" / "backend.py")
 
 
@@ -204,4 +204,4 @@ def test_this_install_has_one_import_name():
     assert {name for name in names if not name.startswith("__editable__")} == {"int8fx"}
     assert distribution("int8fx").version == int8fx.__version__
     [backend] = entry_points(group="torch_dynamo_backends", name="int8fx")
-    assert backend.value == "int8fx.backend:int8fx"
+    assert backend.value == "int8fx.passes.backend:int8fx"

@@ -31,7 +31,7 @@ MANY_ROWS = 64
 
 MOST_SPLITS = 8
 
-# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages. `python -m int8fx.triton_kernels.audit` compiles every one of them;
+# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages. `python -m int8fx.tools.audit.audit` compiles every one of them;
 # what spilled or needed more shared memory than its target has was taken out.
 _AMPERE = ((128, 256, 128, 8, 3), (128, 128, 128, 8, 3), (64, 128, 128, 4, 3), (64, 64, 128, 4, 4))
 _AMD = ((256, 128, 64, 8, 2), (128, 128, 64, 4, 2), (64, 64, 128, 4, 2))

@@ -104,7 +104,7 @@ def fused_linear(
 ) -> Tensor:
     """``y = binary(activation((x_int8 @ weight.T * scales + x_outlier @ weight.T) * weight_scale + bias), other)``.
 
-    `int8fx.reference.linear`'s product for so few rows that one tile holds them all. Then a block of columns of x lies
+    `reference.linear`'s product for so few rows that one tile holds them all. Then a block of columns of x lies
     in one program with all its rows, and which of its columns are outliers is known there and then: exactly the
     scheme's columns. What is not known is the maximum of a whole row, so the scale is that of the row *in this block*:
     ``scale[m, b] = max_in(abs(x[m, k])) / 127`` over the block's columns without its outliers.
@@ -116,7 +116,7 @@ def fused_linear(
 
         sum_b(scale[m, b] * sum_in_b(abs(w))) / 2 * (1 + 2**-16) <= x_scale[m] / 2 * (1 + 2**-16) * sum_in(abs(w)) = Q
 
-    with Q the term of `int8fx.reference.linear`'s bound. Rows whose large values lie in few blocks gain most. S grows
+    with Q the term of `reference.linear`'s bound. Rows whose large values lie in few blocks gain most. S grows
     by one rounding per block and per split (``outliers + blocks + splits + 4`` roundings); R is the same. A row with
     NaN or inf in a column that is no outlier gets NaN, as there.
 

@@ -125,7 +125,7 @@ def int8_matmul(
 
     The int8 sum is exact in int32. The residual multiplies x's own 16-bit values by the weight's *codes*, which
     float16 and bfloat16 hold exactly, so its products are exact and only its float32 sum rounds; the channel's scale
-    comes after, once for both parts. That is `int8fx.reference.linear`'s formula with fewer roundings, and its error
+    comes after, once for both parts. That is `reference.linear`'s formula with fewer roundings, and its error
     bound: int32 to float32, two scales, one rounding per outlier and addition, one at the store. float32 x is
     multiplied in float32, without tensor cores. So are x and ``kept_weight`` where their dtypes differ.
 

@@ -1,4 +1,4 @@
-"""Hadamard blocks along a row: the rotation of `int8fx.quantize.rotate`, in registers."""
+"""Hadamard blocks along a row: the rotation of `int8fx.schemes.quantize.rotate`, in registers."""
 
 import triton
 import triton.language as tl
@@ -22,7 +22,7 @@ def _butterfly(x, start, K, H: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):
 
 @triton.jit
 def rotate(x, start, K, BLOCK: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):
-    """Columns ``start <= k < start + len(x)`` of a row, rotated; bit for bit `int8fx.quantize.rotate`'s.
+    """Columns ``start <= k < start + len(x)`` of a row, rotated; bit for bit `int8fx.schemes.quantize.rotate`'s.
 
     Butterflies of columns at distance 1, 2, 4, ..., BLOCK / 2, each rounded once, then one product with ``n ** -0.5``.
     A column gets its partner as the integer ``(a + b) - a`` of their bits, which wraps around: the compiler sees

@@ -74,7 +74,7 @@ def weight_only(
 
     x keeps its 16 bits, the codes are widened to them, both exactly, so products are exact and the float32 sums are all
     that rounds: ``abs(error) <= (K + splits + 3) * 2**-24 * sum_k(abs(x * w)) + rounding of y``, which is
-    `int8fx.reference.linear` with threshold 0. Row m of y depends on row m of x alone.
+    `reference.linear` with threshold 0. Row m of y depends on row m of x alone.
 
     Args:
         x: ``[E, M, K]`` float16, bfloat16 or float32, any strides; ``[1, S, K]`` with offsets.

@@ -22,8 +22,8 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from .emit import call, erase_dead
-from .verify import verify
+from ..graph.emit import call, erase_dead
+from ..graph.verify import verify
 
 aten = torch.ops.aten
 _CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default)

@@ -23,9 +23,9 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from .emit import call, emit, erase_dead
-from .products import read_product
-from .verify import verify
+from ..graph.emit import call, emit, erase_dead
+from ..graph.products import read_product
+from ..graph.verify import verify
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)

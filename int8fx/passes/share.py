@@ -24,9 +24,9 @@ from collections import defaultdict
 import torch
 from torch.fx import Graph, Node
 
-from ..gpu import EXACT_ROWS
-from .emit import NO_ROTATION, call, erase_dead, without_defaults
-from .verify import verify
+from ..graph.emit import NO_ROTATION, call, erase_dead, without_defaults
+from ..graph.verify import verify
+from ..ops.gpu import EXACT_ROWS
 
 aten = torch.ops.aten
 _SAME_VALUE = (  # of equal arguments, these give equal tensors: autocast casts x once per layer

@@ -1,0 +1,1 @@
+"""What data says of a model: calibration, and a scheme for each layer."""

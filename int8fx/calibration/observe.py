@@ -1,0 +1,87 @@
+"""Sees the inputs of a model's products while it runs, whichever way its code writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..conversion.layers import Layer, walk
+
+aten = torch.ops.aten
+_PRODUCTS = {  # op -> positions of its two operands
+    aten.mm.default: (0, 1),
+    aten.addmm.default: (1, 2),
+    aten.bmm.default: (0, 1),
+    aten.baddbmm.default: (1, 2),
+    aten.mv.default: (0, 1),
+    aten.addmv.default: (1, 2),
+    aten._grouped_mm.default: (0, 1),
+    aten.convolution.default: (0, 1),
+}
+
+
+class _Products(TorchDispatchMode):
+    """Calls ``see(name, x [M, K])`` for every product of an activation with (a view of) a known weight."""
+
+    def __init__(self, layers: list[Layer], see: Callable[[str, Tensor], None]) -> None:
+        super().__init__()
+        self.see = see
+        self.by_storage: dict[int, list[Layer]] = {}
+        for layer in layers:
+            self.by_storage.setdefault(layer.weight.untyped_storage().data_ptr(), []).append(layer)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in _PRODUCTS:
+            a, b = (args[i] for i in _PRODUCTS[func])
+            for x, weight, on_the_left in ((a, b, False), (b, a, True)):
+                names = self._layers(weight)
+                if names:
+                    rows = _rows(func, x, on_the_left)
+                    for name in names:
+                        self.see(name, rows)
+                    break
+        else:
+            with self:  # in inference mode composite ops come whole
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
+        return func(*args, **(kwargs or {}))
+
+    def _layers(self, weight: Tensor) -> list[str]:
+        """The layers with the Parameter that ``weight`` is a part of."""
+        found = self.by_storage.get(weight.untyped_storage().data_ptr(), ())
+        at = weight.storage_offset()
+        own = [layer for layer in found if 0 <= at - layer.weight.storage_offset() < max(1, layer.weight.numel())]
+        return [layer.name for layer in own]
+
+
+def _rows(func: object, x: Tensor, on_the_left: bool) -> Tensor:
+    """The activation ``x`` of a product as ``[M, K]``."""
+    if x.dim() == 1:
+        return x[None]
+    if func is aten.convolution.default:
+        x = x.movedim(1, -1)
+    elif on_the_left:
+        x = x.transpose(-1, -2)
+    return x.reshape(-1, x.shape[-1])
+
+
+@contextmanager
+def observe(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """In this context, products of ``model`` with its float weights call ``see(layer name, x [M, K])`` before they run.
+
+    Layers that share a weight all see the inputs of each. Fused inference paths of ``nn.TransformerEncoder`` and
+    ``nn.MultiheadAttention``, which hide their products, are left while it lasts.
+    """
+    layers = [layer for layer in walk(model) if layer.layout is not None]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with _Products(layers, see):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

@@ -1,0 +1,30 @@
+"""``torch.compile(model, backend="int8fx")``: Inductor with the passes in place, whatever its configuration holds."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch.fx import GraphModule
+
+
+def int8fx(gm: GraphModule, example_inputs: list, *, mode: str | None = None, options: dict[str, Any] | None = None):
+    """Compiles ``gm`` by Inductor with `passes.PASSES` behind the joint-graph passes of others, for this graph only.
+
+    Args:
+        gm, example_inputs: as Dynamo gives them to a backend.
+        mode, options: as ``torch.compile`` takes them.
+
+    Warns if the graph has no packed weight: most likely its model was not converted.
+    """
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    from . import PASSES, count_ops, installed_passes
+
+    if not count_ops(gm.graph):
+        warnings.warn("int8fx: no packed weight in this graph; call int8fx.convert(model) first", stacklevel=2)
+    passes = installed_passes()
+    patches: dict[str, Any] = {**list_mode_options(mode or "default"), **(options or {})}
+    patches["joint_custom_pre_pass"] = passes if PASSES in passes else [*passes, PASSES]
+    return compile_fx(gm, example_inputs, config_patches=patches)

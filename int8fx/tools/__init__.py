@@ -1,0 +1,1 @@
+"""The command ``int8fx``: the only folder that imports transformers, rich or matplotlib."""

@@ -1,0 +1,143 @@
+"""Converted modules through ``torch.export``, and exported programs through AOTInductor."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from support import models
+from support.helpers import INF, activation, generator
+from support.models import HIDDEN
+from test_compile import FAMILIES
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+
+import int8fx
+from int8fx.conversion.packed import SCALE
+from int8fx.passes import PASSES, Report, count_ops
+
+N = 48
+SIZES = ((2, 9), (3, 5), (7, 2), (2, 64))
+DYNAMIC = {"x": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
+
+
+class Small(nn.Module):
+    """Two Linears and a bare Parameter; all between them is exact or rounded once, so that results compare by bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(HIDDEN, N), nn.Linear(N, HIDDEN, bias=False)
+        self.bare = nn.Parameter(torch.empty(HIDDEN, N))
+        g = generator(0)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=g) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)) + x @ self.bare)
+
+
+def sample(size: tuple[int, int], seed: int = 0) -> Tensor:
+    x = activation(size[0] * size[1], HIDDEN, outliers="column", seed=seed)
+    return x.view(*size, HIDDEN)
+
+
+def exported(model: nn.Module, strict: bool = False) -> ExportedProgram:
+    return export(model, (sample((3, 5)),), dynamic_shapes=DYNAMIC, strict=strict)
+
+
+# ---- torch.export ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[6.0, INF], ids=["threshold6", "inf"])
+def small(request) -> nn.Module:
+    return int8fx.convert(Small().eval(), int8fx.llm_int8(request.param))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
+def test_programs_of_converted_modules(small, strict):
+    program = exported(small, strict)
+    assert count_ops(program.graph) == {"linear": 2, "dequantize": 1}
+    assert {str(s) for s in program.range_constraints} == _symbols(program)
+    assert len(program.range_constraints) == 2
+    for size in SIZES:
+        x = sample(size, seed=1)
+        assert torch.equal(program.module()(x), small(x))
+
+
+def _symbols(program: ExportedProgram) -> set[str]:
+    """All symbols in shapes of the graph: none but those of the input."""
+    values = [value for node in program.graph.nodes if isinstance(value := node.meta.get("val"), Tensor)]
+    sizes = [size.node.expr for value in values for size in value.shape if isinstance(size, torch.SymInt)]
+    return {str(symbol) for expression in sizes for symbol in expression.free_symbols}
+
+
+def test_programs_come_back_from_a_file(small):
+    program, file = exported(small), io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file)
+    assert count_ops(loaded.graph) == count_ops(program.graph)
+    assert {name: t.dtype for name, t in loaded.state_dict.items() if name.startswith("up.weight")} == {
+        "up.weight": torch.int8, "up.weight" + SCALE: torch.float32,
+    }  # fmt: skip
+    x = sample((4, 7), seed=2)
+    assert torch.equal(loaded.module()(x), small(x))
+
+
+def test_decompositions_leave_int8fx_ops(small):
+    program = exported(small).run_decompositions()
+    assert count_ops(program.graph) == {"linear": 2, "dequantize": 1}
+    x = sample((4, 7), seed=2)
+    assert torch.equal(program.module()(x), small(x))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_models_export(name):
+    model, inputs = models.ALL[name]()
+    int8fx.convert(model)
+    with torch.no_grad():
+        program = export(model, (), inputs)
+        y, expected = program.module()(**inputs), model(**inputs)
+    y, expected = (v if isinstance(v, Tensor) else v[0] for v in (y, expected))
+    assert torch.equal(y, expected)
+    assert count_ops(program.graph) == FAMILIES[name].captured
+
+
+# ---- AOTInductor ----------------------------------------------------------------------------------------------------
+
+
+def products(state: dict[str, Tensor], bias: Tensor, x: Tensor, threshold: float) -> Tensor:
+    """`Small` as the passes leave it: every product int8, also that with the bare Parameter."""
+
+    def linear(x: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
+        return int8fx.ops.linear(x, state[name], state[name + SCALE], bias, threshold)
+
+    return x + linear(torch.relu(linear(x, "up.weight", bias)) + linear(x, "bare"), "down.weight")
+
+
+@pytest.mark.parametrize(("threshold", "first"), [(6.0, "convert"), (1e300, "export")])
+def test_aot_inductor_packages_run(threshold, first, tmp_path):
+    """Built, loaded and run, with gradients enabled and sizes that the example did not have.
+
+    torch 2.13 writes an infinite argument into a package in a way that it cannot read back: 1e300 stands for it.
+    """
+    scheme = int8fx.llm_int8(threshold)
+    if first == "convert":
+        program = exported(int8fx.convert(Small().eval(), scheme))
+    else:
+        program = int8fx.convert(exported(Small().eval()), scheme)
+        assert count_ops(program.graph) == {"linear": 3}
+    PASSES.reports.clear()
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "small.pt2"))
+    [report] = PASSES.reports
+    # folded: what is added to the bare product, and x; relu goes into the first product
+    assert report == Report(lowered=1 if first == "convert" else 0, shared=1, folded=3, linears=3, dequantized=0)
+    run = torch._inductor.aoti_load_package(path)
+    state, bias = program.state_dict, program.state_dict["up.bias"].detach()
+    for size in SIZES:
+        x = sample(size, seed=3)
+        assert torch.equal(run(x), products(state, bias, x, threshold))
+        if first == "export":
+            assert torch.equal(run(x), program.module()(x))

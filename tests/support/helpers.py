@@ -1,0 +1,474 @@
+"""What the tests share: activations with outliers, a float64 oracle, computed error budgets, hypothesis strategies.
+
+No tolerance here is chosen. A budget is the reference's own error against float64 plus the rounding that
+`int8fx.schemes.reference.linear` derives for its sums and for the dtype of the result.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from int8fx.schemes import reference
+from int8fx.schemes.quantize import (
+    NO_THRESHOLD,
+    compute_dtype,
+    dequantize,
+    outlier_mask,
+    quantize_rowwise,
+    quantize_weight,
+    rotate,
+    rotation_blocks,
+)
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INF = float("inf")
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+OUTLIERS = ("none", "column", "columns", "row", "token", "some")
+VALUES = ("normal", "zero_rows", "nan", "inf", "denormal", "huge")
+LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "broadcast")
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def activation(
+    M: int,
+    K: int,
+    *,
+    outliers: str = "none",
+    values: str = "normal",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Tensor:
+    """``[M, K]`` normal values, below 6 but for the outliers.
+
+    Args:
+        outliers: none; one ``column``; all ``columns``; one ``row``; one element of the first ``token``; ``some``
+            columns (one in eight) that stick out in some of their rows, as in a language model.
+        values: normal; every second row zero; one NaN; one inf; all ``denormal``; ``huge``, up to float16's maximum or
+            ``2**80``.
+    """
+    g = generator(seed)
+    x = torch.randn(M, K, generator=g, dtype=torch.float64).clamp(-5, 5)
+    size = 20 + 40 * torch.rand(M, K, generator=g, dtype=torch.float64)
+    if x.numel():
+        m, k = (int(torch.randint(n, (), generator=g)) for n in (M, K))
+        where = torch.zeros(M, K, dtype=torch.bool)
+        if outliers == "column":
+            where[:, k] = True
+        elif outliers == "columns":
+            where[:] = True
+        elif outliers == "row":
+            where[m] = True
+        elif outliers == "token":
+            where[0, k] = True
+        elif outliers == "some":
+            columns = torch.rand(K, generator=g) < 1 / 8
+            where = columns & (torch.rand(M, K, generator=g) < 0.5)
+        x = torch.where(where, x.sign() * size, x)
+        if values == "zero_rows":
+            x[::2] = 0
+        elif values == "nan":
+            x[m, k] = float("nan")
+        elif values == "inf":
+            x[m, k] = math.copysign(INF, x[m, k])
+        elif values == "denormal":
+            x = x * (torch.finfo(dtype).smallest_normal / 64)
+        elif values == "huge":
+            x = x / x.abs().max() * (torch.finfo(dtype).max if dtype == torch.float16 else 2.0**80)
+    return x.to(dtype)
+
+
+def with_layout(x: Tensor, layout: str) -> Tensor:
+    """x's values in another memory layout; ``expanded`` repeats its first row and ``broadcast`` its first column."""
+    if layout == "transposed" and x.dim() > 1:
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "sliced":  # what lies between is NaN, so that reading it shows
+        buffer = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"))
+        view = buffer[..., 1::2]
+        view.copy_(x)
+        return view
+    if layout == "expanded" and x.dim() > 1:
+        return x[:1].expand(x.shape)
+    if layout == "broadcast":
+        return x[..., :1].expand(x.shape)
+    return x
+
+
+def packed_weight(
+    N: int, K: int, *, zero_row: bool = False, spread: float = 1.0, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """``(codes [N, K], scale [N])`` of a normal weight whose channels differ in size by up to ``2**spread``."""
+    g = generator(seed)
+    weight = torch.randn(N, K, generator=g) * torch.exp2(spread * torch.rand(N, 1, generator=g)) / math.sqrt(max(K, 1))
+    if zero_row and N:
+        weight[int(torch.randint(N, (), generator=g))] = 0
+    return quantize_weight(weight)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The last arguments of `int8fx::linear`."""
+
+    block: int = 1
+    columns: Tensor | None = None
+    columns_weight: Tensor | None = None
+    top: int = 0
+
+    def __iter__(self):
+        return iter((self.block, self.columns, self.columns_weight, self.top))
+
+    def of_expert(self, e: int) -> Rotation:
+        kept = self.columns_weight
+        return Rotation(self.block, self.columns, None if kept is None else kept[e], self.top)
+
+
+PLAIN = Rotation()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of `int8fx::linear`; iterates over those that every scheme has."""
+
+    x: Tensor
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    threshold: float
+    rotation: Rotation = PLAIN
+
+    def __iter__(self):
+        return iter((self.x, self.codes, self.scale, self.bias, self.threshold))
+
+    @property
+    def all(self) -> tuple:
+        """Every argument of `int8fx::linear`, without an epilogue."""
+        return (*self, "none", None, "none", *self.rotation)
+
+    @property
+    def quantize(self) -> tuple:
+        """The arguments of `int8fx::quantize_rowwise`."""
+        return self.x, self.threshold, self.rotation.block, self.rotation.columns, self.rotation.top
+
+
+def problem(
+    M: int,
+    K: int,
+    N: int,
+    *,
+    outliers: str = "some",
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+    threshold: float = 6.0,
+    seed: int = 0,
+) -> Problem:
+    x = activation(M, K, outliers=outliers, dtype=dtype, seed=seed)
+    codes, scale = packed_weight(N, K, seed=seed + 1)
+    b = torch.randn(N, generator=generator(seed + 2)).to(dtype) if bias else None
+    return Problem(x, codes, scale, b, threshold)
+
+
+# ---- the oracle and the budgets --------------------------------------------------------------------------------------
+
+
+def oracle(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None, rotation: Rotation = PLAIN) -> Tensor:
+    """``x @ (codes * scale).T + bias`` in float64: the product with the dequantised weight, x as it is."""
+    block, columns, columns_weight, _ = rotation
+    w = dequantize(codes, scale, torch.float64, block, columns, columns_weight)
+    y = x.double() @ w.transpose(-1, -2)
+    if bias is not None:
+        y = y + (bias.double() if codes.dim() == 2 else bias.double().unsqueeze(-2))
+    return y
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def half_subnormal(dtype: torch.dtype) -> float:
+    """The rounding error of a result in dtype's subnormal range."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
+
+
+def output_rounding(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far ``y`` can move when it is rounded from its compute dtype to ``dtype``; nothing if that is ``dtype``."""
+    if dtype == compute_dtype(dtype):
+        return torch.zeros_like(y)
+    return unit_roundoff(dtype) * y.abs() + half_subnormal(dtype)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The terms of the bound in `reference.linear`, each float64 ``[..., N]``.
+
+    codes: what rounding x to codes can cost.
+    sums: what the float32 (float64) sums can cost; ``magnitude`` is the sum of the absolute values of all terms.
+    """
+
+    codes: Tensor
+    sums: Tensor
+    magnitude: Tensor
+
+    def total(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        error = self.codes + self.sums
+        return error + output_rounding(y.abs() + error, dtype)
+
+
+STREAMED_ROWS = 4  # up to which the C++ kernels multiply in floating point (csrc/product.h)
+
+
+def kernels_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None, threshold: float = 6.0
+) -> Tensor:
+    """`reference.linear` as the kernels compute it: what they do more exactly for few rows is done so here as well."""
+    few = math.prod(x.shape[:-1]) <= STREAMED_ROWS
+    return reference.linear(x, codes, scale, bias, 0.0 if few else threshold)
+
+
+def slices_of(x: Tensor) -> int:
+    """Into how many parts a kernel may cut its int8 sum: what each part adds is a rounding.
+
+    torch's operators: float32 sums of 1040 integers. The C++ kernels, of few rows: products in floating point, 16 sums
+    at once at least (8 in float64), a rest of less than two vectors, and the sum of the sums.
+    """
+    K, M = x.shape[-1], math.prod(x.shape[:-1]) if x.dim() < 3 else min(math.prod(x.shape[:-1]), x.shape[-2])
+    return math.ceil(K / 1040) if M > STREAMED_ROWS else math.ceil(K / 8) + 32
+
+
+def rotation_error(z: Tensor, block: int, ct: torch.dtype) -> Tensor:
+    """``t(z)`` of `reference.linear`'s docstring: how far the rotation of z, in ``ct``, may be off."""
+    t = torch.zeros_like(z, dtype=torch.float64)
+    u, h = unit_roundoff(ct), half_subnormal(ct)
+    for i, n in rotation_blocks(z.shape[-1], block) if block > 1 else ():
+        roundings = (math.log2(n) + 3) * u
+        total = z[..., i : i + n].double().abs().sum(-1, keepdim=True)
+        t[..., i : i + n] = roundings / (1 - roundings) / math.sqrt(n) * total + (math.sqrt(n) + 1) * h
+    return t
+
+
+def bound(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    slices: int | None = None,
+    rotation: Rotation = PLAIN,
+) -> Bound:
+    """The bound in `reference.linear`'s docstring; ``slices``: see `slices_of`."""
+    slices = slices_of(x) if slices is None else slices
+    if codes.dim() == 3:
+        parts = [
+            bound(x[e], codes[e], scale[e], None if bias is None else bias[e], threshold, slices, rotation.of_expert(e))
+            for e in range(codes.shape[0])
+        ]
+        return Bound(*(torch.stack([getattr(p, name) for p in parts]) for name in ("codes", "sums", "magnitude")))
+    K, ct = x.shape[-1], compute_dtype(x.dtype)
+    block, columns, columns_weight, top = rotation
+    x2d = x.reshape(math.prod(x.shape[:-1]), K).to(ct)
+    rest = x2d if columns is None else x2d.index_fill(1, columns, 0)
+    mask = outlier_mask(rest, threshold, columns, top)
+    rest = rest.masked_fill(mask, 0)
+    x_codes, x_scale = quantize_rowwise(rotate(rest, block))
+    x_scale = x_scale.double().unsqueeze(-1)
+    v = (codes.double() * scale.double().unsqueeze(-1)).abs()
+    w = dequantize(codes, scale, torch.float64, block).abs()
+    included = ~mask if block == 1 else torch.ones_like(mask)
+    rounded = x_scale / 2 * (1 + 2**-16) * v[:, included].sum(-1)
+    out = x2d[:, mask].double().abs()
+    magnitude = (x_codes.double().abs() * x_scale) @ v.T + out @ w[:, mask].T
+    outliers = int(mask.sum())
+    if columns is not None:
+        magnitude = magnitude + x2d[:, columns].double().abs() @ columns_weight.double().abs().T
+        outliers += len(columns)
+    if bias is not None:
+        magnitude = magnitude + bias.double().abs()
+    n = (outliers + slices + 4) * unit_roundoff(ct)
+    sums = n / (1 - n) * magnitude + (outliers + 1) * half_subnormal(ct)
+    sums = sums + (K + 3) * unit_roundoff(torch.float64) * magnitude  # the oracle's own
+    if block > 1:
+        of_weight = rotation_error(v, block, ct) + 2 * unit_roundoff(ct) * w
+        sums = sums + rotation_error(rest, block, ct) @ v.T + out @ of_weight[:, mask].T
+        kept = x2d.double().abs() @ rotation_error(v, block, torch.float64).T
+        sums = sums + kept  # the oracle's own rotation
+    shape = (*x.shape[:-1], codes.shape[0])
+    return Bound(rounded.reshape(shape), sums.reshape(shape), magnitude.reshape(shape))
+
+
+_SLOPE = {"none": 1.0, "relu": 1.0, "silu": 1.0999, "gelu": 1.129, "gelu_tanh": 1.1291}  # max abs derivative
+_ACTIVATION_ROUNDINGS = 8  # of exp, erf or tanh and the few operations around them, relative to their argument
+
+
+def epilogue(v: Tensor, activation: str = "none", other: Tensor | None = None, binary: str = "none") -> Tensor:
+    v = reference.ACTIVATIONS[activation](v)
+    return v if other is None else reference.BINARIES[binary](v, other.to(v.dtype))
+
+
+def error_budget(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    activation: str = "none",
+    other: Tensor | None = None,
+    binary: str = "none",
+    *,
+    slices: int | None = None,
+    rotation: Rotation = PLAIN,
+) -> tuple[Tensor, Tensor]:
+    """``(exact, budget)``, both float64 ``[..., N]``: what a kernel computes, and how far it may be from it.
+
+    ``budget = 1.05 * error of the reference before its last rounding + what two float32 sums can differ by
+    + rounding of the output dtype``.
+    """
+    ct, u = compute_dtype(x.dtype), unit_roundoff(compute_dtype(x.dtype))
+    v = oracle(x, codes, scale, bias, rotation)
+    exact = epilogue(v, activation, other, binary)
+    found = reference.linear(x.to(ct), codes, scale, bias, threshold, activation, other, binary, *rotation).double()
+    slack = 2 * bound(x, codes, scale, bias, threshold, slices, rotation).sums * _SLOPE[activation]
+    if activation not in ("none", "relu"):
+        slack = slack + 2 * _ACTIVATION_ROUNDINGS * u * v.abs()
+    if other is not None:
+        slack = slack * other.double().abs() if binary == "mul" else slack + 2 * u * other.double().abs()
+        slack = slack + 4 * u * exact.abs()
+    error = 1.05 * (found - exact).abs() + slack
+    return exact, error + output_rounding(exact.abs() + error, x.dtype)
+
+
+def assert_within(y: Tensor, exact: Tensor, budget: Tensor, magnitude: Tensor) -> None:
+    """``abs(y - exact) <= budget``; not finite where ``exact`` is not; inf where ``exact`` overflows y's dtype.
+
+    Where the ``magnitude`` of the sums is beyond what their dtype holds, nothing is asked.
+    """
+    assert y.shape == exact.shape
+    largest = torch.finfo(y.dtype).max
+    finite = exact.isfinite()
+    assert not y[~finite].isfinite().any(), "NaN or inf of x is lost"
+    asked = finite & (magnitude < torch.finfo(compute_dtype(y.dtype)).max / 2**24)
+    over = asked & (exact.abs() - budget > largest * (1 + unit_roundoff(y.dtype)))
+    assert (y[over] == exact[over].sign() * INF).all(), "not inf beyond the output dtype"
+    may_be_inf = exact.abs() + budget > largest
+    asked = asked & ~(may_be_inf & y.isinf())
+    error = (y.double() - exact).abs()
+    worst = torch.where(asked, error - budget, -INF)
+    if bool((worst > 0).any()) or bool((asked & error.isnan()).any()):
+        at = tuple(
+            int(i) for i in torch.unravel_index(torch.where(error.isnan() & asked, INF, worst).argmax(), y.shape)
+        )
+        raise AssertionError(
+            f"y{list(at)} = {y[at].item()}, exact {exact[at].item()}: error {error[at].item():.3e}, "
+            f"budget {budget[at].item():.3e}"
+        )
+
+
+def assert_within_budget(
+    y: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    activation: str = "none",
+    other: Tensor | None = None,
+    binary: str = "none",
+    *,
+    slices: int | None = None,
+    rotation: Rotation = PLAIN,
+) -> None:
+    """``error(y) <= 1.05 * error(reference) + rounding``, element by element against float64; see `error_budget`."""
+    assert y.dtype == x.dtype
+    assert y.shape == (*x.shape[:-1], codes.shape[-2])
+    epilogue_of = (activation, other, binary)
+    exact, budget = error_budget(x, codes, scale, bias, threshold, *epilogue_of, slices=slices, rotation=rotation)
+    magnitude = bound(x, codes, scale, bias, threshold, rotation=rotation).magnitude
+    assert_within(y, exact, budget, magnitude if other is None else magnitude * other.double().abs().clamp_min(1))
+
+
+def assert_within_bound(
+    y: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    rotation: Rotation = PLAIN,
+) -> None:
+    """``abs(y - y*) <= Q + S + R`` of `reference.linear`'s docstring, element by element against float64."""
+    assert y.dtype == x.dtype
+    exact = oracle(x, codes, scale, bias, rotation)
+    terms = bound(x, codes, scale, bias, threshold, rotation=rotation)
+    assert_within(y, exact, terms.total(exact, x.dtype), terms.magnitude)
+
+
+# ---- strategies ------------------------------------------------------------------------------------------------------
+
+seeds = st.integers(0, 2**31 - 1)
+dtypes = st.sampled_from(DTYPES)
+thresholds = st.sampled_from((6.0, INF, 0.0, 2.5))
+sizes = st.integers(0, 130)
+
+
+@st.composite
+def leads(draw, max_rows: int = 40) -> tuple[int, ...]:
+    """The shape of x but for K: no to four dimensions, of together at most ``max_rows`` rows, or none."""
+    lead: list[int] = []
+    for _ in range(draw(st.integers(0, 4))):
+        lead.append(draw(st.integers(0, max(1, max_rows // max(1, math.prod(lead))))))
+    return tuple(lead)
+
+
+@st.composite
+def activations(draw, lead=None, K=None, dtype=dtypes, values=VALUES, layouts=LAYOUTS) -> Tensor:
+    lead = draw(leads()) if lead is None else lead
+    K = draw(sizes) if K is None else K
+    x = activation(
+        math.prod(lead),
+        K,
+        outliers=draw(st.sampled_from(OUTLIERS)),
+        values=draw(st.sampled_from(values)),
+        dtype=draw(dtype),
+        seed=draw(seeds),
+    )
+    return with_layout(x.reshape(*lead, K), draw(st.sampled_from(layouts)))
+
+
+@st.composite
+def problems(draw, dtype=dtypes, values=VALUES, layouts=LAYOUTS, batched: bool | None = False) -> Problem:
+    """Arguments of `int8fx::linear`; ``batched``: a 3-D weight (None: either)."""
+    batched = draw(st.booleans()) if batched is None else batched
+    lead = (draw(st.integers(1, 4)), draw(st.integers(0, 12))) if batched else draw(leads())
+    x = draw(activations(lead=lead, dtype=dtype, values=values, layouts=layouts))
+    N = draw(sizes)
+    seed, zero_row, spread = draw(seeds), draw(st.booleans()), draw(st.sampled_from((0.0, 8.0)))
+    bias_dtype = draw(st.sampled_from((None, x.dtype, torch.float32, torch.float64)))
+    experts = x.shape[0] if batched else 1
+    packed = [packed_weight(N, x.shape[-1], zero_row=zero_row, spread=spread, seed=seed + e) for e in range(experts)]
+    codes, scale = (torch.stack(parts) if batched else parts[0] for parts in zip(*packed, strict=True))
+    bias = None if bias_dtype is None else torch.randn(scale.shape, generator=generator(seed)).to(bias_dtype)
+    return Problem(x, codes, scale, bias, draw(thresholds))
+
+
+@st.composite
+def rotated_problems(draw, thresholds=(NO_THRESHOLD, 6.0, INF), tops=(0, 1, 3), **kwargs) -> Problem:
+    """Arguments of `int8fx::linear` with a rotation, columns that are kept, or both."""
+    p = draw(problems(**kwargs))
+    K = p.x.shape[-1]
+    g, count = generator(draw(seeds)), min(K, draw(st.integers(0, 4)))
+    columns = columns_weight = None
+    if count:
+        columns = torch.randperm(K, generator=g)[:count].sort().values
+        dtype = draw(st.sampled_from((p.x.dtype, torch.float16, torch.bfloat16)))
+        columns_weight = torch.randn(*p.codes.shape[:-1], count, generator=g).to(dtype)
+    block = draw(st.sampled_from((1, 2, 16, 64)))
+    rotation = Rotation(block, columns, columns_weight, draw(st.sampled_from(tops)))
+    return Problem(*list(p)[:4], draw(st.sampled_from(thresholds)), rotation)
