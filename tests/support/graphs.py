@@ -142,6 +142,48 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+# ---- matmuls that are exact ------------------------------------------------------------------------------------------
+# Weights and inputs are small integers, scales are powers of two. With ``threshold=0.0`` every way to compute a matmul
+# is exact, and so the results are equal.
+
+
+def integers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def integer_weight(*shape: int, seed: int = 1) -> Packed:
+    codes = torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+    scale = torch.randint(-2, 2, shape[:-1], generator=torch.Generator().manual_seed(seed)).float().exp2()
+    return codes, scale
+
+
+def dequantized_first(f: Callable) -> Callable:
+    """``f(x, w, *extra)`` as a function of (x, codes, scale, *extra)."""
+
+    def with_dequantized(x, codes, scale, *extra):
+        return f(x, ops.dequantize.default(codes, scale, 0.0, dtype=torch.float32), *extra)
+
+    # fx.symbolic_trace does not take *args apart
+    return {0: lambda x, c, s: with_dequantized(x, c, s), 1: lambda x, c, s, a: with_dequantized(x, c, s, a)}[
+        f.__code__.co_argcount - 2
+    ]
+
+
+def lowered(f: Callable, level: str, x: Tensor, w: Packed, *extra: Tensor) -> tuple[int, torch.fx.GraphModule]:
+    """The count that `lower` returned and the rewritten graph, whose answer is checked: value, shape, contiguity."""
+    g = dequantized_first(f)
+    gm = graph_of(g, level, x, *w, *extra)
+    count = lower(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    found, expected = gm(x, *w, *extra), g(x, *w, *extra)  # in place changes reach dequantised weights only
+    assert torch.equal(found, expected)
+    assert found.dtype == expected.dtype
+    assert found.is_contiguous() or not expected.is_contiguous()
+    assert count == count_nodes(gm.graph, *INT8_PRODUCTS)
+    return count, gm
+
+
 # ---- the same result, the count, the old op gone, the new op there ---------------------------------------------------
 
 
