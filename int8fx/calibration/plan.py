@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion.convert import Pack, convert
+from ..conversion.convert import convert
 from ..conversion.layers import Layer
 from ..conversion.layers import plan as plan_layers
-from ..conversion.recipes import linear_forward
+from ..conversion.quantizer import Quantizer as Pack
+from ..conversion.recipes import Kind
 from ..ops import linear
 from ..schemes import Rotated, Scheme, need_moments
 from ..terminal import table
@@ -131,9 +132,7 @@ def plan(
         raise ValueError(f"int8fx.plan: samples is {samples}; legal: 1 or more")
     schemes = list(schemes)
     layers = {
-        layer.name: layer
-        for layer in plan_layers(model)
-        if layer.reason is None and layer.recipe.forward is linear_forward
+        layer.name: layer for layer in plan_layers(model) if layer.reason is None and layer.recipe.kind is Kind.LINEAR
     }
     batches = list(data)
     if calibration is None:
@@ -157,7 +156,9 @@ def _measure(
     progress: bool,
 ) -> dict[str, list[Option]]:
     """The options of each layer that took part; 16 bits is the last of them."""
-    packs = [Pack(scheme, calibration, layers.values()) for scheme in schemes]
+    packs = [Pack(scheme, calibration) for scheme in schemes]
+    for pack in packs:
+        pack.check(layers.values())
     owners = {id(layer.module): layer for layer in layers.values()}
     packed: dict[str, list[tuple[Tensor, ...]]] = {}
     losses: dict[str, list[float]] = {}
@@ -195,7 +196,7 @@ def _measure(
         show_progress("measuring", len(batches), len(batches))
     options = {}
     for name in (name for name in layers if name in losses):
-        size = [sum(map(_bytes16, buffers)) for buffers in packed[name]]
+        size = [sum(_bytes16(t) for t in buffers if t is not None) for buffers in packed[name]]
         kl = [loss / (samples * rows) for loss in losses[name]]
         if not all(map(math.isfinite, kl)):
             raise ValueError(
@@ -230,9 +231,8 @@ def _errors(layer: Layer, packs: list[Pack], packed: list[tuple[Tensor, ...]], x
     x = x.float()
     exact = x @ layer.oriented().float().T
     for pack, (codes, scale, *kept) in zip(packs, packed, strict=True):
-        described = pack.describe(layer)
-        rotation = (described.block, *(kept or (None, None)), described.top)
-        yield linear(x, codes, scale, None, described.threshold, "none", None, "none", *rotation) - exact
+        scheme = pack.scheme_of(layer)
+        yield linear(x, codes, scale, None, scheme.threshold, "none", None, "none", scheme.block, *kept, 0) - exact
 
 
 def _bytes16(tensor: Tensor) -> int:
