@@ -18,11 +18,11 @@ from ..conversion.layers import plan as plan_layers
 from ..conversion.quantizer import Quantizer as Pack
 from ..conversion.recipes import Kind
 from ..ops import linear
-from ..schemes import Rotated, Scheme, need_moments
+from ..schemes import Rotated, Scheme
 from ..terminal import table
 from .calibrate import Calibration, calibrate, run_batch, show_progress
 
-SCHEMES = (Rotated(budget=0.0), Rotated(), Rotated(budget=0.05))
+SCHEMES = (Rotated(columns=0.0), Rotated(), Rotated(columns=0.05))
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,8 @@ def plan(
     }
     batches = list(data)
     if calibration is None:
-        calibration = calibrate(model, batches, moments=need_moments(schemes), progress=progress)
+        moments = any(scheme.needs_moments for scheme in schemes)
+        calibration = calibrate(model, batches, moments=moments, progress=progress)
     options = _measure(model, batches, layers, schemes, calibration, samples, progress)
     if not options:
         raise ValueError("int8fx.plan: no linear layer of the model in these batches; legal: data that it runs on")
@@ -230,9 +231,8 @@ def _errors(layer: Layer, packs: list[Pack], packed: list[tuple[Tensor, ...]], x
     """What each scheme adds to the layer's product with x, float32."""
     x = x.float()
     exact = x @ layer.oriented().float().T
-    for pack, (codes, scale, *kept) in zip(packs, packed, strict=True):
-        scheme = pack.scheme_of(layer)
-        yield linear(x, codes, scale, None, scheme.threshold, "none", None, "none", scheme.block, *kept, 0) - exact
+    for pack, tensors in zip(packs, packed, strict=True):
+        yield linear(x, *pack.reading(layer).weight(tensors)) - exact
 
 
 def _bytes16(tensor: Tensor) -> int:

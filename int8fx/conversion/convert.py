@@ -14,8 +14,8 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from ..calibration.calibrate import Calibration
 from ..schemes import LLMInt8, Rotated, Scheme, llm_int8
+from ..schemes.calibration import Calibration
 from ..terminal import show_progress
 from . import modules
 from .layers import Layer, PackedLayer, check_modules, choose, decide, grouped, refuse_converted
@@ -142,7 +142,7 @@ def convert(
     log.info("convert: %d weights to int8; left: %s", count, _counts(reasons) or "none")
     if not count:
         warnings.warn("int8fx.convert: no layer was converted; int8fx.summary(model) says why", stacklevel=2)
-    from ..passes import install
+    from ..passes.inductor import install
 
     install()
     return model

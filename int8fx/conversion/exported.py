@@ -7,11 +7,11 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
+from ..graph.count import count_ops
 from ..passes.lower import lower
 from ..schemes.weight import SCALE, PackedTensors
 from .graph_weights import READINGS, packed_in, read_recipes, replace_weight
 from .layers import Layer, PackedLayer, grouped
-from .packed import has_int8_ops
 from .quantizer import Quantizer
 
 
@@ -23,7 +23,7 @@ def packed_of(program: ExportedProgram) -> list[PackedLayer]:
     holder = nn.Module()
     holder._buffers.update(program.state_dict)
     readings = program.graph_module.meta.get(READINGS, {})
-    return packed_in(holder, readings) if has_int8_ops(program.graph) else []
+    return packed_in(holder, readings) if count_ops(program.graph) else []
 
 
 def layers_of(program: ExportedProgram) -> list[Layer]:

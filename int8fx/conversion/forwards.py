@@ -30,9 +30,10 @@ def convolution_forward(self, x: Tensor) -> Tensor:
 
 def embedding_forward(self, ids: Tensor) -> Tensor:
     """Rows of the table. Not by ``int8fx::dequantize``: they are activations, and no weight of a matmul."""
-    codes, scale, _, block, columns, columns_weight = self.packed("weight")
-    rows_of_columns = None if columns_weight is None else columns_weight[ids]
-    return dequantize(codes[ids], scale[ids], self.packed_weights["weight"].dtype, block, columns, rows_of_columns)
+    table = self.packed("weight")
+    columns_weight = None if table.columns_weight is None else table.columns_weight[ids]
+    rows = table._replace(codes=table.codes[ids], scale=table.scale[ids], columns_weight=columns_weight)
+    return dequantize(rows, self.packed_weights["weight"].dtype)
 
 
 def attention_forward(
@@ -78,9 +79,8 @@ def experts_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     x = hidden_states[order // top_k]
 
     def product(x: Tensor, name: str) -> Tensor:
-        codes, scale, threshold, *columns = self.packed(name)
         bias = getattr(self, f"{name}_bias") if self.has_bias else None
-        return torch.ops.int8fx.grouped_linear.default(x, codes, scale, bias, offsets, threshold, *columns, 0)
+        return torch.ops.int8fx.grouped_linear.default(x, offsets, *self.packed(name), bias)
 
     y = self._apply_gate(product(x, "gate_up_proj")) if self.has_gate else self.act_fn(product(x, "up_proj"))
     y = product(y, "down_proj")

@@ -9,12 +9,13 @@ from torch import nn
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 
+from ..graph.count import count_ops
 from ..passes.lower import lower
 from ..schemes.weight import PackedTensors
 from .graph_weights import READINGS, packed_in, read_recipes, replace_weight
 from .layers import Layer, PackedLayer, grouped, packed_layers, walk
 from .modules import pack_layers
-from .packed import PackedBuffers, codes_in, has_int8_ops
+from .packed import PackedBuffers, codes_in
 from .quantizer import Quantizer
 from .recipes import Recipe
 
@@ -24,7 +25,7 @@ def root_of(model: GraphModule) -> nn.Module:
 
 
 def packed_of(model: GraphModule) -> list[PackedLayer]:
-    in_graph = packed_in(model, model.meta.get(READINGS, {})) if has_int8_ops(model.graph) else []
+    in_graph = packed_in(model, model.meta.get(READINGS, {})) if count_ops(model.graph) else []
     return [*packed_layers(model), *in_graph]
 
 

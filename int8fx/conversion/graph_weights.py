@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from ..graph.emit import call
+from ..graph.emit import call, call_int8
 from ..graph.weights import follow
 from ..schemes.quantize import compute_dtype
 from ..schemes.weight import Int8Weight
@@ -128,7 +128,7 @@ def replace_weight(use: Node, packed: Int8Weight, layer: Layer, dtype: torch.dty
     first = next(node for node in graph.nodes if node in use.users)
     val = use.meta.get("val")
     with graph.inserting_before(first):
-        weight = _dequantize(graph, packed, dtype)
+        weight = call_int8(graph, torch.ops.int8fx.dequantize.default, *packed, dtype=dtype)
         stored = layer.oriented().shape
         weight.meta["val"] = torch.empty(stored, dtype=dtype, device="meta") if val is None else val.new_empty(stored)
         if layer.layout == "KN":
@@ -139,22 +139,17 @@ def replace_weight(use: Node, packed: Int8Weight, layer: Layer, dtype: torch.dty
     use.replace_all_uses_with(weight)
 
 
-def _dequantize(graph: Graph, packed: Int8Weight, dtype: torch.dtype) -> Node:
-    codes, scale, *scheme = packed
-    while len(scheme) > 1 and scheme[-1] == {0: None, 1: 1, 2: None, 3: None}[len(scheme) - 1]:
-        scheme.pop()  # defaults, as AOTAutograd writes calls
-    return graph.call_function(torch.ops.int8fx.dequantize.default, (codes, scale, dtype, *scheme))
-
-
 def _rows(graph: Graph, ids: Node, packed: Int8Weight, dtype: torch.dtype) -> Node:
     """Rows ``ids`` of the dequantised table."""
-    codes, scale = (call(graph, aten.index.Tensor, t, [ids]) for t in (packed.codes, packed.scale))
+
+    def take(tensor: Any) -> Any:
+        return call(graph, aten.index.Tensor, tensor, [ids])
+
+    codes, scale = take(packed.codes), take(packed.scale)
     if packed.block == 1 and packed.columns is None:
         scale = call(graph, aten._to_copy.default, call(graph, aten.unsqueeze.default, scale, -1), dtype=dtype)
         return call(graph, aten.mul.Tensor, call(graph, aten._to_copy.default, codes, dtype=dtype), scale)
-    columns: list[Any] = []
-    if packed.columns is not None:
-        columns = [packed.columns, call(graph, aten.index.Tensor, packed.columns_weight, [ids])]
-    args = (codes, scale, dtype, packed.threshold, packed.block, *columns)
-    rows = call(graph, torch.ops.int8fx.dequantize.default, *args)
+    columns_weight = None if packed.columns_weight is None else take(packed.columns_weight)
+    packed = packed._replace(codes=codes, scale=scale, columns_weight=columns_weight)
+    rows = call_int8(graph, torch.ops.int8fx.dequantize.default, *packed, dtype=dtype)
     return call(graph, aten.mul.Tensor, rows, 1)  # `lower` must not take rows for a weight: it follows no mul

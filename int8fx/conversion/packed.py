@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
 from .. import ops  # noqa: F401  registers torch.ops.int8fx
+from ..graph.count import count_ops
 from ..schemes import Scheme
 from ..schemes.weight import COLUMNS, SCALE, SUFFIXES, Int8Weight, PackedTensors
 
@@ -176,7 +177,7 @@ class PackedModule(PackedBuffers):
             KeyError: the module has no packed weight of that name.
         """
         reading = self.packed_weights[name]
-        w = _dequantize(self.packed(name), reading.dtype)
+        w = torch.ops.int8fx.dequantize.default(*self.packed(name), dtype=reading.dtype)
         if reading.layout == "KN":
             w = w.transpose(-1, -2)
         return w.reshape(*w.shape, *[1] * reading.kernel_dims) if reading.kernel_dims else w
@@ -187,7 +188,7 @@ class PackedModule(PackedBuffers):
 
     def packed_linear(self, x: Tensor, name: str = "weight", bias: Tensor | None = None) -> Tensor:
         """``int8fx::linear`` of x ``[..., K]`` with the packed weight ``name``: ``[..., N]``."""
-        return _linear(x, self.packed(name), bias)
+        return torch.ops.int8fx.linear.default(x, *self.packed(name), bias)
 
     def _packed_places(self) -> list[tuple[str, nn.Module, str]]:
         return [("", self, name) for name in self.packed_weights]
@@ -225,16 +226,6 @@ class PackedModule(PackedBuffers):
         shapes = {name: tuple(self.packed(name).codes.shape) for name in self.packed_weights}
         packed = ", ".join(f"{name}: int8 {shape}" for name, shape in shapes.items())
         return ", ".join(part for part in (super().extra_repr(), packed) if part)
-
-
-def _linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
-    codes, scale, threshold, *columns = weight
-    return torch.ops.int8fx.linear.default(x, codes, scale, bias, threshold, "none", None, "none", *columns, 0)
-
-
-def _dequantize(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
-    codes, scale, threshold, *columns = weight
-    return torch.ops.int8fx.dequantize.default(codes, scale, dtype, threshold, *columns, 0)
 
 
 def float_class(module: PackedModule) -> type[nn.Module]:
@@ -322,17 +313,11 @@ def codes_in(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     ]
 
 
-def has_int8_ops(graph: Graph) -> bool:
-    """Whether ``graph`` calls ops of int8fx."""
-    targets = (node.target for node in graph.nodes)
-    return any(isinstance(target, torch._ops.OpOverload) and target.namespace == "int8fx" for target in targets)
-
-
 def is_packed(model: nn.Module | ExportedProgram) -> bool:
     """Whether ``model`` holds weights packed by int8fx, in itself or in anything inside it."""
     if isinstance(model, ExportedProgram):
-        return has_int8_ops(model.graph)
+        return bool(count_ops(model.graph))
     return any(
-        isinstance(module, PackedBuffers) or (isinstance(module, GraphModule) and has_int8_ops(module.graph))
+        isinstance(module, PackedBuffers) or (isinstance(module, GraphModule) and bool(count_ops(module.graph)))
         for module in model.modules()
     )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
-from ..calibration.calibrate import Calibration
 from ..schemes import Scheme
+from ..schemes.calibration import Calibration
 from ..schemes.gptq import round_weight
 from ..schemes.quantize import quantize_weight
 from ..schemes.weight import PackedTensors
@@ -97,7 +97,7 @@ class Quantizer:
     def check(self, layers: Iterable[Layer]) -> None:
         """Raises ValueError if a scheme needs moments and the calibration has none of a layer."""
         for layer in layers:
-            if self.scheme_of(layer).rounding == "gptq" and layer.name not in self.calibration.moments:
+            if self.scheme_of(layer).needs_moments and layer.name not in self.calibration.moments:
                 raise ValueError(
                     f"int8fx.convert: rounding='gptq' knows nothing of the inputs of layer {layer.name!r}; legal: "
                     "calibration=int8fx.calibrate(model, data, moments=True), with data that reaches it, or skip it"
@@ -106,20 +106,18 @@ class Quantizer:
     def __call__(self, tied: list[Layer]) -> PackedTensors:
         """Ordinary tensors in any grad mode; fake ones of a fake weight."""
         weight, scheme = tied[0].oriented(), self.scheme_of(tied[0])
-        columns, columns_weight = None, None
         with torch.inference_mode(False), torch.no_grad(), detect_fake_mode(weight) or nullcontext() as fake:
-            if count := scheme.static_columns(weight.shape[-1]):
-                columns = self.columns.choose(tied, count)
-                columns_weight = weight.index_select(-1, columns).clone()
+            count = scheme.static_columns(weight.shape[-1])
+            columns = self.columns.choose(tied, count) if count else None
             if scheme.rounding == "gptq" and fake is None:
-                moments = self.calibration.moments[tied[0].name]
-                codes, scale, columns_weight = round_weight(weight, moments, scheme.block, columns)
+                tensors = round_weight(weight, self.calibration.moments[tied[0].name], scheme.block, columns)
             else:
-                codes, scale = quantize_weight(weight, scheme.block, columns)
+                columns_weight = None if columns is None else weight.index_select(-1, columns).clone()
+                tensors = PackedTensors(*quantize_weight(weight, scheme.block, columns), columns, columns_weight)
         self._done += 1
         if self.progress is not None:
             self.progress(self._done)
-        return PackedTensors(codes, scale, columns, columns_weight)
+        return tensors
 
     def reading(self, layer: Layer) -> Reading:
         """How the module of ``layer`` reads its packed weight."""

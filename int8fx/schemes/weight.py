@@ -78,3 +78,6 @@ class Epilogue(NamedTuple):
         """The epilogue of expert ``e``."""
         bias, other = (None if t is None else t[e] for t in (self.bias, self.other))
         return self._replace(bias=bias, other=other)
+
+
+NO_EPILOGUE = Epilogue()

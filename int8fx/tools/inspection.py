@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from ..calibration.calibrate import Calibration, run_batch, show_progress
 from ..calibration.observe import observe
+from ..conversion.convert import Pack
 from ..conversion.layers import Layer, plan
-from ..conversion.quantizer import Columns
-from ..conversion.quantizer import Quantizer as Pack
+from ..conversion.packed import COLUMNS, COLUMNS_WEIGHT
 from ..ops import linear
 from ..schemes import Scheme
-from ..schemes.weight import COLUMNS, COLUMNS_WEIGHT
 from ..terminal import table
 
 
@@ -114,8 +113,7 @@ def inspect(
         ValueError: there are no batches, or no layer of the model took part in them.
     """
     layers = {layer.name: layer for layer in plan(model) if layer.reason is None}
-    columns = Columns(calibration, layers.values())
-    packs = {label: Pack(scheme, calibration, columns) for label, scheme in schemes.items()}
+    packs = {label: Pack(scheme, calibration, layers.values()) for label, scheme in schemes.items()}
     seen: dict[str, _Seen] = {}
 
     def see(name: str, x: Tensor) -> None:
@@ -148,10 +146,10 @@ class _Seen:
         self.rows = 0
         self.count, self.absmax = torch.zeros(K, dtype=torch.int64), torch.zeros(K)
         self.square, self.error = 0.0, dict.fromkeys(packs, 0.0)
-        self.packed = {label: (pack([layer]), pack.scheme_of(layer)) for label, pack in packs.items()}
-        sizes = {label: sum(t.nbytes for t in buffers if t is not None) for label, (buffers, _) in self.packed.items()}
+        self.packed = {label: (pack([layer]), pack.describe(layer)) for label, pack in packs.items()}
+        sizes = {label: sum(t.nbytes for t in buffers) for label, (buffers, _) in self.packed.items()}
         self.bytes = {"float": weight.nbytes, **sizes}
-        self.kept = {label: b[2].tolist() for label, (b, _) in self.packed.items() if b[2] is not None}
+        self.kept = {label: b[2].tolist() for label, (b, _) in self.packed.items() if len(b) > 2}
 
     def add(self, x: Tensor) -> None:
         size = x.abs().float()
@@ -164,7 +162,8 @@ class _Seen:
         exact = x.double() @ weight.double().T
         self.square += float(exact.square().sum())
         for label, ((codes, scale, *kept), described) in self.packed.items():
-            y = linear(x, codes, scale, None, described.threshold, "none", None, "none", described.block, *kept, 0)
+            rotation = (described.block, *(kept or (None, None)), described.top)
+            y = linear(x, codes, scale, None, described.threshold, "none", None, "none", *rotation)
             self.error[label] += float((y.double() - exact).square().sum())
 
     def report(self) -> LayerReport:
@@ -172,8 +171,8 @@ class _Seen:
         outliers = [Outlier(c, self.count[c].item() / self.rows, self.absmax[c].item()) for c in columns]
         outliers.sort(key=lambda o: (-o.share, -o.absmax))
         error = {k: (v / self.square) ** 0.5 for k, v in self.error.items()} if self.square else {}
-        name = self.layer.name
-        prefix = self.layer.full_name
+        name, parameter = self.layer.name, self.layer.parameter
+        prefix = f"{name}.{parameter}" if parameter == "weight" and name != parameter else name
         where = (prefix + COLUMNS, prefix + COLUMNS_WEIGHT)
         absmax = self.absmax.tolist()
         return LayerReport(name, self.shape, self.rows, outliers, absmax, where, self.kept, error, self.bytes)
