@@ -143,7 +143,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-# ---- the same result, the count, the old op gone, the new op there -------------------------------------------------------------------
+# ---- the same result, the count, the old op gone, the new op there ---------------------------------------------------
 
 
 @dataclass
