@@ -49,7 +49,7 @@ def test_many_rows_gather_unquantised_columns_once(dtype, columns_dtype, grouped
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", INVARIANT)
 def test_a_row_depends_on_no_other_row_and_no_split(scheme, dtype):
-    p = problem(33, 100, 33, dtype=dtype, outliers="some", **INVARIANT[scheme])
+    p = problem(19, 100, 33, dtype=dtype, **INVARIANT[scheme])
     y = matmul("int8_matmul", p)
     assert torch.equal(y, torch.cat([matmul("int8_matmul", p.with_x(row[None])) for row in p.x]))
     tiles = [Tile(16, 32, 32, 4, 2, SPLIT_K=split) for split in (2, 4, 8)] + [Tile(16, 32, 64, 4, 2, SPLIT_K=2)]
