@@ -162,16 +162,20 @@ def int8_matmul(
     y = (codes.new_zeros if grouped else codes.new_empty)((R, N), dtype=dtype)
     if 0 in (E, R, N):
         return y
-    weights = E if grouped else 1  # that share the M rows
-    panel, outlier_columns, count = (None, None, None) if outliers is None or K == 0 else outliers
-    gathered = None
-    if outlier_columns is not None and GATHER_ROWS * weights <= M:
-        gathered = gather_weight(weight, outlier_columns, count)
-    x, columns, columns_weight = kept or (None, None, None)
-    if kept is not None and GATHER_COLUMNS_ROWS * weights <= M:
-        x, columns = gather_columns(x, columns), None
-        columns_weight = gather_columns(columns_weight.view(E, N, columns_weight.shape[-1]), None)  # padded like x
-    stride_xe, stride_xm, stride_xk = (0, 0, 0) if x is None else x.stride()
+    experts = E if grouped else 1  # how many weights share the M rows
+    panel = outlier_columns = count = gathered = None
+    if outliers is not None and K:
+        panel, outlier_columns, count = outliers
+        if GATHER_ROWS * experts <= M:
+            gathered = gather_weight(weight, outlier_columns, count)
+    x = columns = columns_weight = None
+    stride_xe = stride_xm = stride_xk = 0
+    if kept is not None:
+        x, columns, columns_weight = kept
+        if GATHER_COLUMNS_ROWS * experts <= M:
+            x, columns = gather_columns(x, columns), None
+            columns_weight = gather_columns(columns_weight.view(E, N, columns_weight.shape[-1]), None)  # padded like x
+        stride_xe, stride_xm, stride_xk = x.stride()
     stride_om, stride_on = (0, 0) if other is None else other.stride()
 
     def launch(tile: Tile) -> None:

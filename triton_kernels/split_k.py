@@ -50,7 +50,7 @@ def collect(partial_ptr, row_mask, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 def workspace(
     tile: Tile, N: int, row_tiles: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``partial [tiles, SPLIT_K, BLOCK_M, BLOCK_N]`` and ``counter [tiles]``, all 0, for `arrive`; None if K is whole.
+    """``partial [tiles, SPLIT_K, BLOCK_M, BLOCK_N]`` and ``counter [tiles]``, all 0, for `arrive`; None if K is not split.
 
     ``tiles = row_tiles * cdiv(N, BLOCK_N)``.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 
 import torch
@@ -235,7 +235,7 @@ def fastest(kernel: str, shape: tuple, candidates: tuple[Tile, ...], run: Callab
         elif torch.cuda.is_current_stream_capturing():
             return candidates[0]
         else:
-            times = [_time(lambda tile=tile: run(tile)) for tile in candidates]
+            times = [_time(partial(run, tile)) for tile in candidates]
             best = times.index(min(times))
             _fastest[key] = best if times[best] < CLEARLY_FASTER * times[0] else 0
             cache.put(json.dumps(_fastest[key]), "fastest.json", binary=False)

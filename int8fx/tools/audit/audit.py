@@ -159,6 +159,7 @@ def everything(target: str) -> Iterator[Variant]:
         yield Variant("int8_matmul", replace(smallest, SPLIT_K=split), "bf16", constants, "columns gelu mul")
     for tile in tiles.int8_matmul_tiles(torch.float32, target, epilogue=True):
         yield Variant("int8_matmul", tile, "bf16", _columns("fp32"), "columns in fp32")
+    few_rows: list[tuple[str, Any, tuple, str]]
     few_rows = [("fused_linear", tiles.FUSED_LINEAR[backend], (_ROW,), "")]
     few_rows += [("fused_linear", tiles.FUSED_LINEAR[backend], (("OUTLIERS", False), _ROW), " no outliers")]
     few_rows += [("weight_only", row, (), "") for row in tiles.WEIGHT_ONLY[backend].values()]
