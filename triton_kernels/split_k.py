@@ -50,9 +50,9 @@ def collect(partial_ptr, row_mask, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 def workspace(
     tile: Tile, N: int, row_tiles: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``partial [tiles, SPLIT_K, BLOCK_M, BLOCK_N]`` and ``counter [tiles]``, all 0, for `arrive`; None if K is not split.
+    """What `arrive` needs: ``partial [tiles, SPLIT_K, BLOCK_M, BLOCK_N]`` and ``counter [tiles]``, which is all 0.
 
-    ``tiles = row_tiles * cdiv(N, BLOCK_N)``.
+    ``tiles = row_tiles * cdiv(N, BLOCK_N)``. Both are None if K is not split.
     """
     if tile.SPLIT_K == 1:
         return None, None
