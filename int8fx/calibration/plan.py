@@ -17,11 +17,12 @@ from ..conversion.layers import Layer
 from ..conversion.layers import plan as plan_layers
 from ..conversion.recipes import linear_forward
 from ..ops import linear
-from ..schemes import Rotated, Scheme, need_moments
+from ..schemes import Rotated, Scheme
+from ..schemes.weight import Int8Weight
 from ..terminal import table
 from .calibrate import Calibration, calibrate, run_batch, show_progress
 
-SCHEMES = (Rotated(budget=0.0), Rotated(), Rotated(budget=0.05))
+SCHEMES = (Rotated(columns=0.0), Rotated(), Rotated(columns=0.05))
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def plan(
     }
     batches = list(data)
     if calibration is None:
-        calibration = calibrate(model, batches, moments=need_moments(schemes), progress=progress)
+        moments = any(scheme.needs_moments for scheme in schemes)
+        calibration = calibrate(model, batches, moments=moments, progress=progress)
     options = _measure(model, batches, layers, schemes, calibration, samples, progress)
     if not options:
         raise ValueError("int8fx.plan: no linear layer of the model in these batches; legal: data that it runs on")
@@ -231,8 +233,8 @@ def _errors(layer: Layer, packs: list[Pack], packed: list[tuple[Tensor, ...]], x
     exact = x @ layer.oriented().float().T
     for pack, (codes, scale, *kept) in zip(packs, packed, strict=True):
         described = pack.describe(layer)
-        rotation = (described.block, *(kept or (None, None)), described.top)
-        yield linear(x, codes, scale, None, described.threshold, "none", None, "none", *rotation) - exact
+        weight = Int8Weight(codes, scale, described.threshold, described.block, *kept)
+        yield linear(x, *weight) - exact
 
 
 def _bytes16(tensor: Tensor) -> int:
