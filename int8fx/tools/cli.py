@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, llm_int8
-from ..schemes import Scheme, need_moments, parse_scheme
+from ..schemes import Scheme, parse_scheme
 from .bench.settings import Settings
 from .bench.suites import SUITES
 

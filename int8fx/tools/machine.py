@@ -28,7 +28,7 @@ def machine() -> str:
     if not any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
         line += "\nThis CPU has no bfloat16 instructions: torch's bfloat16 is slow on it."
     kernels = f"C++ for {native.instruction_set().name}" if native.load() else "torch's operators, which are slow"
-    return f"{line}\nint8 products: {kernels}."
+    return f"{line}\nint8 matmuls: {kernels}."
 
 
 def describe(threads: int) -> dict[str, str]:

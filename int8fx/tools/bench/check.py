@@ -55,7 +55,7 @@ def checks(
     rows: tuple[int, ...] = ROWS,
     sizes: tuple[tuple[int, int], ...] = SIZES,
 ) -> Iterator[Check]:
-    """Every kernel on ``device``, for each dtype, number of ``rows`` M and size (N, K), against the reference on the CPU.
+    """Every kernel on ``device`` against the reference on the CPU, for each dtype, M of ``rows`` and size (N, K).
 
     Codes, scales and masks must be equal. Results from the same codes may differ by the rounding of float32 sums and of
     the result: ``2 * (K + 32) * u * sum(abs(x * w)) + 2 * U * abs(y)``, with u and U half the machine epsilons of

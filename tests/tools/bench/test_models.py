@@ -81,5 +81,5 @@ def test_random_models_have_the_outliers_of_trained_ones():
 
 
 def test_an_unknown_model_is_refused():
-    with pytest.raises(ValueError, match="no model 'x'; legal: an LM of 0.5B parameters, SmolLM2-135M"):
+    with pytest.raises(ValueError, match=r"no model 'x'; legal: an LM of 0.5B parameters, SmolLM2-135M"):
         models.load("x")

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from int8fx.tools.bench import timing
-from int8fx.tools.bench.timing import Case, Measured, interleave, rounds_for, thread_warnings
+from int8fx.tools.bench.timing import Case, Measured, interleave, rounds_for, thread_warning
 
 LONGER_THAN_A_SLICE = 1.2 * timing.SLICE
 
@@ -119,12 +119,13 @@ def test_rounds_on_the_wrong_number_of_threads_are_named():
         "short": measured(1.0, 1.0, seconds=1e-5),
         "not timed": Measured(note="not installed"),
     }
-    assert list(thread_warnings(work, 2)) == [
-        "warning: one thread: 2 of 3 rounds used 0.9 to 1.0 CPUs; legal: 1.5 to 2.2 with 2 threads",
-        "warning: four threads: 1 of 3 rounds used 3.9 to 3.9 CPUs; legal: 1.5 to 2.2 with 2 threads",
-    ]
-    assert list(thread_warnings({"busy machine": measured(0.4)}, 1)) == []
-    assert [line.split(":")[1] for line in thread_warnings(work, 1)] == [" one thread", " two threads", " four threads"]
+    assert thread_warning(work, 2) == (
+        "warning: CPUs used with 2 threads (legal: 1.5 to 2.2): one thread 0.9 to 1.0 in 2 of 3 rounds; "
+        "four threads 3.9 to 3.9 in 1 of 3 rounds"
+    )
+    assert "two threads 1.6 to 2.0 in 3 of 3 rounds" in thread_warning(work, 1)
+    assert thread_warning({"two threads": work["two threads"], "short": work["short"]}, 2) == ""
+    assert thread_warning({"busy machine": measured(0.4)}, 1) == ""
 
 
 def test_cpus_are_counted():
