@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion.convert import Pack, convert
+from ..conversion.convert import convert
 from ..conversion.layers import Layer
 from ..conversion.layers import plan as plan_layers
-from ..conversion.recipes import linear_forward
+from ..conversion.quantizer import Quantizer as Pack
+from ..conversion.recipes import Kind
 from ..ops import linear
 from ..schemes import Rotated, Scheme
-from ..schemes.weight import Int8Weight
 from ..terminal import table
 from .calibrate import Calibration, calibrate, run_batch, show_progress
 
@@ -132,9 +132,7 @@ def plan(
         raise ValueError(f"int8fx.plan: samples is {samples}; legal: 1 or more")
     schemes = list(schemes)
     layers = {
-        layer.name: layer
-        for layer in plan_layers(model)
-        if layer.reason is None and layer.recipe.forward is linear_forward
+        layer.name: layer for layer in plan_layers(model) if layer.reason is None and layer.recipe.kind is Kind.LINEAR
     }
     batches = list(data)
     if calibration is None:
@@ -159,7 +157,9 @@ def _measure(
     progress: bool,
 ) -> dict[str, list[Option]]:
     """The options of each layer that took part; 16 bits is the last of them."""
-    packs = [Pack(scheme, calibration, layers.values()) for scheme in schemes]
+    packs = [Pack(scheme, calibration) for scheme in schemes]
+    for pack in packs:
+        pack.check(layers.values())
     owners = {id(layer.module): layer for layer in layers.values()}
     packed: dict[str, list[tuple[Tensor, ...]]] = {}
     losses: dict[str, list[float]] = {}
@@ -197,7 +197,7 @@ def _measure(
         show_progress("measuring", len(batches), len(batches))
     options = {}
     for name in (name for name in layers if name in losses):
-        size = [sum(map(_bytes16, buffers)) for buffers in packed[name]]
+        size = [sum(_bytes16(t) for t in buffers if t is not None) for buffers in packed[name]]
         kl = [loss / (samples * rows) for loss in losses[name]]
         if not all(map(math.isfinite, kl)):
             raise ValueError(
@@ -231,10 +231,8 @@ def _errors(layer: Layer, packs: list[Pack], packed: list[tuple[Tensor, ...]], x
     """What each scheme adds to the layer's product with x, float32."""
     x = x.float()
     exact = x @ layer.oriented().float().T
-    for pack, (codes, scale, *kept) in zip(packs, packed, strict=True):
-        described = pack.describe(layer)
-        weight = Int8Weight(codes, scale, described.threshold, described.block, *kept)
-        yield linear(x, *weight) - exact
+    for pack, tensors in zip(packs, packed, strict=True):
+        yield linear(x, *pack.reading(layer).weight(tensors)) - exact
 
 
 def _bytes16(tensor: Tensor) -> int:
