@@ -4,13 +4,44 @@
 >>> model = torch.compile(model, fullgraph=True)
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import ops as ops
-from .calibration.calibrate import Calibration, calibrate
+from .calibration.calibrate import calibrate
 from .calibration.plan import Plan, plan
 from .conversion.convert import convert
 from .conversion.packed import is_packed
 from .conversion.summary import summary
-from .schemes import llm_int8, rotated
+from .schemes import LLMInt8, Rotated, Scheme, llm_int8, plain, rotated, weight_only
+from .schemes.calibration import Calibration
+
+if TYPE_CHECKING:
+    from .passes.inductor import reports, uninstall
 
 __version__ = "0.1.0"
-__all__ = ["Calibration", "Plan", "calibrate", "convert", "is_packed", "llm_int8", "plan", "rotated", "summary"]
+__all__ = [
+    "Calibration",
+    "LLMInt8",
+    "Plan",
+    "Rotated",
+    "Scheme",
+    "calibrate",
+    "convert",
+    "is_packed",
+    "llm_int8",
+    "plain",
+    "plan",
+    "reports",
+    "rotated",
+    "summary",
+    "uninstall",
+    "weight_only",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("reports", "uninstall"):  # they load Inductor, which takes a second
+        from .passes import inductor
+
+        return getattr(inductor, name)
+    raise AttributeError(f"module 'int8fx' has no attribute {name!r}")

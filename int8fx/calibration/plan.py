@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion.layers import Layer
-from ..conversion.layers import plan as plan_layers
-from ..conversion.quantizer import Quantizer
 from ..conversion.recipes import linear_forward
 from ..ops import linear
 from ..schemes import Rotated, Scheme
@@ -22,6 +20,7 @@ from ..schemes.calibration import Calibration
 from ..schemes.weight import Int8Weight
 from ..terminal import show_progress, table
 from .calibrate import calibrate, run_batch
+from .variants import Variants, convertible
 
 SCHEMES = (Rotated(columns=0.0), Rotated(), Rotated(columns=0.05))
 
@@ -130,11 +129,7 @@ def plan(
     if samples < 1:
         raise ValueError(f"int8fx.plan: samples is {samples}; legal: 1 or more")
     schemes = list(schemes)
-    layers = {
-        layer.name: layer
-        for layer in plan_layers(model)
-        if layer.reason is None and layer.recipe.forward is linear_forward
-    }
+    layers = {name: layer for name, layer in convertible(model).items() if layer.recipe.forward is linear_forward}
     batches = list(data)
     if calibration is None:
         calibration = calibrate(
@@ -159,7 +154,7 @@ def _measure(
     progress: bool,
 ) -> dict[str, list[Option]]:
     """The options of each layer that a batch reached; the last of them is 16 bits."""
-    quantizers = [Quantizer(scheme, calibration, layers.values()) for scheme in schemes]
+    variants = Variants(schemes, calibration, layers.values())
     by_module = {id(layer.module): layer for layer in layers.values()}
     weights: dict[str, list[Int8Weight]] = {}
     losses: dict[str, list[float]] = {}
@@ -185,7 +180,7 @@ def _measure(
             rows += y.shape[:-1].numel()
             for (layer, x, _), *g in zip(calls, *grads, strict=True):
                 if layer.name not in weights:
-                    weights[layer.name] = [quantizer.weight(layer) for quantizer in quantizers]
+                    weights[layer.name] = variants.of(layer)
                     losses[layer.name] = [0.0] * len(schemes)
                 for j, delta in enumerate(_errors(layer, weights[layer.name], x)):
                     dots = ((t.float() * delta).sum(-1).double() for t in g if t is not None)

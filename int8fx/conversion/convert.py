@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
-from ..calibration.calibrate import Calibration
 from ..schemes import LLMInt8, Rotated, Scheme, llm_int8
+from ..schemes.calibration import Calibration
 from ..schemes.gptq import round_weight
 from ..schemes.quantize import quantize_weight
 from .layers import Layer, check_modules, choose, grouped, plan
@@ -35,7 +35,7 @@ def convert(
 
     Weights of linear layers, attention, fused experts and bare Parameters used in products become int8 codes and a
     float32 scale per output channel. ``torch.compile(model)`` then rewrites what is left of dequantised products: the
-    passes are appended to Inductor's list (`int8fx.passes.uninstall` takes them out).
+    passes are appended to Inductor's list (`int8fx.uninstall` takes them out).
 
     Args:
         model: an ``nn.Module``, a ``torch.fx.GraphModule`` or a ``torch.export.ExportedProgram``.
@@ -77,7 +77,7 @@ def convert(
         )
     if not converted:
         warnings.warn("int8fx.convert: no layer was converted; int8fx.summary(model) says why", stacklevel=2)
-    from ..passes import install
+    from ..passes.inductor import install
 
     install()
     return model
@@ -156,7 +156,7 @@ class Pack:
                     columns = self._columns.setdefault((columns.device, *columns.tolist()), columns)
                 kept = weight.index_select(-1, columns).clone()
             if self.scheme.rounding == "gptq" and fake is None:
-                codes, scale, kept = round_weight(weight, self.calibration.moments[tied[0].name], block, columns)
+                codes, scale, _, kept = round_weight(weight, self.calibration.moments[tied[0].name], block, columns)
             else:
                 codes, scale = quantize_weight(weight, block, columns)
             return (codes, scale) if columns is None or kept is None else (codes, scale, columns, kept)
@@ -173,9 +173,8 @@ class Pack:
 
     def describe(self, layer: Layer) -> PackedWeight:
         assert layer.layout is not None
-        scheme, K = self.scheme, layer.oriented().shape[-1]
-        rest = (layer.recipe.kernel_dims, scheme.block, scheme.dynamic_columns(K))
-        return PackedWeight(layer.layout, layer.weight.dtype, scheme.threshold, *rest)
+        scheme = self.scheme
+        return PackedWeight(layer.layout, layer.weight.dtype, scheme.threshold, layer.recipe.kernel_dims, scheme.block)
 
 
 def _beside(layer: Layer) -> tuple[str, int]:

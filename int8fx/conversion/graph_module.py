@@ -19,13 +19,13 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node
 
-from ..calibration.calibrate import Calibration
-from ..graph.emit import NO_ROTATION, call, without_defaults
+from ..graph.count import count_ops
+from ..graph.emit import call, call_int8
 from ..graph.products import read_product
 from ..graph.weights import follow
-from ..passes import count_ops
 from ..passes.lower import lower
 from ..schemes import Scheme
+from ..schemes.calibration import Calibration
 from ..schemes.quantize import compute_dtype
 from .convert import Pack, leave_reasons, pack_layers
 from .layers import HEAD, Layer, check_modules, choose, layer_name, packed_layers, plan, walk
@@ -179,9 +179,8 @@ def _read_packed(use: Node, packed: list[Node], layer: Layer, described: PackedW
     first = next(node for node in graph.nodes if node in use.users)
     val = use.meta.get("val")
     with graph.inserting_before(first):
-        rotation = without_defaults((described.block, columns, columns_weight, described.top), NO_ROTATION)
-        args = (codes, scale, weight.dtype, described.threshold, *rotation)
-        new = graph.call_function(torch.ops.int8fx.dequantize.default, args)
+        args = (codes, scale, described.threshold, described.block, columns, columns_weight)
+        new = call_int8(graph, torch.ops.int8fx.dequantize.default, *args, dtype=weight.dtype)
         new.meta["val"] = (
             torch.empty(weight.shape, dtype=weight.dtype, device="meta") if val is None else val.new_empty(weight.shape)
         )
@@ -201,8 +200,8 @@ def _embedding_rows(graph: Graph, ids: Node, packed: list[Node], described: Pack
         return call(graph, aten.mul.Tensor, call(graph, aten._to_copy.default, codes, dtype=dtype), scale)
     if kept:
         kept = [kept[0], call(graph, aten.index.Tensor, kept[1], [ids])]
-    args = (codes, scale, dtype, described.threshold, described.block, *kept)
-    rows = call(graph, torch.ops.int8fx.dequantize.default, *args)
+    args = (codes, scale, described.threshold, described.block, *kept)
+    rows = call_int8(graph, torch.ops.int8fx.dequantize.default, *args, dtype=dtype)
     return call(graph, aten.mul.Tensor, rows, 1)  # `lower` must not take rows for a weight: it looks behind no mul
 
 

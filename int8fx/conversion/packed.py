@@ -28,9 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops  # noqa: F401  registers the library
-
-SCALE, COLUMNS, COLUMNS_WEIGHT = "_scale", "_columns", "_columns_weight"
-SUFFIXES = ("", SCALE, COLUMNS, COLUMNS_WEIGHT)  # of the buffers of a packed weight, behind its name
+from ..schemes.weight import COLUMNS, SUFFIXES, Int8Weight, PackedTensors
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,13 @@ class PackedWeight:
     threshold: of the LLM.int8() products it takes part in.
     kernel_dims: how many dimensions of size 1 follow (2 for a 1x1 ``Conv2d``).
     block: of the rotation that its codes are in; 1 for none.
-    top: how many columns those products keep in 16 bits in each call, chosen by their x.
     """
 
     layout: str
     dtype: torch.dtype
-    threshold: float
+    threshold: float | None
     kernel_dims: int = 0
     block: int = 1
-    top: int = 0
 
 
 class PackedModule(nn.Module):
@@ -65,22 +61,19 @@ class PackedModule(nn.Module):
             KeyError: the module has no packed weight of that name.
         """
         packed = self.packed_weights[name]
-        codes, scale, *rotation = self.packed(name)
-        w = torch.ops.int8fx.dequantize.default(codes, scale, packed.dtype, packed.threshold, *rotation)
+        w = torch.ops.int8fx.dequantize.default(*self.packed(name), dtype=packed.dtype)
         if packed.layout == "KN":
             w = w.transpose(-1, -2)
         return w.reshape(*w.shape, *[1] * packed.kernel_dims) if packed.kernel_dims else w
 
-    def packed(self, name: str = "weight") -> tuple:
-        """``(codes, scale, block, columns, columns_weight, top)``: what the ops take of the packed weight ``name``."""
-        packed, buffers = self.packed_weights[name], self._buffers
-        kept = (buffers[name + COLUMNS], buffers[name + COLUMNS_WEIGHT]) if name + COLUMNS in buffers else (None, None)
-        return buffers[name], buffers[name + SCALE], packed.block, *kept, packed.top
+    def packed(self, name: str = "weight") -> Int8Weight:
+        """The packed weight ``name`` as the ops take it."""
+        packed, tensors = self.packed_weights[name], PackedTensors.of(self._buffers, name)
+        columns, columns_weight = tensors.columns, tensors.columns_weight
+        return Int8Weight(tensors.codes, tensors.scale, packed.threshold, packed.block, columns, columns_weight)
 
     def packed_linear(self, x: Tensor, name: str = "weight", bias: Tensor | None = None) -> Tensor:
-        codes, scale, *rotation = self.packed(name)
-        threshold = self.packed_weights[name].threshold
-        return torch.ops.int8fx.linear.default(x, codes, scale, bias, threshold, "none", None, "none", *rotation)
+        return torch.ops.int8fx.linear.default(x, *self.packed(name), bias)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("packed_weights", ()):

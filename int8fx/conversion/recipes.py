@@ -117,9 +117,10 @@ def convolution_forward(self, x: Tensor) -> Tensor:
 
 def embedding_forward(self, ids: Tensor) -> Tensor:
     """Rows of the table, not by ``int8fx::dequantize``: they are activations, and no product's weight."""
-    codes, scale, block, columns, columns_weight, _ = self.packed("weight")
-    kept = (columns, None if columns_weight is None else columns_weight[ids])
-    return dequantize(codes[ids], scale[ids], self.packed_weights["weight"].dtype, block, *kept)
+    weight = self.packed("weight")
+    columns_weight = None if weight.columns_weight is None else weight.columns_weight[ids]
+    rows = weight._replace(codes=weight.codes[ids], scale=weight.scale[ids], columns_weight=columns_weight)
+    return dequantize(rows, self.packed_weights["weight"].dtype)
 
 
 def attention_forward(
@@ -165,10 +166,8 @@ def experts_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     x = hidden_states[order // top_k]
 
     def product(x: Tensor, name: str) -> Tensor:
-        codes, scale, *rotation = self.packed(name)
         bias = getattr(self, f"{name}_bias") if self.has_bias else None
-        threshold = self.packed_weights[name].threshold
-        return torch.ops.int8fx.grouped_linear.default(x, codes, scale, bias, offsets, threshold, *rotation)
+        return torch.ops.int8fx.grouped_linear.default(x, offsets, *self.packed(name), bias)
 
     y = self._apply_gate(product(x, "gate_up_proj")) if self.has_gate else self.act_fn(product(x, "up_proj"))
     y = product(y, "down_proj")

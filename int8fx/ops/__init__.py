@@ -1,12 +1,14 @@
 """The ops of the ``int8fx`` library: schemas, fakes, autograd, autocast and the dispatch to kernels.
 
+Every op takes the fields of an `Int8Weight` and of an `Epilogue` in their order: ``linear(x, *weight, *epilogue)``.
 No output's shape depends on data: the number of outlier columns never leaves an op.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,33 +16,33 @@ from torch._subclasses import FakeTensor
 
 from ..schemes.quantize import compute_dtype
 from ..schemes.quantize import dequantize as _dequantize
-from . import fallback as cpu
-from . import gpu, native
-from .checks import check_dequantize, check_grouped, check_linear, check_linear_quantized, check_quantize
+from ..schemes.weight import Epilogue, Int8Weight
+from . import fallback, gpu, native
+from .checks import (
+    check_dequantize,
+    check_grouped_linear,
+    check_linear,
+    check_linear_quantized,
+    check_quantize_rowwise,
+    count_rows,
+)
+from .rows import Form, form
 
+_WEIGHT = (
+    "Tensor weight, Tensor weight_scale, float? threshold=None, int block=1, Tensor? columns=None, "
+    "Tensor? columns_weight=None"
+)
+_EPILOGUE = "Tensor? bias=None, str activation='none', Tensor? other=None, str binary='none'"
 _LIB = torch.library.Library("int8fx", "DEF")
-_EPILOGUE = "str activation='none', Tensor? other=None, str binary='none'"
-_ROTATION = "int block=1, Tensor? columns=None, Tensor? columns_weight=None"
-_LIB.define(
-    f"linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, float threshold, {_EPILOGUE}, {_ROTATION}, "
-    "int top=0) -> Tensor"
-)
-_LIB.define(
-    "linear_quantized(Tensor x, Tensor codes, Tensor x_scale, Tensor outlier_mask, Tensor weight, Tensor weight_scale, "
-    f"Tensor? bias, {_EPILOGUE}, {_ROTATION}) -> Tensor"
-)
-_LIB.define(
-    "quantize_rowwise(Tensor x, float threshold, int block=1, Tensor? columns=None, int top=0) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-_LIB.define(
-    "grouped_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor offsets, float threshold, "
-    f"{_ROTATION}, int top=0) -> Tensor"
-)
-_LIB.define(
-    "dequantize(Tensor weight, Tensor weight_scale, ScalarType dtype, float threshold=6.0, "
-    f"{_ROTATION}, int top=0) -> Tensor"
-)
+for _schema in (
+    f"linear(Tensor x, {_WEIGHT}, {_EPILOGUE}) -> Tensor",
+    f"linear_quantized(Tensor x, Tensor codes, Tensor x_scale, Tensor outlier_mask, {_WEIGHT}, {_EPILOGUE}) -> Tensor",
+    "quantize_rowwise(Tensor x, float? threshold=None, int block=1, Tensor? columns=None, *, bool for_linear=False) "
+    "-> (Tensor, Tensor, Tensor)",
+    f"grouped_linear(Tensor x, Tensor offsets, {_WEIGHT}, Tensor? bias=None) -> Tensor",
+    f"dequantize({_WEIGHT}, *, ScalarType dtype) -> Tensor",
+):
+    _LIB.define(_schema)
 
 linear = torch.ops.int8fx.linear
 linear_quantized = torch.ops.int8fx.linear_quantized
@@ -49,179 +51,216 @@ grouped_linear = torch.ops.int8fx.grouped_linear
 dequantize = torch.ops.int8fx.dequantize
 
 
-# ---- int8fx::linear --------------------------------------------------------------------------------------------------
+# ---- arguments: as the dispatcher gives them, defaults left out, to types --------------------------------------------
+
+_WEIGHT_FIELDS = len(Int8Weight._fields)
 
 
-def _linear(kernels, x, weight, weight_scale, bias, threshold, activation="none", other=None, binary="none", *rotation):
-    check_linear(x, weight, weight_scale, bias, activation, other, binary, *rotation)
-    return kernels.linear(x, weight, weight_scale, bias, threshold, activation, other, binary, *rotation)
+def _linear_arguments(x: Tensor, *args: Any) -> tuple[Tensor, Int8Weight, Epilogue]:
+    return x, Int8Weight(*args[:_WEIGHT_FIELDS]), Epilogue(*args[_WEIGHT_FIELDS:])
 
 
-def _linear_fake(x, weight, weight_scale, bias, threshold, activation="none", other=None, binary="none", *rotation):
-    return x.new_empty(check_linear(x, weight, weight_scale, bias, activation, other, binary, *rotation))
+def _linear_quantized_arguments(
+    x: Tensor, codes: Tensor, x_scale: Tensor, outlier_mask: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Int8Weight, Epilogue]:
+    return x, codes, x_scale, outlier_mask, Int8Weight(*args[:_WEIGHT_FIELDS]), Epilogue(*args[_WEIGHT_FIELDS:])
 
 
-def _setup_backward(op, ctx, output, weight, weight_scale, bias, activation, other, block, columns, columns_weight):
-    ctx.refused = None
-    if activation != "none" or other is not None:
-        ctx.refused = RuntimeError(
-            f"int8fx::{op} has no gradient through its epilogue (activation, other); the fold pass makes such calls "
-            "only in graphs whose backward has been traced"
-        )
-        if not isinstance(output, FakeTensor):  # AOTInductor calls folded products on fakes, with gradients enabled
-            raise ctx.refused
-    ctx.save_for_backward(weight, weight_scale, columns, columns_weight)
-    ctx.block = block
-    ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+def _grouped_linear_arguments(
+    x: Tensor, offsets: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Int8Weight, Tensor | None]:
+    bias = args[_WEIGHT_FIELDS] if len(args) > _WEIGHT_FIELDS else None
+    return x, offsets, Int8Weight(*args[:_WEIGHT_FIELDS]), bias
 
 
-def _backward(ctx, grad, bias_at):
-    """The gradients of x, through the dequantised weight, and of the bias."""
-    if ctx.refused is not None:
-        raise ctx.refused
-    weight, weight_scale, *kept = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grad @ torch.ops.int8fx.dequantize(weight, weight_scale, grad.dtype, 6.0, ctx.block, *kept)
-    if ctx.bias is not None and ctx.needs_input_grad[bias_at]:
-        shape, dtype = ctx.bias
-        lead = tuple(range(len(shape) - 1, grad.dim() - 1))
-        grad_bias = (grad.sum(lead) if lead else grad).to(dtype)
-    return grad_x, grad_bias
+# ---- kernels and fakes -----------------------------------------------------------------------------------------------
 
 
-def _linear_setup_context(ctx, inputs, output):
-    _, weight, weight_scale, bias, _, activation, other, _, *rotation, _ = inputs
-    _setup_backward("linear", ctx, output, weight, weight_scale, bias, activation, other, *rotation)
+def _linear(kernels: ModuleType, *args: Any) -> Tensor:
+    arguments = _linear_arguments(*args)
+    check_linear(*arguments)
+    return kernels.linear(*arguments)
 
 
-def _linear_backward(ctx, grad):
-    grad_x, grad_bias = _backward(ctx, grad, bias_at=3)
-    return grad_x, None, None, grad_bias, *[None] * 8
+def _linear_fake(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(check_linear(*_linear_arguments(x, *args)))
 
 
-# ---- int8fx::quantize_rowwise and int8fx::linear_quantized -----------------------------------------------------------
+def _linear_quantized(kernels: ModuleType, *args: Any) -> Tensor:
+    arguments = _linear_quantized_arguments(*args)
+    check_linear_quantized(*arguments)
+    return kernels.linear_quantized(*arguments)
 
 
-def _quantize_rowwise(kernels, x, threshold, *rotation):
-    check_quantize(x, *rotation)
-    return kernels.quantize_rowwise(x, threshold, *rotation)
+def _linear_quantized_fake(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(check_linear_quantized(*_linear_quantized_arguments(x, *args)))
 
 
-def _quantize_rowwise_fake(x, threshold, *rotation):
-    check_quantize(x, *rotation)
-    M = 1
-    for size in x.shape[:-1]:
-        M = M * size
-    K = x.shape[-1]
-    scale_dtype = compute_dtype(x.dtype)
+def _grouped_linear(kernels: ModuleType, *args: Any) -> Tensor:
+    arguments = _grouped_linear_arguments(*args)
+    check_grouped_linear(*arguments)
+    return kernels.grouped_linear(*arguments)
+
+
+def _grouped_linear_fake(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(check_grouped_linear(*_grouped_linear_arguments(x, *args)))
+
+
+def _quantize_rowwise(
+    kernels: ModuleType,
+    x: Tensor,
+    threshold: float | None = None,
+    block: int = 1,
+    columns: Tensor | None = None,
+    for_linear: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``for_linear``: the result goes to `linear_quantized` alone. Where that does not read it, it is not computed."""
+    check_quantize_rowwise(x, threshold, block, columns)
+    if for_linear and form(count_rows(x), x.device.type, threshold, block, columns is not None) is not Form.QUANTIZED:
+        return _empty_quantized(x)
+    return kernels.quantize_rowwise(x, threshold, block, columns)
+
+
+def _quantize_rowwise_fake(
+    x: Tensor,
+    threshold: float | None = None,
+    block: int = 1,
+    columns: Tensor | None = None,
+    for_linear: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_quantize_rowwise(x, threshold, block, columns)
+    return _empty_quantized(x)
+
+
+def _empty_quantized(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    M, K = count_rows(x), x.shape[-1]
     return (
         x.new_empty((M, K), dtype=torch.int8),
-        x.new_empty((M,), dtype=scale_dtype),
+        x.new_empty((M,), dtype=compute_dtype(x.dtype)),
         x.new_empty((K,), dtype=torch.bool),
     )
 
 
-def _quantize_rowwise_setup_context(ctx, inputs, output):
+def _dequantize_kernel(*weight: Any, dtype: torch.dtype) -> Tensor:
+    """How a packed weight reads where no int8 matmul is known.
+
+    The threshold does not enter the value. It tells the `lower` pass which int8 matmul replaces a dequantised one.
+    """
+    int8_weight = Int8Weight(*weight)
+    check_dequantize(int8_weight, dtype)
+    return _dequantize(int8_weight._replace(codes=int8_weight.codes.contiguous()), dtype)
+
+
+def _dequantize_fake(*weight: Any, dtype: torch.dtype) -> Tensor:
+    int8_weight = Int8Weight(*weight)
+    check_dequantize(int8_weight, dtype)
+    return torch.empty(int8_weight.codes.shape, dtype=dtype, device=int8_weight.codes.device)
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+# Of x, through the dequantised weight, and of the bias. Weights are frozen.
+
+
+def _save_for_backward(ctx, op: str, output: Tensor, weight: Int8Weight, epilogue: Epilogue) -> None:
+    ctx.refused = None
+    if epilogue.activation != "none" or epilogue.other is not None:
+        ctx.refused = RuntimeError(
+            f"int8fx::{op} has no gradient through its epilogue (activation, other); the fold pass makes such calls "
+            "only in graphs whose backward has been traced"
+        )
+        if not isinstance(output, FakeTensor):  # AOTInductor calls folded matmuls on fakes, with gradients enabled
+            raise ctx.refused
+    ctx.save_for_backward(weight.codes, weight.scale, weight.columns, weight.columns_weight)
+    ctx.block = weight.block
+    ctx.bias = None if epilogue.bias is None else (epilogue.bias.shape, epilogue.bias.dtype)
+
+
+def _saved_weight(ctx, tensors: Sequence[Any]) -> Int8Weight:
+    codes, scale, columns, columns_weight = tensors
+    return Int8Weight(codes, scale, None, ctx.block, columns, columns_weight)
+
+
+def _backward(op: str) -> Callable:
+    """The backward of `linear` or `linear_quantized`: one gradient for each argument of the op."""
+    names = [argument.name for argument in getattr(torch.ops.int8fx, op).default._schema.arguments]
+    x_at, bias_at = names.index("x"), names.index("bias")
+
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.refused is not None:
+            raise ctx.refused
+        grads: list[Tensor | None] = [None] * len(names)
+        if ctx.needs_input_grad[x_at]:
+            weight = _saved_weight(ctx, ctx.saved_tensors)
+            grads[x_at] = grad @ torch.ops.int8fx.dequantize(*weight, dtype=grad.dtype)
+        if ctx.bias is not None and ctx.needs_input_grad[bias_at]:
+            shape, dtype = ctx.bias
+            lead = tuple(range(len(shape) - 1, grad.dim() - 1))
+            grads[bias_at] = (grad.sum(lead) if lead else grad).to(dtype)
+        return tuple(grads)
+
+    return backward
+
+
+def _linear_setup_context(ctx, inputs, output):
+    _, weight, epilogue = _linear_arguments(*inputs)
+    _save_for_backward(ctx, "linear", output, weight, epilogue)
+
+
+def _linear_quantized_setup_context(ctx, inputs, output):
+    *_, weight, epilogue = _linear_quantized_arguments(*inputs)
+    _save_for_backward(ctx, "linear_quantized", output, weight, epilogue)
+
+
+def _quantize_rowwise_setup_context(ctx, inputs, keyword_only_inputs, output):
     ctx.mark_non_differentiable(*output)
 
 
 def _quantize_rowwise_backward(ctx, *grads):
-    return (None,) * 5
+    return (None,) * 4
 
 
-def _linear_quantized(kernels, *args):
-    check_linear_quantized(*args)
-    return kernels.linear_quantized(*args)
-
-
-def _linear_quantized_fake(x, *args):
-    return x.new_empty(check_linear_quantized(x, *args))
-
-
-def _linear_quantized_setup_context(ctx, inputs, output):
-    _, _, _, _, weight, weight_scale, bias, activation, other, _, *rotation = inputs
-    _setup_backward("linear_quantized", ctx, output, weight, weight_scale, bias, activation, other, *rotation)
-
-
-def _linear_quantized_backward(ctx, grad):
-    grad_x, grad_bias = _backward(ctx, grad, bias_at=6)
-    return grad_x, None, None, None, None, None, grad_bias, *[None] * 6
-
-
-# ---- int8fx::grouped_linear ------------------------------------------------------------------------------------------
-
-
-def _grouped_linear(kernels, x, weight, weight_scale, bias, offsets, threshold, *rotation):
-    check_grouped(x, weight, weight_scale, bias, offsets, *rotation)
-    return kernels.grouped_linear(x, weight, weight_scale, bias, offsets, threshold, *rotation)
-
-
-def _grouped_linear_fake(x, weight, weight_scale, bias, offsets, threshold, *rotation):
-    check_grouped(x, weight, weight_scale, bias, offsets, *rotation)
-    return x.new_empty((x.shape[0], weight.shape[1]))
-
-
-def _grouped_setup_context(ctx, inputs, output):
-    _, weight, weight_scale, bias, offsets, _, block, columns, columns_weight, _ = inputs
-    ctx.save_for_backward(weight, weight_scale, offsets, columns, columns_weight)
-    ctx.block = block
+def _grouped_linear_setup_context(ctx, inputs, output):
+    _, offsets, weight, bias = _grouped_linear_arguments(*inputs)
+    ctx.save_for_backward(offsets, weight.codes, weight.scale, weight.columns, weight.columns_weight)
+    ctx.block = weight.block
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _grouped_backward(ctx, grad):
-    weight, weight_scale, offsets, columns, columns_weight = ctx.saved_tensors
-    E, N, K = weight.shape
+def _grouped_linear_backward(ctx, grad):
+    offsets, *tensors = ctx.saved_tensors
+    weight = _saved_weight(ctx, tensors)
+    E, N, K = weight.codes.shape
     rows = torch.arange(grad.shape[0], device=grad.device)
-    group = torch.searchsorted(offsets.to(rows.dtype), rows, right=True)  # E for rows behind the last group
+    group = torch.searchsorted(offsets.to(rows.dtype), rows, right=True)  # E for rows after the last group
     grad = grad.masked_fill((group == E)[:, None], 0)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = grad.new_zeros(grad.shape[0], K)
         for e in range(E):
             part = grad.masked_fill((group != e)[:, None], 0)
-            kept = (columns, None if columns_weight is None else columns_weight[e])
-            w = torch.ops.int8fx.dequantize(weight[e], weight_scale[e], grad.dtype, 6.0, ctx.block, *kept)
-            grad_x = grad_x + part @ w
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
+            grad_x = grad_x + part @ torch.ops.int8fx.dequantize(*weight.of_expert(e), dtype=grad.dtype)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[2 + _WEIGHT_FIELDS]:
         grad_bias = grad.new_zeros(E, N).index_add(0, group.clamp(max=E - 1), grad).to(ctx.bias_dtype)
-    return grad_x, None, None, grad_bias, *[None] * 6
-
-
-# ---- int8fx::dequantize ----------------------------------------------------------------------------------------------
-# How a packed weight reads where no int8 product is known. The threshold and top do not enter the value: they tell the
-# `lower` pass which product to put in the place of a dequantised one.
-
-
-def _dequantize_kernel(
-    weight, weight_scale, dtype, threshold=6.0, block=1, columns=None, columns_weight=None, top=0
-):  # fmt: skip
-    check_dequantize(weight, weight_scale, dtype, threshold, block, columns, columns_weight, top)
-    return _dequantize(weight.contiguous(), weight_scale, dtype, block, columns, columns_weight)
-
-
-def _dequantize_fake(weight, weight_scale, dtype, *scheme):
-    check_dequantize(weight, weight_scale, dtype, *scheme)
-    return torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    return grad_x, None, *[None] * _WEIGHT_FIELDS, grad_bias
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 
 def kernel_on(kernels: ModuleType, name: str) -> Callable:
-    """The op ``name`` on the kernels of one module, `cpu` or `gpu`, with its checks."""
+    """The op ``name`` on the kernels of one module, `fallback` or `gpu`, with its checks."""
     checked = _CHECKED[name]
-    return lambda *args: checked(kernels, *args)
+    return lambda *args, **kwargs: checked(kernels, *args, **kwargs)
 
 
 def _without_library(name: str) -> Callable:
-    """What CPU tensors reach until the C++ kernels are loaded: loads them, or runs `cpu` if that fails."""
-    op, kernel = getattr(torch.ops.int8fx, name).default, kernel_on(cpu, name)
+    """What CPU tensors reach until the C++ kernels are loaded: loads them, or runs `fallback` if that fails."""
+    op, kernel = getattr(torch.ops.int8fx, name).default, kernel_on(fallback, name)
 
-    def run(x, *args):
+    def run(x, *args, **kwargs):
         if x.device.type != "cpu":
             raise NotImplementedError(f"int8fx::{name}: no kernel for tensors on {x.device}; legal: cpu, cuda")
-        return op(x, *args) if native.load() else kernel(x, *args)
+        return op(x, *args, **kwargs) if native.load() else kernel(x, *args, **kwargs)
 
     return run
 
@@ -249,10 +288,10 @@ for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"int8fx::{_name}", _fake, lib=_LIB)
 
 for _name, _formula, _setup in (
-    ("linear", _linear_backward, _linear_setup_context),
-    ("linear_quantized", _linear_quantized_backward, _linear_quantized_setup_context),
+    ("linear", _backward("linear"), _linear_setup_context),
+    ("linear_quantized", _backward("linear_quantized"), _linear_quantized_setup_context),
     ("quantize_rowwise", _quantize_rowwise_backward, _quantize_rowwise_setup_context),
-    ("grouped_linear", _grouped_backward, _grouped_setup_context),
+    ("grouped_linear", _grouped_linear_backward, _grouped_linear_setup_context),
 ):
     torch.library.register_autograd(f"int8fx::{_name}", _formula, setup_context=_setup, lib=_LIB)
 

@@ -1,4 +1,7 @@
-"""CPU kernels of the int8fx ops, made of torch's own operators."""
+"""The ops in torch's own operators: for any device and dtype, where no kernel serves.
+
+They serve CPUs without a C++ compiler, and float64 on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..schemes.quantize import INT8_MAX, compute_dtype, dequantize, outlier_mask, rotate
-from ..schemes.quantize import quantize_rowwise as _quantize_rowwise
+from ..schemes.quantize import INT8_MAX, compute_dtype, outlier_mask
+from ..schemes.quantize import quantize_rowwise as quantize_rows
+from ..schemes.rotate import rotate
+from ..schemes.weight import Epilogue, Int8Weight
+from .rows import Form, form
 
 _EXACT_K = 2**24 // INT8_MAX**2  # integers up to 2**24 are exact in float32: 1040 products
 _TILE = 1 << 16  # elements of y that stay in the second-level cache while columns are added to them
 _PIECE = 1 << 14  # elements: a multiple of every SIMD width, below torch's 32,768 for a second thread
-_BLOCK = 1 << 20  # weight codes widened to float32 at a time: 4 MiB
+_BLOCK = 1 << 20  # int8 weights widened to float32 at a time: 4 MiB
 
 
 @cache
 def has_fast_int_mm() -> bool:
-    """Whether ``aten::_int_mm`` runs on int8 dot-product instructions here, and sums without saturating.
+    """Whether ``aten::_int_mm`` runs on int8 dot-product instructions on this CPU, and sums without saturating.
 
     Without AVX512-VNNI it is a scalar loop (29x slower than float32 on an AMD EPYC 7003, torch 2.13), and
     oneDNN's int8 kernels for AVX2 saturate 16-bit partial sums.
@@ -35,20 +41,20 @@ def has_fast_int_mm() -> bool:
 def int8_matmul(codes: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """``codes[M, K] @ weight[N, K].T`` of int8 codes as ``[M, N]`` of ``dtype``, float32 or float64.
 
-    With VNNI or AMX: ``aten::_int_mm``, int32 sums. Without: the integers are multiplied by the float GEMM,
-    for float32 in slices of 1040 columns, in which every partial sum is an integer below 2**24 and so
-    exact in whatever order it is made; the slices' sums are added one after the other in float32, as an int32 sum is
-    rounded to float32 anyway.
+    With VNNI or AMX it is ``aten::_int_mm``, with int32 sums. (Not for K = 1, where torch 2.13 with VNNI returns
+    uninitialised memory.) Without, the integers are multiplied by the float GEMM. For float32 that is done in slices of
+    1040 columns. Every partial sum of a slice is an integer below 2**24, and so exact in any order. The slices' sums
+    are added one after the other in float32, as an int32 sum is rounded to float32 anyway.
     """
-    if has_fast_int_mm():
-        return torch._int_mm(codes, weight.t()).to(dtype)
     M, K = codes.shape
     N = weight.shape[0]
-    y = torch.empty(M, N, dtype=dtype)
+    if codes.device.type == "cpu" and K > 1 and has_fast_int_mm():
+        return torch._int_mm(codes, weight.t()).to(dtype)
+    y = codes.new_empty(M, N, dtype=dtype)
     x = codes.to(dtype)
     step = max(1, _BLOCK // max(K, 1))
     exact = _EXACT_K if dtype == torch.float32 else max(K, 1)
-    widened = torch.empty(min(step, N), K, dtype=dtype)  # one buffer: a fresh one per block costs its page faults
+    widened = codes.new_empty(min(step, N), K, dtype=dtype)  # one buffer: a fresh one per block costs its page faults
     for n in range(0, N, step):
         block = widened[: min(step, N - n)].copy_(weight[n : n + step])
         out = y[:, n : n + step] if step < N else y
@@ -58,60 +64,93 @@ def int8_matmul(codes: Tensor, weight: Tensor, dtype: torch.dtype = torch.float3
     return y
 
 
+def _float_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """``x[M, K] @ weight[N, K].T`` with int8 codes widened to x's dtype, a block of channels at a time."""
+    N, K = weight.shape
+    y = x.new_empty(x.shape[0], N)
+    step = max(1, _BLOCK // max(K, 1))
+    for n in range(0, N, step):
+        y[:, n : n + step] = x @ weight[n : n + step].to(x.dtype).t()
+    return y
+
+
 def quantize_rowwise(
-    x: Tensor, threshold: float, block: int = 1, columns: Tensor | None = None, top: int = 0
+    x: Tensor, threshold: float | None, block: int = 1, columns: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes ``[M, K]``, scale ``[M]`` and outlier mask ``[K]`` of x, as `reference.linear` makes them."""
     x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     if columns is not None:
         x = x.index_fill(1, columns, 0)
-    mask = outlier_mask(x, threshold, columns, top)
-    found = mask if mask.any() else None
-    if block == 1:
-        return *_quantize_rowwise(x, found), mask
-    if found is not None:
-        x = x.masked_fill(found, 0)
-    return *_quantize_rowwise(rotate(x.to(compute_dtype(x.dtype)), block)), mask
+    mask = outlier_mask(x, threshold, columns)
+    if block > 1:
+        x = rotate(x.to(compute_dtype(x.dtype)), block)
+    return *quantize_rows(x, mask if threshold is not None else None), mask
+
+
+def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Tensor:
+    """`reference.linear`."""
+    if weight.codes.dim() == 3:
+        y = x.new_empty(*x.shape[:-1], weight.codes.shape[-2])
+        for e in range(weight.codes.shape[0]):
+            y[e] = linear(x[e], weight.of_expert(e), epilogue.of_expert(e))
+        return y
+    if _form(x, weight) is not Form.WEIGHT_ONLY:
+        return linear_quantized(
+            x, *quantize_rowwise(x, weight.threshold, weight.block, weight.columns), weight, epilogue
+        )
+    x2d = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(compute_dtype(x.dtype))
+    quantised = x2d if weight.columns is None else x2d.index_fill(1, weight.columns, 0)
+    y = _float_matmul(quantised, weight.codes).mul_(weight.scale.to(x2d.dtype))
+    return _finish(y, x, x2d, weight, epilogue)
 
 
 def linear_quantized(
-    x: Tensor,
-    codes: Tensor,
-    x_scale: Tensor,
-    mask: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    activation: str = "none",
-    other: Tensor | None = None,
-    binary: str = "none",
-    block: int = 1,
-    columns: Tensor | None = None,
-    columns_weight: Tensor | None = None,
+    x: Tensor, codes: Tensor, x_scale: Tensor, mask: Tensor, weight: Int8Weight, epilogue: Epilogue
 ) -> Tensor:
+    """`linear` of x whose `quantize_rowwise` is given."""
+    if _form(x, weight) is Form.WEIGHT_ONLY:
+        return linear(x, weight, epilogue)
     ct = compute_dtype(x.dtype)
-    N = weight.shape[0]
-    weight_scale = weight_scale.to(ct)
-    y = int8_matmul(codes, weight, ct)
-    y.mul_(x_scale[:, None]).mul_(weight_scale)
-    outliers = mask.nonzero().squeeze(-1)
+    weight_scale = weight.scale.to(ct)
+    x2d = x.reshape(codes.shape)
+    y = int8_matmul(codes, weight.codes, ct).mul_(x_scale[:, None]).mul_(weight_scale)
+    outliers = mask.nonzero().squeeze(-1) if weight.threshold is not None else mask.new_empty(0, dtype=torch.int64)
     if outliers.numel():
-        kept = x.reshape(codes.shape).index_select(1, outliers).to(ct)
-        for n in range(0, N, step := max(1, _BLOCK // (outliers.numel() if block == 1 else mask.numel()))):
-            rows = slice(n, n + step)
-            if block == 1:
-                kept_weight = dequantize(weight[rows].index_select(1, outliers), weight_scale[rows], ct)
-            else:
-                kept_weight = dequantize(weight[rows], weight_scale[rows], ct, block).index_select(1, outliers)
-            y[:, rows].addmm_(kept, kept_weight.t())
-    if columns is not None and columns_weight is not None:
-        _add_columns(y, x.reshape(codes.shape).index_select(1, columns).to(ct), columns_weight.to(ct))
-    if bias is not None:
-        y.add_(bias)
-    if activation != "none":
-        _activate(y.view(-1), _ACTIVATIONS[activation])
-    y = y.view(*x.shape[:-1], N)
-    if other is not None:
-        y = y.add_(other) if binary == "add" else y.mul_(other)
+        x_outliers = x2d.index_select(1, outliers).to(ct)
+        for n in range(0, y.shape[1], step := max(1, _BLOCK // outliers.numel())):
+            channels = slice(n, n + step)
+            residual_weight = weight.codes[channels].index_select(1, outliers).to(ct)
+            y[:, channels].addmm_(x_outliers, residual_weight.mul_(weight_scale[channels, None]).t())
+    return _finish(y, x, x2d, weight, epilogue)
+
+
+def grouped_linear(x: Tensor, offsets: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+    """`reference.grouped_linear`."""
+    y = x.new_zeros(x.shape[0], weight.codes.shape[-2])
+    begin = 0
+    for e, end in enumerate(offsets.tolist()):
+        if end > begin:
+            y[begin:end] = linear(x[begin:end], weight.of_expert(e), Epilogue(bias).of_expert(e))
+        begin = max(begin, end)
+    return y
+
+
+def _form(x: Tensor, weight: Int8Weight) -> Form:
+    rows = math.prod(x.shape[:-1])
+    return form(rows, x.device.type, weight.threshold, weight.block, weight.columns is not None)
+
+
+def _finish(y: Tensor, x: Tensor, x2d: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Tensor:
+    """Adds the unquantised columns and the epilogue to ``y [M, N]``, and rounds it to x's shape and dtype."""
+    if weight.columns is not None and weight.columns_weight is not None:
+        _add_columns(y, x2d.index_select(1, weight.columns).to(y.dtype), weight.columns_weight.to(y.dtype))
+    if epilogue.bias is not None:
+        y.add_(epilogue.bias)
+    if epilogue.activation != "none":
+        _activate(y.view(-1), _ACTIVATIONS[epilogue.activation])
+    y = y.view(*x.shape[:-1], y.shape[1])
+    if epilogue.other is not None:
+        y = y.add_(epilogue.other) if epilogue.binary == "add" else y.mul_(epilogue.other)
     return y.to(x.dtype)
 
 
@@ -135,10 +174,10 @@ def _activate(y: Tensor, function: Callable[[Tensor], Tensor]) -> None:
     that may round differently: a row's result would depend on where in the batch the row stands.
     """
     for piece in y.split(_PIECE):
-        whole = piece if piece.numel() == _PIECE else F.pad(piece, (0, _PIECE - piece.numel()))
-        function(whole)
-        if whole is not piece:
-            piece.copy_(whole[: piece.numel()])
+        padded = piece if piece.numel() == _PIECE else F.pad(piece, (0, _PIECE - piece.numel()))
+        function(padded)
+        if padded is not piece:
+            piece.copy_(padded[: piece.numel()])
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -147,53 +186,3 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": torch.ops.aten.gelu_,
     "gelu_tanh": lambda y: torch.ops.aten.gelu_(y, approximate="tanh"),
 }
-
-
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    threshold: float,
-    activation: str = "none",
-    other: Tensor | None = None,
-    binary: str = "none",
-    block: int = 1,
-    columns: Tensor | None = None,
-    columns_weight: Tensor | None = None,
-    top: int = 0,
-) -> Tensor:
-    if weight.dim() == 2:
-        quantized = quantize_rowwise(x, threshold, block, columns, top)
-        return linear_quantized(
-            x, *quantized, weight, weight_scale, bias, activation, other, binary, block, columns, columns_weight
-        )
-    y = x.new_empty(*x.shape[:-1], weight.shape[-2])
-    for e in range(weight.shape[0]):
-        bias_e, other_e, columns_e = (None if t is None else t[e] for t in (bias, other, columns_weight))
-        rotation = (block, columns, columns_e, top)
-        y[e] = linear(x[e], weight[e], weight_scale[e], bias_e, threshold, activation, other_e, binary, *rotation)
-    return y
-
-
-def grouped_linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    offsets: Tensor,
-    threshold: float,
-    block: int = 1,
-    columns: Tensor | None = None,
-    columns_weight: Tensor | None = None,
-    top: int = 0,
-) -> Tensor:
-    y = x.new_zeros(x.shape[0], weight.shape[-2])
-    begin = 0
-    for e, end in enumerate(offsets.tolist()):
-        if end > begin:
-            bias_e, columns_e = (None if t is None else t[e] for t in (bias, columns_weight))
-            product = (weight[e], weight_scale[e], bias_e, threshold, "none", None, "none")
-            y[begin:end] = linear(x[begin:end], *product, block, columns, columns_e, top)
-        begin = end
-    return y

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from .rows import WEIGHT_ONLY_ROWS_CPU
+
 SOURCES = Path(__file__).parent / "csrc"
 _COMMON = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
@@ -68,6 +70,7 @@ def command(isa: InstructionSet, output: Path) -> list[str]:
     """The compiler's command line; ``CXX`` names another compiler than ``c++``."""
     root = Path(torch.__file__).parent
     flags = [*_COMMON, *isa.flags, f"-DCPU_CAPABILITY={isa.capability}", f"-DCPU_CAPABILITY_{isa.capability}"]
+    flags.append(f"-DINT8FX_WEIGHT_ONLY_ROWS={WEIGHT_ONLY_ROWS_CPU}")
     for include in (root / "include", root / "include/torch/csrc/api/include"):
         flags += ["-isystem", str(include)]
     libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]

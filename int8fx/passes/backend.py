@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 
 
 def int8fx(gm: GraphModule, example_inputs: list, *, mode: str | None = None, options: dict[str, Any] | None = None):
-    """Compiles ``gm`` by Inductor with `passes.PASSES` behind the joint-graph passes of others, for this graph only.
+    """Compiles ``gm`` by Inductor with `inductor.PASSES` after the joint-graph passes of others, for this graph only.
 
     Args:
         gm, example_inputs: as Dynamo gives them to a backend.
@@ -20,7 +20,8 @@ def int8fx(gm: GraphModule, example_inputs: list, *, mode: str | None = None, op
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    from . import PASSES, count_ops, installed_passes
+    from ..graph.count import count_ops
+    from .inductor import PASSES, installed_passes
 
     if not count_ops(gm.graph):
         warnings.warn("int8fx: no packed weight in this graph; call int8fx.convert(model) first", stacklevel=2)

@@ -1,20 +1,20 @@
-"""Folds what follows a product into its epilogue: bias, activation, residual add, gate.
+"""Folds what follows an int8 matmul into its epilogue: bias, activation, skip connection, gate.
 
 Before::
 
-    g = int8fx.linear(x, wg, sg, None, 6.0)
-    u = int8fx.linear(x, wu, su, None, 6.0)
+    g = int8fx.linear(x, wg, sg, 6.0)
+    u = int8fx.linear(x, wu, su, 6.0)
     h = aten.mul(silu(g), u)                    # silu, gelu, gelu_tanh as their decompositions
-    d = int8fx.linear(h, wd, sd, None, 6.0)
-    y = aten.add(residual, aten.add(d, bias))
+    d = int8fx.linear(h, wd, sd, 6.0)
+    y = aten.add(skip, aten.add(d, bias))
 
 After::
 
-    g = int8fx.linear(x, wg, sg, None, 6.0, "silu")
-    h = int8fx.linear(x, wu, su, None, 6.0, "none", g, "mul")
-    y = int8fx.linear(h, wd, sd, bias, 6.0, "none", residual, "add")
+    g = int8fx.linear(x, wg, sg, 6.0, activation="silu")
+    h = int8fx.linear(x, wu, su, 6.0, other=g, binary="mul")
+    y = int8fx.linear(h, wd, sd, 6.0, bias=bias, other=skip, binary="add")
 
-Only where the product has no other use, and nothing broadcasts or changes dtype.
+Only where the matmul's result has no other use, and nothing broadcasts or changes dtype.
 """
 
 from __future__ import annotations
@@ -22,26 +22,24 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from ..graph.emit import call, erase_dead
+from ..graph.emit import erase_dead, read_epilogue, read_weight, with_epilogue
 from ..graph.verify import verify
+from ..schemes.weight import Epilogue
 
 aten = torch.ops.aten
 _CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
-_LINEAR, _QUANTIZED = "linear", "linear_quantized"
 
 
 def fold(graph: Graph) -> int:
     """Rewrites ``graph`` in place; returns how many operations it folded."""
-    ops = torch.ops.int8fx
-    positions = {ops.linear.default: (3, 5), ops.linear_quantized.default: (6, 7)}
+    targets = (torch.ops.int8fx.linear.default, torch.ops.int8fx.linear_quantized.default)
     count = 0
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in positions and "val" in node.meta:
-            bias_at, epilogue_at = positions[node.target]
-            while (step := _next(node, bias_at, epilogue_at)) is not None:
-                old, args = step
+        if node.op == "call_function" and node.target in targets and "val" in node.meta:
+            while (step := _next(node)) is not None:
+                old, epilogue = step
                 with graph.inserting_before(old):
-                    new = call(graph, node.target, *args)
+                    new = with_epilogue(graph, node, epilogue)
                 verify(old, new)
                 old.replace_all_uses_with(new)
                 erase_dead(old)
@@ -49,19 +47,17 @@ def fold(graph: Graph) -> int:
     return count
 
 
-def _next(node: Node, bias_at: int, epilogue_at: int) -> tuple[Node, list] | None:
-    """The operation that can be folded into ``node`` next, and the arguments of the product that does both."""
-    args = [*node.args, *("none", None, "none")[len(node.args) - epilogue_at :]]
-    activation, other = args[epilogue_at : epilogue_at + 2]
-    if other is not None or not node.users:
+def _next(node: Node) -> tuple[Node, Epilogue] | None:
+    """The operation that can be folded into ``node`` next, and the epilogue that does both."""
+    epilogue = read_epilogue(node)
+    if epilogue.other is not None or not node.users:
         return None
     _drop_clone(node)
-    if activation == "none":
+    if epilogue.activation == "none":
         for name, pattern in _ACTIVATIONS:
             root = _match_activation(node, pattern)
             if root is not None:
-                args[epilogue_at] = name
-                return root, args
+                return root, epilogue._replace(activation=name)
     user = next(iter(node.users))
     binary = {aten.add.Tensor: "add", aten.mul.Tensor: "mul"}.get(user.target)
     if len(node.users) != 1 or binary is None or user.kwargs:
@@ -72,16 +68,14 @@ def _next(node: Node, bias_at: int, epilogue_at: int) -> tuple[Node, list] | Non
     y, val = node.meta["val"], operand.meta["val"]
     if val.device != y.device or not val.is_floating_point() or user.meta["val"].dtype != y.dtype:
         return None
-    found, expected = ([str(s) for s in t.shape] for t in (val, y))  # to compare symbols themselves could add a guard
-    if binary == "add" and activation == "none" and args[bias_at] is None:
-        weight = node.args[bias_at - 2].meta["val"]
-        if weight.dim() == 2 and y.dim() > 1 and found == expected[-1:]:
-            args[bias_at] = operand
-            return user, args
-    if found != expected:
+    operand_shape, y_shape = ([str(s) for s in t.shape] for t in (val, y))  # comparing symbols could add a guard
+    if binary == "add" and epilogue.activation == "none" and epilogue.bias is None:
+        codes = read_weight(node).codes.meta["val"]
+        if codes.dim() == 2 and y.dim() > 1 and operand_shape == y_shape[-1:]:
+            return user, epilogue._replace(bias=operand)
+    if operand_shape != y_shape:
         return None
-    args[epilogue_at + 1 : epilogue_at + 3] = [operand, binary]
-    return user, args
+    return user, epilogue._replace(other=operand, binary=binary)
 
 
 def _drop_clone(node: Node) -> None:

@@ -1,8 +1,8 @@
-"""Puts int8 products in the place of products with dequantised weights.
+"""Replaces matmuls with dequantised weights by int8 ones.
 
 Before::
 
-    w: bf16[N, K] = int8fx.dequantize(weight, weight_scale, bfloat16, 6.0)
+    w: bf16[N, K] = int8fx.dequantize(weight, weight_scale, 6.0, dtype=bfloat16)
     t: bf16[K, N] = aten.permute(w, [1, 0])
     x2: bf16[B*S, K] = aten.view(x, [B*S, K])
     y2: bf16[B*S, N] = aten.addmm(bias, x2, t)
@@ -10,7 +10,7 @@ Before::
 
 After::
 
-    y: bf16[B, S, N] = int8fx.linear(x, weight, weight_scale, bias, 6.0)
+    y: bf16[B, S, N] = int8fx.linear(x, weight, weight_scale, 6.0, bias=bias)
 
 The same for mm, bmm (experts, or a broadcast weight), baddbmm, matmul, linear, einsum and grouped_mm, with the
 weight on either side, through any views of it that only permute, add or remove dimensions of size 1, pick an expert or

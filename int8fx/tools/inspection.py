@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from ..calibration.calibrate import run_batch
 from ..calibration.observe import observe
-from ..conversion.layers import Layer, plan
-from ..conversion.quantizer import Quantizer
+from ..calibration.variants import Variants, convertible
+from ..conversion.layers import Layer
 from ..ops import linear
 from ..schemes import Scheme
 from ..schemes.calibration import Calibration
 from ..schemes.quantize import DEFAULT_THRESHOLD
-from ..schemes.weight import COLUMNS, COLUMNS_WEIGHT
+from ..schemes.weight import COLUMNS, COLUMNS_WEIGHT, Int8Weight
 from ..terminal import show_progress, table
 
 
@@ -110,14 +110,15 @@ def inspect(
     Raises:
         ValueError: there are no batches, or they reached no layer of the model.
     """
-    layers = {layer.name: layer for layer in plan(model) if layer.reason is None}
-    quantizers = {label: Quantizer(scheme, calibration, layers.values()) for label, scheme in schemes.items()}
+    layers = convertible(model)
+    variants = Variants(schemes.values(), calibration, layers.values())
     inputs: dict[str, _Inputs] = {}
 
     def see(name: str, x: Tensor) -> None:
         if name in layers and x.shape[0]:
             if name not in inputs:
-                inputs[name] = _Inputs(layers[name], quantizers, threshold)
+                weights = dict(zip(schemes, variants.of(layers[name]), strict=True))
+                inputs[name] = _Inputs(layers[name], weights, threshold)
             inputs[name].add(x)
 
     batches = list(data)
@@ -137,14 +138,13 @@ def inspect(
 class _Inputs:
     """The sums over the inputs of one layer."""
 
-    def __init__(self, layer: Layer, quantizers: dict[str, Quantizer], threshold: float) -> None:
-        self.layer, self.threshold = layer, threshold
+    def __init__(self, layer: Layer, int8_weights: dict[str, Int8Weight], threshold: float) -> None:
+        self.layer, self.int8_weights, self.threshold = layer, int8_weights, threshold
         self.weight = layer.oriented()
         K = self.weight.shape[-1]
         self.rows = 0
         self.count, self.absmax = torch.zeros(K, dtype=torch.int64), torch.zeros(K)
-        self.square, self.error = 0.0, dict.fromkeys(quantizers, 0.0)
-        self.packed = {label: quantizer.weight(layer) for label, quantizer in quantizers.items()}
+        self.square, self.error = 0.0, dict.fromkeys(int8_weights, 0.0)
 
     def add(self, x: Tensor) -> None:
         size = x.abs().float()
@@ -155,14 +155,15 @@ class _Inputs:
             return
         exact = x.double() @ self.weight.double().T
         self.square += float(exact.square().sum())
-        for label, weight in self.packed.items():
+        for label, weight in self.int8_weights.items():
             self.error[label] += float((linear(x, *weight).double() - exact).square().sum())
 
     def report(self) -> LayerReport:
         columns = self.count.nonzero().squeeze(-1).tolist()
         outliers = [Outlier(c, self.count[c].item() / self.rows, self.absmax[c].item()) for c in columns]
         outliers.sort(key=lambda o: (-o.share, -o.absmax))
-        full_name = self.layer.full_name
+        name, parameter = self.layer.name, self.layer.parameter
+        full_name = f"{name}.{parameter}" if parameter == "weight" and name != parameter else name
         return LayerReport(
             name=self.layer.name,
             shape=tuple(self.weight.shape),
@@ -170,10 +171,11 @@ class _Inputs:
             outliers=outliers,
             absmax=self.absmax.tolist(),
             buffers=(full_name + COLUMNS, full_name + COLUMNS_WEIGHT),
-            columns={label: w.columns.tolist() for label, w in self.packed.items() if w.columns is not None},
-            error={k: (v / self.square) ** 0.5 for k, v in self.error.items()} if self.square else {},
-            bytes={
-                "float": self.weight.nbytes,
-                **{label: sum(t.nbytes for t in w if isinstance(t, Tensor)) for label, w in self.packed.items()},
-            },
+            columns={label: w.columns.tolist() for label, w in self.int8_weights.items() if w.columns is not None},
+            error={label: (error / self.square) ** 0.5 for label, error in self.error.items()} if self.square else {},
+            bytes={"float": self.weight.nbytes, **{label: _bytes(w) for label, w in self.int8_weights.items()}},
         )
+
+
+def _bytes(weight: Int8Weight) -> int:
+    return sum(t.nbytes for t in weight if isinstance(t, Tensor))

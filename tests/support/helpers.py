@@ -1,29 +1,23 @@
 """What the tests share: activations with outliers, a float64 oracle, computed error budgets, hypothesis strategies.
 
 No tolerance here is chosen. A budget is the reference's own error against float64 plus the rounding that
-`int8fx.schemes.reference.linear` derives for its sums and for the dtype of the result.
+`reference.linear` derives for its sums and for the dtype of the result.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from int8fx.ops.rows import Form, form
 from int8fx.schemes import reference
-from int8fx.schemes.quantize import (
-    NO_THRESHOLD,
-    compute_dtype,
-    dequantize,
-    outlier_mask,
-    quantize_rowwise,
-    quantize_weight,
-    rotate,
-    rotation_blocks,
-)
+from int8fx.schemes.quantize import compute_dtype, dequantize, outlier_mask, quantize_rowwise, quantize_weight
+from int8fx.schemes.rotate import rotate, rotation_blocks
+from int8fx.schemes.weight import NO_EPILOGUE, Epilogue, Int8Weight
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INF = float("inf")
@@ -116,48 +110,36 @@ def packed_weight(
 
 
 @dataclass(frozen=True)
-class Rotation:
-    """The last arguments of `int8fx::linear`."""
-
-    block: int = 1
-    columns: Tensor | None = None
-    columns_weight: Tensor | None = None
-    top: int = 0
-
-    def __iter__(self):
-        return iter((self.block, self.columns, self.columns_weight, self.top))
-
-    def of_expert(self, e: int) -> Rotation:
-        kept = self.columns_weight
-        return Rotation(self.block, self.columns, None if kept is None else kept[e], self.top)
-
-
-PLAIN = Rotation()
-
-
-@dataclass(frozen=True)
 class Problem:
-    """The arguments of `int8fx::linear`; iterates over those that every scheme has."""
+    """The arguments of `int8fx::linear`."""
 
     x: Tensor
-    codes: Tensor
-    scale: Tensor
-    bias: Tensor | None
-    threshold: float
-    rotation: Rotation = PLAIN
+    weight: Int8Weight
+    epilogue: Epilogue = NO_EPILOGUE
 
     def __iter__(self):
-        return iter((self.x, self.codes, self.scale, self.bias, self.threshold))
+        """``linear(*problem)`` of `reference`, `fallback` and `gpu`."""
+        return iter((self.x, self.weight, self.epilogue))
 
     @property
-    def all(self) -> tuple:
-        """Every argument of `int8fx::linear`, without an epilogue."""
-        return (*self, "none", None, "none", *self.rotation)
+    def args(self) -> tuple:
+        """``torch.ops.int8fx.linear(*problem.args)``."""
+        return (self.x, *self.weight, *self.epilogue)
 
     @property
-    def quantize(self) -> tuple:
-        """The arguments of `int8fx::quantize_rowwise`."""
-        return self.x, self.threshold, self.rotation.block, self.rotation.columns, self.rotation.top
+    def quantize_args(self) -> tuple:
+        """``torch.ops.int8fx.quantize_rowwise(*problem.quantize_args)``."""
+        return self.x, self.weight.threshold, self.weight.block, self.weight.columns
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.epilogue.bias
+
+    def with_x(self, x: Tensor) -> Problem:
+        return replace(self, x=x)
+
+    def with_epilogue(self, **fields) -> Problem:
+        return replace(self, epilogue=self.epilogue._replace(**fields))
 
 
 def problem(
@@ -168,25 +150,32 @@ def problem(
     outliers: str = "some",
     dtype: torch.dtype = torch.float32,
     bias: bool = True,
-    threshold: float = 6.0,
+    threshold: float | None = 6.0,
+    block: int = 1,
+    columns: int = 0,
     seed: int = 0,
 ) -> Problem:
+    """A problem with a normal x and weight; ``columns``: how many are not quantised."""
     x = activation(M, K, outliers=outliers, dtype=dtype, seed=seed)
-    codes, scale = packed_weight(N, K, seed=seed + 1)
-    b = torch.randn(N, generator=generator(seed + 2)).to(dtype) if bias else None
-    return Problem(x, codes, scale, b, threshold)
+    packed, g = packed_weight(N, K, seed=seed + 1), generator(seed + 2)
+    b = torch.randn(N, generator=g).to(dtype) if bias else None
+    weight = Int8Weight(*packed, None if block > 1 else threshold, block)
+    if columns:
+        weight = weight._replace(
+            columns=torch.randperm(K, generator=g)[:columns].sort().values,
+            columns_weight=torch.randn(N, min(K, columns), generator=g).to(dtype),
+        )
+    return Problem(x, weight, Epilogue(b))
 
 
 # ---- the oracle and the budgets --------------------------------------------------------------------------------------
 
 
-def oracle(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None, rotation: Rotation = PLAIN) -> Tensor:
-    """``x @ (codes * scale).T + bias`` in float64: the product with the dequantised weight, x as it is."""
-    block, columns, columns_weight, _ = rotation
-    w = dequantize(codes, scale, torch.float64, block, columns, columns_weight)
-    y = x.double() @ w.transpose(-1, -2)
+def oracle(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """``x @ W.T + bias`` in float64, W the dequantised weight: the matmul of x as it is."""
+    y = x.double() @ dequantize(weight, torch.float64).transpose(-1, -2)
     if bias is not None:
-        y = y + (bias.double() if codes.dim() == 2 else bias.double().unsqueeze(-2))
+        y = y + (bias.double() if weight.codes.dim() == 2 else bias.double().unsqueeze(-2))
     return y
 
 
@@ -223,25 +212,27 @@ class Bound:
         return error + output_rounding(y.abs() + error, dtype)
 
 
-STREAMED_ROWS = 4  # up to which the C++ kernels multiply in floating point (csrc/product.h)
+def form_of(x: Tensor, weight: Int8Weight) -> Form:
+    """Which form serves x on its device."""
+    rows = math.prod(x.shape[:-1]) if weight.codes.dim() == 2 else x.shape[-2]
+    return form(rows, x.device.type, weight.threshold, weight.block, weight.columns is not None)
 
 
-def kernels_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None, threshold: float = 6.0
-) -> Tensor:
-    """`reference.linear` as the kernels compute it: what they do more exactly for few rows is done so here as well."""
-    few = math.prod(x.shape[:-1]) <= STREAMED_ROWS
-    return reference.linear(x, codes, scale, bias, 0.0 if few else threshold)
+def kernels_linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue = NO_EPILOGUE) -> Tensor:
+    """`reference.linear` as the kernels compute it: x is not quantised where they do not quantise it."""
+    if form_of(x, weight) is Form.WEIGHT_ONLY:
+        weight = weight._replace(threshold=0.0)
+    return reference.linear(x, weight, epilogue)
 
 
-def slices_of(x: Tensor) -> int:
+def slices_of(x: Tensor, weight: Int8Weight) -> int:
     """Into how many parts a kernel may cut its int8 sum: what each part adds is a rounding.
 
-    torch's operators: float32 sums of 1040 integers. The C++ kernels, of few rows: products in floating point, 16 sums
-    at once at least (8 in float64), a rest of less than two vectors, and the sum of the sums.
+    torch's operators: float32 sums of 1040 integers. Weight-only kernels: floating point, 16 sums at once at least (8
+    in float64), a remainder of less than two vectors, and the sum of the sums.
     """
-    K, M = x.shape[-1], math.prod(x.shape[:-1]) if x.dim() < 3 else min(math.prod(x.shape[:-1]), x.shape[-2])
-    return math.ceil(K / 1040) if M > STREAMED_ROWS else math.ceil(K / 8) + 32
+    K = x.shape[-1]
+    return math.ceil(K / 8) + 32 if form_of(x, weight) is Form.WEIGHT_ONLY else math.ceil(K / 1040)
 
 
 def rotation_error(z: Tensor, block: int, ct: torch.dtype) -> Tensor:
@@ -255,37 +246,27 @@ def rotation_error(z: Tensor, block: int, ct: torch.dtype) -> Tensor:
     return t
 
 
-def bound(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    threshold: float,
-    slices: int | None = None,
-    rotation: Rotation = PLAIN,
-) -> Bound:
+def bound(x: Tensor, weight: Int8Weight, bias: Tensor | None = None, slices: int | None = None) -> Bound:
     """The bound in `reference.linear`'s docstring; ``slices``: see `slices_of`."""
-    slices = slices_of(x) if slices is None else slices
-    if codes.dim() == 3:
+    slices = slices_of(x, weight) if slices is None else slices
+    if weight.codes.dim() == 3:
         parts = [
-            bound(x[e], codes[e], scale[e], None if bias is None else bias[e], threshold, slices, rotation.of_expert(e))
-            for e in range(codes.shape[0])
+            bound(x[e], weight.of_expert(e), None if bias is None else bias[e], slices)
+            for e in range(weight.codes.shape[0])
         ]
         return Bound(*(torch.stack([getattr(p, name) for p in parts]) for name in ("codes", "sums", "magnitude")))
+    codes, scale, threshold, block, columns, columns_weight = weight
     K, ct = x.shape[-1], compute_dtype(x.dtype)
-    block, columns, columns_weight, top = rotation
     x2d = x.reshape(math.prod(x.shape[:-1]), K).to(ct)
-    rest = x2d if columns is None else x2d.index_fill(1, columns, 0)
-    mask = outlier_mask(rest, threshold, columns, top)
-    rest = rest.masked_fill(mask, 0)
-    x_codes, x_scale = quantize_rowwise(rotate(rest, block))
+    quantised = x2d if columns is None else x2d.index_fill(1, columns, 0)
+    mask = outlier_mask(quantised, threshold, columns)
+    quantised = quantised.masked_fill(mask, 0)
+    x_codes, x_scale = quantize_rowwise(rotate(quantised, block))
     x_scale = x_scale.double().unsqueeze(-1)
     v = (codes.double() * scale.double().unsqueeze(-1)).abs()
-    w = dequantize(codes, scale, torch.float64, block).abs()
     included = ~mask if block == 1 else torch.ones_like(mask)
     rounded = x_scale / 2 * (1 + 2**-16) * v[:, included].sum(-1)
-    out = x2d[:, mask].double().abs()
-    magnitude = (x_codes.double().abs() * x_scale) @ v.T + out @ w[:, mask].T
+    magnitude = (x_codes.double().abs() * x_scale) @ v.T + x2d[:, mask].double().abs() @ v[:, mask].T
     outliers = int(mask.sum())
     if columns is not None:
         magnitude = magnitude + x2d[:, columns].double().abs() @ columns_weight.double().abs().T
@@ -296,10 +277,8 @@ def bound(
     sums = n / (1 - n) * magnitude + (outliers + 1) * half_subnormal(ct)
     sums = sums + (K + 3) * unit_roundoff(torch.float64) * magnitude  # the oracle's own
     if block > 1:
-        of_weight = rotation_error(v, block, ct) + 2 * unit_roundoff(ct) * w
-        sums = sums + rotation_error(rest, block, ct) @ v.T + out @ of_weight[:, mask].T
-        kept = x2d.double().abs() @ rotation_error(v, block, torch.float64).T
-        sums = sums + kept  # the oracle's own rotation
+        sums = sums + rotation_error(quantised, block, ct) @ v.T
+        sums = sums + x2d.double().abs() @ rotation_error(v, block, torch.float64).T  # the oracle's own rotation
     shape = (*x.shape[:-1], codes.shape[0])
     return Bound(rounded.reshape(shape), sums.reshape(shape), magnitude.reshape(shape))
 
@@ -308,23 +287,18 @@ _SLOPE = {"none": 1.0, "relu": 1.0, "silu": 1.0999, "gelu": 1.129, "gelu_tanh": 
 _ACTIVATION_ROUNDINGS = 8  # of exp, erf or tanh and the few operations around them, relative to their argument
 
 
-def epilogue(v: Tensor, activation: str = "none", other: Tensor | None = None, binary: str = "none") -> Tensor:
-    v = reference.ACTIVATIONS[activation](v)
-    return v if other is None else reference.BINARIES[binary](v, other.to(v.dtype))
+def apply(epilogue: Epilogue, v: Tensor) -> Tensor:
+    """Activation and binary of ``epilogue`` on v, which has the bias already."""
+    v = reference.ACTIVATIONS[epilogue.activation](v)
+    return v if epilogue.other is None else reference.BINARIES[epilogue.binary](v, epilogue.other.to(v.dtype))
 
 
 def error_budget(
     x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    threshold: float,
-    activation: str = "none",
-    other: Tensor | None = None,
-    binary: str = "none",
+    weight: Int8Weight,
+    epilogue: Epilogue = NO_EPILOGUE,
     *,
     slices: int | None = None,
-    rotation: Rotation = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """``(exact, budget)``, both float64 ``[..., N]``: what a kernel computes, and how far it may be from it.
 
@@ -332,16 +306,17 @@ def error_budget(
     + rounding of the output dtype``.
     """
     ct, u = compute_dtype(x.dtype), unit_roundoff(compute_dtype(x.dtype))
-    v = oracle(x, codes, scale, bias, rotation)
-    exact = epilogue(v, activation, other, binary)
-    found = reference.linear(x.to(ct), codes, scale, bias, threshold, activation, other, binary, *rotation).double()
-    slack = 2 * bound(x, codes, scale, bias, threshold, slices, rotation).sums * _SLOPE[activation]
+    _, activation, other, binary = epilogue
+    v = oracle(x, weight, epilogue.bias)
+    exact = apply(epilogue, v)
+    y = reference.linear(x.to(ct), weight, epilogue).double()
+    slack = 2 * bound(x, weight, epilogue.bias, slices).sums * _SLOPE[activation]
     if activation not in ("none", "relu"):
         slack = slack + 2 * _ACTIVATION_ROUNDINGS * u * v.abs()
     if other is not None:
         slack = slack * other.double().abs() if binary == "mul" else slack + 2 * u * other.double().abs()
         slack = slack + 4 * u * exact.abs()
-    error = 1.05 * (found - exact).abs() + slack
+    error = 1.05 * (y - exact).abs() + slack
     return exact, error + output_rounding(exact.abs() + error, x.dtype)
 
 
@@ -374,39 +349,26 @@ def assert_within(y: Tensor, exact: Tensor, budget: Tensor, magnitude: Tensor) -
 def assert_within_budget(
     y: Tensor,
     x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    threshold: float,
-    activation: str = "none",
-    other: Tensor | None = None,
-    binary: str = "none",
+    weight: Int8Weight,
+    epilogue: Epilogue = NO_EPILOGUE,
     *,
     slices: int | None = None,
-    rotation: Rotation = PLAIN,
 ) -> None:
     """``error(y) <= 1.05 * error(reference) + rounding``, element by element against float64; see `error_budget`."""
     assert y.dtype == x.dtype
-    assert y.shape == (*x.shape[:-1], codes.shape[-2])
-    epilogue_of = (activation, other, binary)
-    exact, budget = error_budget(x, codes, scale, bias, threshold, *epilogue_of, slices=slices, rotation=rotation)
-    magnitude = bound(x, codes, scale, bias, threshold, rotation=rotation).magnitude
+    assert y.shape == (*x.shape[:-1], weight.codes.shape[-2])
+    exact, budget = error_budget(x, weight, epilogue, slices=slices)
+    magnitude = bound(x, weight, epilogue.bias).magnitude
+    other = epilogue.other
     assert_within(y, exact, budget, magnitude if other is None else magnitude * other.double().abs().clamp_min(1))
 
 
-def assert_within_bound(
-    y: Tensor,
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    threshold: float,
-    rotation: Rotation = PLAIN,
-) -> None:
+def assert_within_bound(y: Tensor, x: Tensor, weight: Int8Weight, epilogue: Epilogue = NO_EPILOGUE) -> None:
     """``abs(y - y*) <= Q + S + R`` of `reference.linear`'s docstring, element by element against float64."""
+    assert epilogue._replace(bias=None) == NO_EPILOGUE, "the bound is for results before an activation"
     assert y.dtype == x.dtype
-    exact = oracle(x, codes, scale, bias, rotation)
-    terms = bound(x, codes, scale, bias, threshold, rotation=rotation)
+    exact = oracle(x, weight, epilogue.bias)
+    terms = bound(x, weight, epilogue.bias)
     assert_within(y, exact, terms.total(exact, x.dtype), terms.magnitude)
 
 
@@ -414,7 +376,7 @@ def assert_within_bound(
 
 seeds = st.integers(0, 2**31 - 1)
 dtypes = st.sampled_from(DTYPES)
-thresholds = st.sampled_from((6.0, INF, 0.0, 2.5))
+thresholds = st.sampled_from((6.0, None, 0.0, 2.5))
 sizes = st.integers(0, 130)
 
 
@@ -442,33 +404,44 @@ def activations(draw, lead=None, K=None, dtype=dtypes, values=VALUES, layouts=LA
     return with_layout(x.reshape(*lead, K), draw(st.sampled_from(layouts)))
 
 
+SCHEMES = ("llm_int8", "columns", "rotated", "rotated columns")
+"""What an `Int8Weight` can be: with a threshold (or none), unquantised columns, a rotation, and both of the latter."""
+schemes = st.sampled_from(SCHEMES)
+
+
 @st.composite
-def problems(draw, dtype=dtypes, values=VALUES, layouts=LAYOUTS, batched: bool | None = False) -> Problem:
-    """Arguments of `int8fx::linear`; ``batched``: a 3-D weight (None: either)."""
+def weights(draw, K: int, experts: int | None = None, scheme=schemes, dtype=torch.float32) -> Int8Weight:
+    """A packed weight of any scheme; ``experts``: a 3-D weight. ``dtype``: of unquantised columns, or a 16-bit one."""
+    N, seed, name = draw(sizes), draw(seeds), draw(scheme)
+    zero_row, spread = draw(st.booleans()), draw(st.sampled_from((0.0, 8.0)))
+    packed = [packed_weight(N, K, zero_row=zero_row, spread=spread, seed=seed + e) for e in range(experts or 1)]
+    codes, scale = (torch.stack(parts) if experts else parts[0] for parts in zip(*packed, strict=True))
+    weight = Int8Weight(codes, scale)
+    if "rotated" in name:
+        weight = weight._replace(block=draw(st.sampled_from((2, 16, 64))))
+    else:
+        weight = weight._replace(threshold=draw(thresholds))
+    if "columns" in name:
+        count, g = min(K, draw(st.integers(0, 4))), generator(draw(seeds))
+        columns_weight = torch.randn(*codes.shape[:-1], count, generator=g)
+        weight = weight._replace(
+            columns=torch.randperm(K, generator=g)[:count].sort().values,
+            columns_weight=columns_weight.to(draw(st.sampled_from((dtype, torch.float16, torch.bfloat16)))),
+        )
+    return weight
+
+
+@st.composite
+def problems(
+    draw, dtype=dtypes, values=VALUES, layouts=LAYOUTS, batched: bool | None = False, scheme=schemes
+) -> Problem:
+    """Arguments of `int8fx::linear` with a bias or none; ``batched``: a 3-D weight (None: either)."""
     batched = draw(st.booleans()) if batched is None else batched
     lead = (draw(st.integers(1, 4)), draw(st.integers(0, 12))) if batched else draw(leads())
     x = draw(activations(lead=lead, dtype=dtype, values=values, layouts=layouts))
-    N = draw(sizes)
-    seed, zero_row, spread = draw(seeds), draw(st.booleans()), draw(st.sampled_from((0.0, 8.0)))
+    weight = draw(weights(x.shape[-1], x.shape[0] if batched else None, scheme, x.dtype))
     bias_dtype = draw(st.sampled_from((None, x.dtype, torch.float32, torch.float64)))
-    experts = x.shape[0] if batched else 1
-    packed = [packed_weight(N, x.shape[-1], zero_row=zero_row, spread=spread, seed=seed + e) for e in range(experts)]
-    codes, scale = (torch.stack(parts) if batched else parts[0] for parts in zip(*packed, strict=True))
-    bias = None if bias_dtype is None else torch.randn(scale.shape, generator=generator(seed)).to(bias_dtype)
-    return Problem(x, codes, scale, bias, draw(thresholds))
-
-
-@st.composite
-def rotated_problems(draw, thresholds=(NO_THRESHOLD, 6.0, INF), tops=(0, 1, 3), **kwargs) -> Problem:
-    """Arguments of `int8fx::linear` with a rotation, columns that are kept, or both."""
-    p = draw(problems(**kwargs))
-    K = p.x.shape[-1]
-    g, count = generator(draw(seeds)), min(K, draw(st.integers(0, 4)))
-    columns = columns_weight = None
-    if count:
-        columns = torch.randperm(K, generator=g)[:count].sort().values
-        dtype = draw(st.sampled_from((p.x.dtype, torch.float16, torch.bfloat16)))
-        columns_weight = torch.randn(*p.codes.shape[:-1], count, generator=g).to(dtype)
-    block = draw(st.sampled_from((1, 2, 16, 64)))
-    rotation = Rotation(block, columns, columns_weight, draw(st.sampled_from(tops)))
-    return Problem(*list(p)[:4], draw(st.sampled_from(thresholds)), rotation)
+    bias = None
+    if bias_dtype is not None:
+        bias = torch.randn(weight.scale.shape, generator=generator(draw(seeds))).to(bias_dtype)
+    return Problem(x, weight, Epilogue(bias))

@@ -3,10 +3,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/abs.h>
-#include <ATen/ops/amax.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/topk.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -31,38 +29,47 @@ at::ScalarType compute_dtype(const Tensor& x) { return x.scalar_type() == at::kD
 
 constexpr int64_t MAX_K = std::numeric_limits<int32_t>::max() / (INT8_MAX_CODE * INT8_MAX_CODE);
 
-bool weight_is_legal(const Tensor& x, const Tensor& weight, const Tensor& scale, const MaybeTensor& bias) {
-  const auto channels = weight.sizes().slice(0, std::max<int64_t>(weight.dim() - 1, 0));
-  return is_float(x) && x.dim() > 0 && weight.scalar_type() == at::kChar && weight.dim() >= 2 && is_float(scale) &&
-      scale.sizes() == channels && weight.size(-1) <= MAX_K && x.size(-1) == weight.size(-1) &&
-      (!bias.has_value() || (is_float(*bias) && bias->sizes() == channels));
-}
-
-// Columns that every call keeps, and a rotation of the rest; of any call, `top` more columns.
-struct Rotation {
+// A packed weight as the ops take it: schemes/weight.py has the fields.
+struct Int8Weight {
+  Tensor codes, scale;
+  std::optional<double> threshold;
   int64_t block;
   MaybeTensor columns, columns_weight;
-  int64_t top;
+
+  Int8Weight of_expert(int64_t e) const {
+    return {codes.select(0, e), scale.select(0, e), threshold, block, columns,
+            columns_weight.has_value() ? MaybeTensor(columns_weight->select(0, e)) : std::nullopt};
+  }
 };
 
-bool columns_are_legal(const Rotation& r, int64_t K) {
-  if (r.block < 1 || (r.block & (r.block - 1)) != 0 || r.top < 0) return false;
-  if (!r.columns.has_value()) return true;
-  if (r.columns->scalar_type() != at::kLong || r.columns->dim() != 1) return false;
-  const Tensor columns = r.columns->contiguous();
-  for (int64_t i = 0; i < columns.numel(); ++i) {
-    const int64_t k = columns.const_data_ptr<int64_t>()[i];
+bool quantisation_is_legal(
+    std::optional<double> threshold, int64_t block, const MaybeTensor& columns, int64_t K) {
+  if (threshold.has_value() && !(0 <= *threshold && *threshold <= std::numeric_limits<float>::max())) return false;
+  if (block < 1 || (block & (block - 1)) != 0 || (block > 1 && threshold.has_value())) return false;
+  if (!columns.has_value()) return true;
+  if (columns->scalar_type() != at::kLong || columns->dim() != 1) return false;
+  const Tensor indices = columns->contiguous();
+  for (int64_t i = 0; i < indices.numel(); ++i) {
+    const int64_t k = indices.const_data_ptr<int64_t>()[i];
     TORCH_CHECK_INDEX(0 <= k && k < K, "int8fx: columns has ", k, "; legal: 0 to K - 1 for K = ", K);
   }
   return true;
 }
 
-bool rotation_is_legal(const Rotation& r, const Tensor& weight) {
-  if (!columns_are_legal(r, weight.size(-1)) || r.columns.has_value() != r.columns_weight.has_value()) return false;
-  if (!r.columns.has_value()) return true;
-  at::DimVector shape(weight.sizes().begin(), weight.sizes().end());
-  shape.back() = r.columns->size(0);
-  return is_float(*r.columns_weight) && r.columns_weight->sizes() == at::IntArrayRef(shape);
+bool weight_is_legal(const Tensor& x, const Int8Weight& weight, const MaybeTensor& bias) {
+  const Tensor& codes = weight.codes;
+  const auto channels = codes.sizes().slice(0, std::max<int64_t>(codes.dim() - 1, 0));
+  if (!(is_float(x) && x.dim() > 0 && codes.scalar_type() == at::kChar && codes.dim() >= 2 && is_float(weight.scale) &&
+        weight.scale.sizes() == channels && codes.size(-1) <= MAX_K && x.size(-1) == codes.size(-1) &&
+        (!bias.has_value() || (is_float(*bias) && bias->sizes() == channels))))
+    return false;
+  if (!quantisation_is_legal(weight.threshold, weight.block, weight.columns, codes.size(-1)) ||
+      weight.columns.has_value() != weight.columns_weight.has_value())
+    return false;
+  if (!weight.columns.has_value()) return true;
+  at::DimVector shape(codes.sizes().begin(), codes.sizes().end());
+  shape.back() = weight.columns->size(0);
+  return is_float(*weight.columns_weight) && weight.columns_weight->sizes() == at::IntArrayRef(shape);
 }
 
 at::DimVector shape_of_y(const Tensor& x, const Tensor& weight) {
@@ -144,159 +151,148 @@ struct Quantized {
   Tensor codes, scale, mask;
 };
 
-// Marks the columns that have the largest absmax, among those that are not kept anyway.
-void mark_top(const Tensor& mask, const Tensor& x, const Rotation& rotation) {
-  Tensor absmax = at::amax(at::abs(x), {0});
-  int64_t free = absmax.numel();
-  if (rotation.columns.has_value()) {
-    absmax = absmax.index_fill(0, *rotation.columns, -1.0);
-    free -= rotation.columns->numel();
-  }
-  const Tensor largest = std::get<1>(at::topk(absmax, std::min(rotation.top, free)));
-  for (const int64_t k : values_of(largest)) mask.mutable_data_ptr<bool>()[k] = true;
-}
-
-Quantized quantize(const Tensor& x, double threshold, const Rotation& rotation) {
+Quantized quantize(const Tensor& x, std::optional<double> threshold, int64_t block, const MaybeTensor& columns) {
   const int64_t M = x.size(0), K = x.size(1);
   Quantized q{
       at::empty({M, K}, at::kChar), at::empty({M}, compute_dtype(x)), at::empty({K}, at::kBool)};
-  const std::vector<int64_t> columns = values_of(rotation.columns);
+  const std::vector<int64_t> indices = values_of(columns);
   dispatch(x, [&](auto of) {
     using scalar_t = decltype(of);
     const auto* data = x.const_data_ptr<scalar_t>();
     auto* mask = q.mask.mutable_data_ptr<bool>();
-    mark_outliers(data, M, K, threshold, mask);
-    for (const int64_t k : columns) mask[k] = false;
-    if (rotation.top > 0 && M > 0 && K > 0) mark_top(q.mask, x, rotation);
-    Tensor kept = q.mask;
-    if (!columns.empty()) {
-      kept = q.mask.clone();
-      for (const int64_t k : columns) kept.mutable_data_ptr<bool>()[k] = true;
+    std::fill_n(mask, K, false);  // not memset: mask is null for K = 0
+    if (threshold.has_value()) mark_outliers(data, M, K, *threshold, mask);
+    for (const int64_t k : indices) mask[k] = false;
+    Tensor excluded = q.mask;
+    if (!indices.empty()) {
+      excluded = q.mask.clone();
+      for (const int64_t k : indices) excluded.mutable_data_ptr<bool>()[k] = true;
     }
-    const auto* kept_mask = kept.const_data_ptr<bool>();
-    const bool any = std::find(kept_mask, kept_mask + K, true) != kept_mask + K;
-    quantize_rows(data, M, K, any ? kept_mask : nullptr, rotation.block, q.codes.mutable_data_ptr<int8_t>(),
+    const auto* excluded_mask = excluded.const_data_ptr<bool>();
+    const bool any = std::find(excluded_mask, excluded_mask + K, true) != excluded_mask + K;
+    quantize_rows(data, M, K, any ? excluded_mask : nullptr, block, q.codes.mutable_data_ptr<int8_t>(),
                   q.scale.mutable_data_ptr<compute_t<scalar_t>>());
   });
   return q;
 }
 
-// x [M, K], weight [N, K], all contiguous; q is not read where the product is streamed.
+// x [M, K], codes [N, K], all contiguous; q is not read where x is not quantised.
 void product_into(
-    const Tensor& y, const Tensor& x, const Quantized& q, const Tensor& weight, const Tensor& scale,
-    const Epilogue& epilogue, const Rotation& rotation) {
+    const Tensor& y, const Tensor& x, const Quantized& q, const Int8Weight& weight, const Epilogue& epilogue) {
   dispatch(x, [&](auto of) {
     using scalar_t = decltype(of);
     using P = Product<scalar_t>;
     P p{};
-    p.M = x.size(0), p.N = weight.size(0), p.K = x.size(1);
+    p.M = x.size(0), p.N = weight.codes.size(0), p.K = x.size(1);
     p.x = x.const_data_ptr<scalar_t>();
-    p.block = rotation.block;
-    p.columns = values_of(rotation.columns);
-    if (rotation.columns_weight.has_value()) p.columns_weight = rotation.columns_weight->contiguous();
-    if (!P::streamed(p.M, p.block)) {
+    p.columns = values_of(weight.columns);
+    if (weight.columns_weight.has_value()) p.columns_weight = weight.columns_weight->contiguous();
+    p.weight_only = weight_only(p.M, weight.block);
+    if (!p.weight_only) {
       p.codes = q.codes.const_data_ptr<int8_t>();
       p.x_scale = q.scale.const_data_ptr<compute_t<scalar_t>>();
-      p.outliers = columns_of(q.mask);
+      if (weight.threshold.has_value()) p.outliers = columns_of(q.mask);
     }
-    p.weight = weight.const_data_ptr<int8_t>();
-    p.weight_scale = scale;
+    p.weight = weight.codes.const_data_ptr<int8_t>();
+    p.weight_scale = weight.scale;
     p.epilogue = epilogue;
     p.y = y.mutable_data_ptr<scalar_t>();
     p.run();
   });
 }
 
-void linear_into(
-    const Tensor& y, const Tensor& x, const Tensor& weight, const Tensor& scale, double threshold,
-    const Epilogue& epilogue, const Rotation& rotation) {
-  const bool streamed = Product<float>::streamed(x.size(0), rotation.block);
-  product_into(y, x, streamed ? Quantized{} : quantize(x, threshold, rotation), weight, scale, epilogue, rotation);
+void linear_into(const Tensor& y, const Tensor& x, const Int8Weight& weight, const Epilogue& epilogue) {
+  Quantized q;
+  if (!weight_only(x.size(0), weight.block)) q = quantize(x, weight.threshold, weight.block, weight.columns);
+  product_into(y, x, q, weight, epilogue);
+}
+
+Int8Weight contiguous(Int8Weight weight) {
+  weight.codes = weight.codes.contiguous();
+  weight.scale = weight.scale.contiguous();
+  return weight;
 }
 
 Tensor of_expert(const Tensor& t, int64_t e) { return t.defined() ? t.select(0, e) : t; }
 
-Rotation of_expert(const Rotation& r, int64_t e) {
-  return {r.block, r.columns, r.columns_weight.has_value() ? MaybeTensor(r.columns_weight->select(0, e)) : std::nullopt,
-          r.top};
-}
-
 Tensor linear(
-    const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const MaybeTensor& bias, double threshold,
-    std::string_view activation, const MaybeTensor& other, std::string_view binary, int64_t block,
-    const MaybeTensor& columns, const MaybeTensor& columns_weight, int64_t top) {
-  const Rotation rotation{block, columns, columns_weight, top};
-  const bool legal = weight_is_legal(x, weight, weight_scale, bias) && rotation_is_legal(rotation, weight) &&
-      (weight.dim() == 2 || (weight.dim() == 3 && x.dim() == 3 && x.size(0) == weight.size(0)));
-  const auto epilogue = legal ? epilogue_of(x, weight, bias, activation, other, binary) : std::nullopt;
+    const Tensor& x, const Tensor& codes, const Tensor& scale, std::optional<double> threshold, int64_t block,
+    const MaybeTensor& columns, const MaybeTensor& columns_weight, const MaybeTensor& bias,
+    std::string_view activation, const MaybeTensor& other, std::string_view binary) {
+  Int8Weight weight{codes, scale, threshold, block, columns, columns_weight};
+  const bool legal = weight_is_legal(x, weight, bias) &&
+      (codes.dim() == 2 || (codes.dim() == 3 && x.dim() == 3 && x.size(0) == codes.size(0)));
+  const auto epilogue = legal ? epilogue_of(x, codes, bias, activation, other, binary) : std::nullopt;
   if (!epilogue)
-    refuse(LINEAR, x, weight, weight_scale, bias, threshold, std::string(activation), other,
-           std::string(binary), block, columns, columns_weight, top);
-  const Tensor y = at::empty(shape_of_y(x, weight), x.options().memory_format(at::MemoryFormat::Contiguous));
-  const Tensor codes = weight.contiguous(), scale = weight_scale.contiguous();
-  if (weight.dim() == 2) {
-    linear_into(y, rows_of(x), codes, scale, threshold, *epilogue, rotation);
+    refuse(LINEAR, x, codes, scale, threshold, block, columns, columns_weight, bias, std::string(activation), other,
+           std::string(binary));
+  const Tensor y = at::empty(shape_of_y(x, codes), x.options().memory_format(at::MemoryFormat::Contiguous));
+  weight = contiguous(weight);
+  if (codes.dim() == 2) {
+    linear_into(y, rows_of(x), weight, *epilogue);
     return y;
   }
-  for (int64_t e = 0; e < weight.size(0); ++e) {
+  for (int64_t e = 0; e < codes.size(0); ++e) {
     const Epilogue of_e{
         of_expert(epilogue->bias, e), epilogue->activation, of_expert(epilogue->other, e), epilogue->binary};
-    linear_into(y[e], rows_of(x[e]), codes[e], scale[e], threshold, of_e, of_expert(rotation, e));
+    linear_into(y[e], rows_of(x[e]), weight.of_expert(e), of_e);
   }
   return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_rowwise(
-    const Tensor& x, double threshold, int64_t block, const MaybeTensor& columns, int64_t top) {
-  const Rotation rotation{block, columns, std::nullopt, top};
-  if (!is_float(x) || x.dim() == 0 || !columns_are_legal(rotation, x.size(-1)))
-    refuse(QUANTIZE_ROWWISE, x, threshold, block, columns, top);
-  const Quantized q = quantize(rows_of(x), threshold, rotation);
+    const Tensor& x, std::optional<double> threshold, int64_t block, const MaybeTensor& columns, bool for_linear) {
+  if (!is_float(x) || x.dim() == 0 || !quantisation_is_legal(threshold, block, columns, x.size(-1)))
+    refuse(QUANTIZE_ROWWISE, x, threshold, block, columns, for_linear);
+  const Tensor rows = rows_of(x);
+  if (for_linear && weight_only(rows.size(0), block))  // linear_quantized does not read it
+    return {at::empty_like(rows, at::kChar), at::empty({rows.size(0)}, compute_dtype(x)),
+            at::empty({rows.size(1)}, at::kBool)};
+  const Quantized q = quantize(rows, threshold, block, columns);
   return {q.codes, q.scale, q.mask};
 }
 
 Tensor linear_quantized(
-    const Tensor& x, const Tensor& codes, const Tensor& x_scale, const Tensor& outlier_mask, const Tensor& weight,
-    const Tensor& weight_scale, const MaybeTensor& bias, std::string_view activation, const MaybeTensor& other,
-    std::string_view binary, int64_t block, const MaybeTensor& columns, const MaybeTensor& columns_weight) {
-  const Rotation rotation{block, columns, columns_weight, 0};
-  bool legal = weight_is_legal(x, weight, weight_scale, bias) && weight.dim() == 2 &&
-      rotation_is_legal(rotation, weight);
+    const Tensor& x, const Tensor& x_codes, const Tensor& x_scale, const Tensor& outlier_mask, const Tensor& codes,
+    const Tensor& scale, std::optional<double> threshold, int64_t block, const MaybeTensor& columns,
+    const MaybeTensor& columns_weight, const MaybeTensor& bias, std::string_view activation, const MaybeTensor& other,
+    std::string_view binary) {
+  const Int8Weight weight{codes, scale, threshold, block, columns, columns_weight};
+  bool legal = weight_is_legal(x, weight, bias) && codes.dim() == 2;
   if (legal) {
-    const int64_t K = weight.size(1), M = K == 0 ? codes.size(0) : x.numel() / K;
-    legal = codes.scalar_type() == at::kChar && codes.sizes() == at::IntArrayRef({M, K}) &&
+    const int64_t K = codes.size(1), M = K == 0 ? x_codes.size(0) : x.numel() / K;
+    legal = x_codes.scalar_type() == at::kChar && x_codes.sizes() == at::IntArrayRef({M, K}) &&
         x_scale.scalar_type() == compute_dtype(x) && x_scale.sizes() == at::IntArrayRef({M}) &&
         outlier_mask.scalar_type() == at::kBool && outlier_mask.sizes() == at::IntArrayRef({K});
   }
-  const auto epilogue = legal ? epilogue_of(x, weight, bias, activation, other, binary) : std::nullopt;
+  const auto epilogue = legal ? epilogue_of(x, codes, bias, activation, other, binary) : std::nullopt;
   if (!epilogue)
-    refuse(LINEAR_QUANTIZED, x, codes, x_scale, outlier_mask, weight, weight_scale, bias,
-           std::string(activation), other, std::string(binary), block, columns, columns_weight);
-  const Tensor y = at::empty(shape_of_y(x, weight), x.options().memory_format(at::MemoryFormat::Contiguous));
-  const Quantized q{codes.contiguous(), x_scale.contiguous(), outlier_mask.contiguous()};
-  product_into(y, rows_of(x), q, weight.contiguous(), weight_scale.contiguous(), *epilogue, rotation);
+    refuse(LINEAR_QUANTIZED, x, x_codes, x_scale, outlier_mask, codes, scale, threshold, block, columns,
+           columns_weight, bias, std::string(activation), other, std::string(binary));
+  const Tensor y = at::empty(shape_of_y(x, codes), x.options().memory_format(at::MemoryFormat::Contiguous));
+  const Quantized q{x_codes.contiguous(), x_scale.contiguous(), outlier_mask.contiguous()};
+  product_into(y, rows_of(x), q, contiguous(weight), *epilogue);
   return y;
 }
 
 Tensor grouped_linear(
-    const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const MaybeTensor& bias, const Tensor& offsets,
-    double threshold, int64_t block, const MaybeTensor& columns, const MaybeTensor& columns_weight, int64_t top) {
-  const Rotation rotation{block, columns, columns_weight, top};
-  const bool legal = weight_is_legal(x, weight, weight_scale, bias) && weight.dim() == 3 && x.dim() == 2 &&
-      rotation_is_legal(rotation, weight) && offsets.dim() == 1 && offsets.size(0) == weight.size(0) &&
-      (offsets.scalar_type() == at::kInt || offsets.scalar_type() == at::kLong);
-  if (!legal)
-    refuse(GROUPED_LINEAR, x, weight, weight_scale, bias, offsets, threshold, block, columns, columns_weight, top);
-  const Tensor y = at::zeros({x.size(0), weight.size(1)}, x.options());
-  const Tensor rows = x.contiguous(), codes = weight.contiguous(), scale = weight_scale.contiguous();
+    const Tensor& x, const Tensor& offsets, const Tensor& codes, const Tensor& scale, std::optional<double> threshold,
+    int64_t block, const MaybeTensor& columns, const MaybeTensor& columns_weight, const MaybeTensor& bias) {
+  Int8Weight weight{codes, scale, threshold, block, columns, columns_weight};
+  const bool legal = weight_is_legal(x, weight, bias) && codes.dim() == 3 && x.dim() == 2 && offsets.dim() == 1 &&
+      offsets.size(0) == codes.size(0) && (offsets.scalar_type() == at::kInt || offsets.scalar_type() == at::kLong);
+  if (!legal) refuse(GROUPED_LINEAR, x, offsets, codes, scale, threshold, block, columns, columns_weight, bias);
+  const Tensor y = at::zeros({x.size(0), codes.size(1)}, x.options());
+  const Tensor rows = x.contiguous();
+  weight = contiguous(weight);
   const Tensor biases = bias.has_value() ? bias->contiguous() : Tensor();
   const Tensor ends = offsets.to(at::kLong).contiguous();
   int64_t begin = 0;
-  for (int64_t e = 0; e < weight.size(0); ++e) {
+  for (int64_t e = 0; e < codes.size(0); ++e) {
     const int64_t end = ends.const_data_ptr<int64_t>()[e];
     if (end > begin)
-      linear_into(y.slice(0, begin, end), rows.slice(0, begin, end), codes[e], scale[e], threshold,
-                  {of_expert(biases, e), Activation::none, Tensor(), Binary::none}, of_expert(rotation, e));
+      linear_into(y.slice(0, begin, end), rows.slice(0, begin, end), weight.of_expert(e),
+                  {of_expert(biases, e), Activation::none, Tensor(), Binary::none});
     begin = end;
   }
   return y;

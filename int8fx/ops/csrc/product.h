@@ -1,16 +1,16 @@
-// y = epilogue(x_int8 @ weight.T * scales + x_kept @ weight_kept.T): the product, its residual, one store.
+// y = epilogue(x_int8 @ weight.T * scales + x_float @ weight_float.T): the int8 matmul, its 16-bit part, one store.
 //
-// The weight is read as it is stored, [N, K] codes. Three forms:
+// The weight is read as it is stored, [N, K] int8. Three forms:
 //
-// streamed  M <= STREAMED_ROWS, not rotated. Time is reading the weight and arithmetic is free: activations are not
-//           quantised at all. Codes become floats on the way, so the result is more exact than the scheme asks.
-// few       M <= FEW_ROWS. Sums are made along K, of codes where they lie: packing them would cost more than it saves.
-// blocked   more. x is packed once, for the tiles of the instruction set. A task is at most BLOCK_M rows x NR channels:
-//           it packs its channels' codes, DEPTH of K at a time (which stay in the first-level cache while all its rows
-//           pass), and sums tiles.
+// weight-only  M <= INT8FX_WEIGHT_ONLY_ROWS, not rotated. Reading the weight takes the time and arithmetic is free, so x
+//              is not quantised: the weight is widened to floats, and the result is more exact than the scheme requires.
+// few          M <= FEW_ROWS. Sums run along K over the weight as it is stored: packing it would cost more than it saves.
+// blocked      more rows. x is packed once, for the tiles of the instruction set. A task is at most BLOCK_M rows x NR
+//              channels: it packs its channels' weights, DEPTH of K at a time (which stay in the first-level cache while
+//              all its rows pass), and sums tiles.
 //
-// The last two sum in int32, add the residual of the kept columns in floating point, scale and store: all in one order,
-// so that a row's result does not depend on how many others there are.
+// The last two sum in int32, add the 16-bit part in floating point, scale and store. The order of these sums does not
+// depend on M, so a row's result does not depend on how many other rows there are.
 #pragma once
 
 #include <algorithm>
@@ -39,31 +39,37 @@ using Tile = Avx2Tile;
 using Tile = GenericTile;
 #endif
 
-constexpr int64_t STREAMED_ROWS = 4, FEW_ROWS = 8;
+#ifndef INT8FX_WEIGHT_ONLY_ROWS
+#error "INT8FX_WEIGHT_ONLY_ROWS is a number of rows: native.py takes it from rows.py"
+#endif
+
+constexpr int64_t FEW_ROWS = 8;
 constexpr int64_t DEPTH = 512;
+
+// Whether M rows are multiplied without quantising x: ops/rows.py.
+inline bool weight_only(int64_t M, int64_t block) { return M <= INT8FX_WEIGHT_ONLY_ROWS && block == 1; }
 
 template <typename scalar_t>
 struct Product {
   using T = compute_t<scalar_t>;
 
   const scalar_t* x;  // [M, K]
-  const int8_t* codes;  // [M, K]; not read by the streamed form
+  bool weight_only;  // x is not quantised: codes, x_scale and outliers are not read
+  const int8_t* codes;  // [M, K]
   const T* x_scale;  // [M]
-  std::vector<int64_t> outliers;  // columns of x that this call keeps
-  const int8_t* weight;  // [N, K], rotated in blocks of `block`
+  std::vector<int64_t> outliers;  // columns of x above the threshold in this call
+  const int8_t* weight;  // [N, K]
   at::Tensor weight_scale;  // [N]
-  int64_t block;
-  std::vector<int64_t> columns;  // that every call keeps
+  std::vector<int64_t> columns;  // that are not quantised in any call
   at::Tensor columns_weight;  // [N, columns]
   Epilogue epilogue;
   scalar_t* y;  // [M, N]
   int64_t M, N, K;
 
-  static bool streamed(int64_t M, int64_t block) { return M <= STREAMED_ROWS && block == 1; }
-
   void run() const {
     if (M == 0 || N == 0) return;
-    if (!streamed(M, block)) return blocked();
+    if (!weight_only) return blocked();
+    static_assert(INT8FX_WEIGHT_ONLY_ROWS == 4);
     switch (M) {
       case 1: return stream<1>();
       case 2: return stream<2>();
@@ -73,7 +79,7 @@ struct Product {
   }
 
  private:
-  // ---- streamed ----------------------------------------------------------------------------------------------------
+  // ---- weight-only-------------------------------------------------------------------------------------------------
 
   static constexpr int64_t WIDTH = 16;  // channels that a thread takes at a time
 
@@ -156,9 +162,7 @@ struct Product {
     const int64_t size = few ? M * K * sizeof(int16_t) : tiles * groups * MR * KG * sizeof(typename Tile::X);
     const at::Tensor packed = at::empty({size}, at::kByte);
     const at::Tensor packed_kept = at::empty({tiles * C * MR * int64_t(sizeof(T))}, at::kByte);
-    const at::Tensor rotated = rotated_outliers();
-    Packed p{few, groups, packed.data_ptr(), static_cast<T*>(packed_kept.data_ptr()),
-             rotated.defined() ? rotated.const_data_ptr<T>() : nullptr};
+    Packed p{few, groups, packed.data_ptr(), static_cast<T*>(packed_kept.data_ptr())};
     if (few)
       for (int64_t i = 0; i < M * K; ++i) static_cast<int16_t*>(p.x)[i] = codes[i];
     at::parallel_for(0, tiles, std::max<int64_t>(1, 32768 / (K * MR + 1)), [&](int64_t begin, int64_t end) {
@@ -191,7 +195,6 @@ struct Product {
     int64_t groups;
     void* x;  // [tiles][groups][MR][KG] of Tile::X; [M][K] of int16 for few rows
     T* kept;  // [tiles][C][MR], columns of x
-    const T* rotated;  // [N][outliers], columns of the dequantised weight, if it is rotated
   };
 
   struct Scratch {
@@ -207,27 +210,8 @@ struct Product {
     return c < of_call ? outliers[c] : columns[c - of_call];
   }
 
-  // Columns `outliers` of rotate(weight * scale), [N][outliers]; undefined if there is nothing to rotate.
-  at::Tensor rotated_outliers() const {
-    if (block == 1 || outliers.empty()) return {};
-    const int64_t C = outliers.size();
-    const at::Tensor kept = at::empty({N, C}, std::is_same_v<T, double> ? at::kDouble : at::kFloat);
-    T* out = kept.mutable_data_ptr<T>();
-    at::parallel_for(0, N, std::max<int64_t>(1, 32768 / (K + 1)), [&](int64_t begin, int64_t end) {
-      std::vector<T> row(K);
-      for (int64_t n = begin; n < end; ++n) {
-        T scale;
-        load_any(weight_scale, n, 1, 1, &scale);
-        for (int64_t k = 0; k < K; ++k) row[k] = T(weight[n * K + k]) * scale;
-        rotate_row(row.data(), K, block);
-        for (int64_t c = 0; c < C; ++c) out[n * C + c] = row[outliers[c]];
-      }
-    });
-    return kept;
-  }
-
   // kept[i][n]: the weight of kept column c + i in channel n0 + n, 0 where there is none.
-  void keep(int64_t c, int64_t depth, int64_t n0, int64_t count, const T* scale, const Packed& p, T* kept) const {
+  void keep(int64_t c, int64_t depth, int64_t n0, int64_t count, const T* scale, T* kept) const {
     constexpr int NR = Tile::NR;
     const int64_t of_call = outliers.size(), of_calls = columns.size(), first = std::clamp<int64_t>(of_call - c, 0, depth);
     T row[DEPTH];  // of columns_weight
@@ -235,8 +219,7 @@ struct Product {
       for (int64_t n = count; n < NR; ++n) kept[i * NR + n] = T(0);
     for (int64_t n = 0; n < count; ++n) {
       for (int64_t i = 0; i < first; ++i)
-        kept[i * NR + n] = p.rotated != nullptr ? p.rotated[(n0 + n) * of_call + c + i]
-                                                : T(weight[(n0 + n) * K + outliers[c + i]]) * scale[n];
+        kept[i * NR + n] = T(weight[(n0 + n) * K + outliers[c + i]]) * scale[n];
       if (first == depth) continue;
       load_any(columns_weight, (n0 + n) * of_calls + c + first - of_call, depth - first, depth - first, row);
       for (int64_t i = first; i < depth; ++i) kept[i * NR + n] = row[i - first];
@@ -278,7 +261,7 @@ struct Product {
 
     for (int64_t c = 0; c < C; c += DEPTH) {
       const int64_t depth = std::min(DEPTH, C - c);
-      keep(c, depth, n0, count, scale, p, s.kept);
+      keep(c, depth, n0, count, scale, s.kept);
       for (int64_t tile = first; tile < last; ++tile)
         add_residual(depth, p.kept + (tile * C + c) * MR, s.kept, s.residual + (tile - first) * MR * NR, c == 0);
     }

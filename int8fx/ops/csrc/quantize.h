@@ -61,12 +61,10 @@ inline void mark_row(const T* __restrict row, int64_t K, T threshold, bits_t<T>*
   }
 }
 
-// mask[k] = any_m(abs(x[m, k]) >= threshold). A threshold that no value reaches marks nothing, not even an infinity.
+// mask[k] |= any_m(abs(x[m, k]) >= threshold).
 template <typename scalar_t>
 void mark_outliers(const scalar_t* x, int64_t M, int64_t K, double threshold, bool* mask) {
   using T = compute_t<scalar_t>;
-  std::fill_n(mask, K, false);  // not memset: mask is null for K = 0
-  if (!(threshold < std::numeric_limits<double>::max())) return;
   std::mutex merging;
   at::parallel_for(0, M, std::max<int64_t>(1, 65536 / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
     std::vector<T> row(K);

@@ -1,0 +1,51 @@
+"""Which form of a kernel serves how many rows on which device, and so whether x is quantised before the matmul.
+
+Kernels, passes, the bench and the tests read it here; the C++ kernels are compiled with its numbers (`native.command`).
+"""
+
+from __future__ import annotations
+
+import enum
+
+WEIGHT_ONLY_ROWS_CPU = 4
+"""On a CPU, up to how many rows are multiplied without quantising x. Reading the weight is all the time there is."""
+
+WEIGHT_ONLY_ROWS_GPU = 32
+"""On a GPU, up to how many rows are multiplied without quantising x, from two on. Of N = K = 8192 on an H100, 16 rows
+take 29 us so, 44 us quantised in the same launch, 38 us quantised in several, and 48 us in bfloat16."""
+
+FUSED_ROWS_GPU = 1
+"""On a GPU, up to how many rows are quantised in the launch that multiplies. One row of N = K = 8192 takes 26 to 31 us
+on an H100 so, and 31 us weight-only."""
+
+
+class Form(enum.Enum):
+    """How one call of a linear layer runs."""
+
+    WEIGHT_ONLY = "x is not quantised: int8 weights are widened to floats, which is exact up to the weights"
+    FUSED = "x is quantised inside the launch that multiplies"
+    QUANTIZED = "x is quantised first: several layers can share its codes"
+
+
+def form(rows: int, device_type: str, threshold: float | None, block: int, has_columns: bool) -> Form:
+    """The form of a linear layer on ``rows`` rows of x; for experts, the rows of one expert on a CPU, of all on a GPU.
+
+    Rotated weights always quantise x first: then a row's result does not depend on the size of its batch.
+
+    Args:
+        rows: M, the product of x's sizes but the last.
+        device_type: ``cpu`` or ``cuda``. Other devices run as CPUs do.
+        threshold, block: of the `Int8Weight`.
+        has_columns: whether the weight has unquantised columns.
+    """
+    if block > 1:
+        return Form.QUANTIZED
+    if device_type != "cuda":
+        return Form.WEIGHT_ONLY if rows <= WEIGHT_ONLY_ROWS_CPU else Form.QUANTIZED
+    if has_columns:  # the other Triton kernels know no unquantised columns
+        return Form.QUANTIZED
+    if threshold == 0:
+        return Form.WEIGHT_ONLY
+    if rows <= FUSED_ROWS_GPU:
+        return Form.FUSED
+    return Form.WEIGHT_ONLY if rows <= WEIGHT_ONLY_ROWS_GPU else Form.QUANTIZED
