@@ -61,8 +61,8 @@ def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue = NO_EPILOGUE) -> T
     are the same of x's dtype, where that is narrower, else R is 0. It holds where no sum overflows its dtype.
 
     With a rotation, ``y = x @ w.T + bias`` has ``w = R(codes * scale)`` with ``columns_weight`` in its columns. In Q
-    and in ``sum_in`` of S, w is ``v = codes * scale`` as it is rotated, and ``sum_in`` is over all k. A term T is added for
-    the rounding errors of R(x)::
+    and in ``sum_in`` of S, w is ``v = codes * scale`` as it is rotated, and ``sum_in`` is over all k. A term T is added
+    for the rounding errors of R(x)::
 
         T = sum_in(t(x_int8)[m, k] * abs(v[n, k]))
         t(z)[m, k] = (log2(size) + 3) * u / sqrt(size) * sum_block(abs(z[m, j])) + (sqrt(size) + 1) * h
