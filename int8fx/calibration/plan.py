@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion.layers import Layer
-from ..conversion.recipes import linear_forward
+from ..conversion.recipes import Kind
 from ..ops import linear
 from ..schemes import Rotated, Scheme
 from ..schemes.calibration import Calibration
@@ -129,7 +129,7 @@ def plan(
     if samples < 1:
         raise ValueError(f"int8fx.plan: samples is {samples}; legal: 1 or more")
     schemes = list(schemes)
-    layers = {name: layer for name, layer in convertible(model).items() if layer.recipe.forward is linear_forward}
+    layers = {name: layer for name, layer in convertible(model).items() if layer.recipe.kind is Kind.LINEAR}
     batches = list(data)
     if calibration is None:
         calibration = calibrate(

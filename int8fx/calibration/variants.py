@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..conversion.convert import Pack
 from ..conversion.layers import Layer, plan
+from ..conversion.quantizer import Columns, Quantizer
 from ..schemes import Scheme
 from ..schemes.calibration import Calibration
 from ..schemes.weight import Int8Weight
@@ -19,7 +19,7 @@ def convertible(model: nn.Module) -> dict[str, Layer]:
 
 
 class Variants:
-    """Quantises a layer under each of ``schemes``.
+    """Quantises layers under each of ``schemes``.
 
     Args:
         schemes: the schemes.
@@ -31,13 +31,12 @@ class Variants:
     """
 
     def __init__(self, schemes: Iterable[Scheme], calibration: Calibration | None, layers: Iterable[Layer]) -> None:
-        self.schemes, layers = list(schemes), list(layers)
-        self._quantizers = [Pack(scheme, calibration, layers) for scheme in self.schemes]
+        layers = list(layers)
+        columns = Columns(calibration, layers)
+        self._quantizers = [Quantizer(scheme, calibration, columns) for scheme in schemes]
+        for quantizer in self._quantizers:
+            quantizer.check(layers)
 
     def of(self, layer: Layer) -> list[Int8Weight]:
         """The weight of ``layer`` under each scheme, in their order."""
-        weights = []
-        for scheme, quantizer in zip(self.schemes, self._quantizers, strict=True):
-            codes, scale, *columns = quantizer([layer])
-            weights.append(Int8Weight(codes, scale, scheme.threshold, scheme.block, *columns))
-        return weights
+        return [quantizer.reading(layer).weight(quantizer([layer])) for quantizer in self._quantizers]

@@ -162,8 +162,7 @@ class _Inputs:
         columns = self.count.nonzero().squeeze(-1).tolist()
         outliers = [Outlier(c, self.count[c].item() / self.rows, self.absmax[c].item()) for c in columns]
         outliers.sort(key=lambda o: (-o.share, -o.absmax))
-        name, parameter = self.layer.name, self.layer.parameter
-        full_name = f"{name}.{parameter}" if parameter == "weight" and name != parameter else name
+        full_name = self.layer.full_name
         return LayerReport(
             name=self.layer.name,
             shape=tuple(self.weight.shape),
