@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__, llm_int8
 from ..schemes import Scheme, parse_scheme
 from ..schemes.quantize import DEFAULT_THRESHOLD
+from .bench.settings import Settings
+from .bench.suites import SUITES
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
@@ -26,16 +28,6 @@ DEMO_NEEDS = ("accelerate", "gguf", "platformdirs", "transformers")
 EVAL_NEEDS = ("platformdirs", "transformers")
 BENCH_NEEDS = (*DEMO_NEEDS, "matplotlib", "numpy", "rich")
 SCHEMES = ("llm_int8", "weight_only", "plain", "rotated", "rotated(columns=0)")
-SUITES = {
-    "products": "single products, against every peer that is installed and the machine's own limits",
-    "outliers": "what outlier columns cost",
-    "schemes": "what rotation and kept columns cost",
-    "overhead": "what a call costs beyond F.linear",
-    "scaling": "time against M, N, K and threads",
-    "models": "language models: forwards, decoding, generate()",
-    "profile": "their forwards by kind of kernel",
-    "memory": "bytes of a converted model, peak of a forward",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -283,8 +275,8 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         help="measure int8fx against its peers and against this machine's limits",
         description="Without a suite, all of them run. Best and median of interleaved rounds; tables, CSV, PNG plots.",
     )
-    for name, what in SUITES.items():
-        parser.add_argument(f"--{name}", action="append_const", dest="suites", const=name, help=what)
+    for name, suite in SUITES.items():
+        parser.add_argument(f"--{name}", action="append_const", dest="suites", const=name, help=suite.help)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds, models of two layers")
     parser.add_argument("--rounds", type=int, help="of each case, at most (10; 3 with --quick)")
     parser.add_argument("--threads", type=int, help="of torch and its peers (torch's default)")
@@ -306,11 +298,11 @@ def _bench(args: argparse.Namespace) -> int:
         args.error(f"--threads is {args.threads} with --device {args.device}; legal: with cpu")
     if _lacks("bench", "bench", BENCH_NEEDS):
         return 1
-    from .bench.command import Options, run
+    from .bench.command import run
 
     try:
         suites = tuple(args.suites or ())
-        return run(Options(suites, args.quick, args.rounds, args.threads, args.output, args.device))
+        return run(Settings(suites, args.quick, args.rounds, args.threads, args.output, args.device))
     except OSError as error:
         print(f"int8fx bench: {error}", file=sys.stderr)
         return 1
