@@ -26,11 +26,9 @@ from .evaluate import Result, compare, float_copy
 from .machine import machine
 
 FLOAT32, BFLOAT16, LLM_INT8, ROTATED = "float32", "bfloat16", "llm_int8", "rotated"
-COMPILED = (
-    BFLOAT16,
-    LLM_INT8,
-    ROTATED,
-)  # float32 is the reference of the outputs; to compile it takes a minute or more
+INT8 = (LLM_INT8, ROTATED)
+COMPILED = (BFLOAT16, *INT8)  # not float32, the reference of the outputs: to compile it takes a minute or more
+LABELS = (FLOAT32, *COMPILED)
 _FIDELITY = {  # `evaluate`'s metrics -> the demo's titles and formats
     "KL mean": ("KL to float32, nats", ".5f"),
     "top-1 agreement": ("top-1 as in float32", ".1%"),
@@ -62,6 +60,7 @@ class Demo:
     def __init__(self, name: str, threshold: float, prompt: str, tokens: int, quick: bool) -> None:
         self.name, self.threshold, self.prompt, self.tokens, self.quick = name, threshold, prompt, tokens, quick
         self.rounds = 3 if quick else 10
+        self.compiled: tuple[str, ...] = COMPILED
         self.begin = time.perf_counter()
 
     def run(self) -> Comparison:
@@ -98,7 +97,7 @@ class Demo:
         self._say(f"eager: {len(samples)} x {width} tokens of Python's documentation with each model")
         first, others = compare(reference, models, kind, [{"input_ids": ids} for ids in samples])
         comparison = Comparison({FLOAT32: first, **others})
-        compiled = {label: torch.compile(models[label], fullgraph=True, dynamic=False) for label in COMPILED}
+        compiled = {label: torch.compile(models[label], fullgraph=True, dynamic=False) for label in self.compiled}
         if not self.quick or kind != "lm":
             cache = {"use_cache": False} if kind == "lm" else {}
             forwards = {label: partial(model, input_ids=samples[0], **cache) for label, model in compiled.items()}
@@ -122,7 +121,7 @@ class Demo:
     ) -> None:
         """Times steps of one token with a static cache: eager, then compiled. The compiled models generate a text."""
         prompt = tokenizer(self.prompt, return_tensors="pt").input_ids
-        token = prompt[:, -1:]
+        token = torch.full((1, 1), int(prompt[0, -1]))  # a slice of the prompt has other strides: one more compilation
 
         def decoders(steps: dict[str, Callable[..., Any]]) -> dict[str, StaticDecoder]:
             return {label: StaticDecoder(models[label], step, prompt, self.tokens) for label, step in steps.items()}
@@ -142,18 +141,16 @@ class Demo:
 
     def _compile(self, what: str, calls: dict[str, Callable[[], object]]) -> None:
         """Calls each once, which compiles it."""
-        rewrites = []
         for label, call in calls.items():
-            self._say(f"compiling the {what} of {label} (a minute or two when torch's compile cache is cold)")
+            self._say(f"compiling the {what} of {label}: minutes at first, seconds from torch's compile cache")
             before = len(int8fx.reports())
             call()
-            rewrites += [
-                f"; {label}: {report.linears} int8 linears, {report.shared} quantisations shared, {report.folded} "
-                "operations fused"
-                for report in int8fx.reports()[before:]
-            ]
-        rewritten = "".join(rewrites) or "; the int8 graphs are from torch's compile cache"
-        self._say(f"compiled without a graph break{rewritten}")
+            for report in int8fx.reports()[before:]:
+                self._say(
+                    f"{label}: {report.linears} int8 linears, {report.shared} quantisations shared, {report.folded} "
+                    "operations fused"
+                )
+        self._say("compiled without a graph break")
 
     def _time(self, calls: dict[str, Callable[[], object]]) -> dict[str, Measured]:
         return interleave({label: [call] for label, call in calls.items()}, self.rounds)
@@ -162,31 +159,33 @@ class Demo:
         print(f"{time.perf_counter() - self.begin:5.0f} s  {text}", flush=True)
 
     def _report(self, comparison: Comparison, width: int) -> None:
-        labels = list(comparison.results)
-        ratios = [f"{label} / {BFLOAT16}" for label in (LLM_INT8, ROTATED)]
-        rows = [["", *labels, *ratios]]
-
-        def add(title: str, values: dict[str, float], form: str) -> None:
-            cells = [f"{values[label]:{form}}" if label in values else "" for label in labels]
-            base = values[BFLOAT16]
-            rows.append([title, *cells, *(f"{values[label] / base:.2f}" for label in (LLM_INT8, ROTATED))])
-
-        add("memory, MB", {label: r.bytes / 1e6 for label, r in comparison.results.items()}, ",.1f")
-        add("forward, eager, ms", {label: 1e3 * r.seconds for label, r in comparison.results.items()}, ",.1f")
-        for what, measured in comparison.times.items():
-            add(f"{what}, ms", {label: 1e3 * m.best for label, m in measured.items()}, ",.1f")
+        results = comparison.results
+        rows = [["", *LABELS, *(f"{label} / {BFLOAT16}" for label in INT8)]]
+        rows.append(_row("memory, MB", {label: result.bytes / 1e6 for label, result in results.items()}))
+        rows.append(_row("forward, eager, ms", {label: 1e3 * result.seconds for label, result in results.items()}))
+        for what, times in comparison.times.items():
+            rows.append(_row(f"{what}, ms", {label: 1e3 * measured.best for label, measured in times.items()}))
         for metric, (title, form) in _FIDELITY.items():
-            if metric not in comparison.results[BFLOAT16].metrics:
-                continue
-            cells = [f"{comparison.results[label].metrics[metric].value:{form}}" for label in COMPILED]
-            rows.append([title, "", *cells, *("" for _ in ratios)])
+            if metric in results[BFLOAT16].metrics:
+                values = {label: results[label].metrics[metric].value for label in COMPILED}
+                rows.append(_row(title, values, form, ratios=False))
+        noise = max(
+            measured.median / measured.best for times in comparison.times.values() for measured in times.values()
+        )
         decode = ", a decode step is 1" if comparison.texts else ""
-        noise = max(m.median / m.best for measured in comparison.times.values() for m in measured.values())
-        print(f"\n{self.name}: a forward is {width} tokens{decode}\n")
-        print(table(rows, left=1))
+        print(f"\n{self.name}: a forward is {width} tokens{decode}\n\n{table(rows, left=1)}")
         print(f"\nTimes are the best of interleaved rounds; medians are up to {noise:.1f} times as long.")
         for label, text in comparison.texts.items():
             print(f"\n{label}: {self.prompt} ->{text}")
+
+
+def _row(title: str, values: dict[str, float], form: str = ",.1f", ratios: bool = True) -> list[str]:
+    """A row of the table: a value of each model, then the ratios of the int8 ones to bfloat16."""
+    cells = [f"{values[label]:{form}}" if label in values else "" for label in LABELS]
+    for label in INT8:
+        has_ratio = ratios and label in values and BFLOAT16 in values
+        cells.append(f"{values[label] / values[BFLOAT16]:.2f}" if has_ratio else "")
+    return [title, *cells]
 
 
 def _converted(summary: Summary) -> str:

@@ -43,7 +43,6 @@ MATMULS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "addmm": lambda x, w: torch.addmm(torch.zeros(N), x, w.T),
     "bmm": lambda x, w: torch.bmm(x[None], w.T[None])[0],
     "a slice of the weight": lambda x, w: x @ w[2:5].T,
-    "1x1 convolution": lambda x, w: F.conv1d(x.T[None], w[..., None])[0].T,
 }
 
 
@@ -57,6 +56,12 @@ def test_every_spelling_gives_the_rows_of_x(name):
 def test_a_vector_is_one_row():
     x = torch.randn(K, generator=generator(1))
     assert torch.equal(rows_of(Bare(lambda x, w: w @ x), x)["w"][0], x[None])
+
+
+def test_a_row_of_a_convolution_is_a_position():
+    x = torch.randn(2, K, 3, 4, generator=generator(1))
+    (rows,) = rows_of(nn.Sequential(nn.Conv2d(K, N, 1)), x)["0"]
+    assert torch.equal(rows, x.permute(0, 2, 3, 1).reshape(-1, K))
 
 
 def test_matmuls_without_a_weight_and_elementwise_uses_are_not_observed():
