@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections import Counter
@@ -196,17 +197,17 @@ def _converted(summary: Summary) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars and warnings of transformers and of what it calls, which would break up the output."""
-    from transformers.utils import logging
+    """Without warnings and progress bars of transformers and of packages that it loads; errors are shown."""
+    from transformers.utils import logging as transformers_logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    disabled, bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
+    logging.disable(max(disabled, logging.WARNING))
+    transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        logging.disable(disabled)
         if bars:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()

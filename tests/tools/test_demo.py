@@ -127,19 +127,17 @@ def test_a_full_cache_begins_anew(tmp_path):
 
 
 def test_the_demo_silences_transformers_and_warnings_only_while_it_runs():
-    transformers_logging.set_verbosity_info()
     transformers_logging.enable_progress_bar()
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            with demo._quiet():
-                assert not transformers_logging.is_progress_bar_enabled()
-                assert transformers_logging.get_verbosity() == logging.ERROR
-                warnings.warn("one of transformers'", stacklevel=1)
-            assert not caught
-            assert transformers_logging.is_progress_bar_enabled()
-            assert transformers_logging.get_verbosity() == logging.INFO
-            warnings.warn("another", stacklevel=1)
-            assert len(caught) == 1
-    finally:
-        transformers_logging.set_verbosity_warning()
+    logger = logging.getLogger("transformers.some.module")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with demo._quiet():
+            assert not transformers_logging.is_progress_bar_enabled()
+            assert not logger.isEnabledFor(logging.WARNING)
+            assert logger.isEnabledFor(logging.ERROR)
+            warnings.warn("inside", stacklevel=1)
+        assert not caught
+        assert transformers_logging.is_progress_bar_enabled()
+        assert logger.isEnabledFor(logging.WARNING)
+        warnings.warn("after", stacklevel=1)
+        assert [str(w.message) for w in caught] == ["after"]
