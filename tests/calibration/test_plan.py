@@ -1,4 +1,4 @@
-"""`plan`: its estimate against the loss that it estimates, its choice against every other one."""
+"""`plan`: its estimate against the loss of the converted model, its choice against every other choice."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from support.helpers import generator
 from torch import nn
 
 import int8fx
-from int8fx.calibration.calibrate import Calibration
-from int8fx.calibration.plan import Option, _choose, _hull
+from int8fx.calibration.plan import Option, Plan, _choose, _hull
+from int8fx.schemes.calibration import Calibration
 from int8fx.tools import metrics
 
 K, M = 48, 3000
@@ -39,12 +39,12 @@ class Logits(nn.Module):
 
 @pytest.mark.parametrize("kind", ["distance", "logits"])
 def test_the_estimate_is_the_loss_of_the_converted_model(kind):
-    """Of one layer, rows are independent: what is left is the error of so many draws, and third-order terms."""
+    """With one layer the rows are independent: only the error of the draws and third-order terms are left."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(K, 16)) if kind == "distance" else Logits()
-    scheme, batches = int8fx.rotated(budget=0), data()
-    found = int8fx.plan(model, batches, max_kl=math.inf, schemes=[scheme], samples=4)
-    twin = found.convert(copy.deepcopy(model))
+    scheme, batches = int8fx.rotated(columns=0), data()
+    plan = int8fx.plan(model, batches, max_kl=math.inf, schemes=[scheme], samples=4)
+    twin = int8fx.convert(copy.deepcopy(model), plan)
     with torch.no_grad():
         pairs = [(model(x), twin(x)) for x in batches]
     if kind == "distance":
@@ -53,14 +53,14 @@ def test_the_estimate_is_the_loss_of_the_converted_model(kind):
         loss = torch.cat([metrics.kl_divergence(a.logits.double(), b.logits.double()) for a, b in pairs]).mean()
     draws = 4 * 2 * M
     spread = math.sqrt(8 / draws)  # of the mean of so many squares of normals, with as much again for unequal rows
-    assert abs(found.kl / loss.item() - 1) < 5 * spread + 0.02
+    assert abs(plan.kl / loss.item() - 1) < 5 * spread + 0.02
 
 
 def small_model() -> nn.Module:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(K, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 8))
     with torch.no_grad():
-        model[2].weight[0] *= 100  # one output channel carries the most: coarse scales elsewhere do not show
+        model[2].weight[0] *= 100  # one output channel dominates, so coarse scales in the others hardly matter
     return model
 
 
@@ -75,39 +75,49 @@ def test_plans_keep_their_budgets_and_leave_the_model_alone():
     assert (best.kl, best.bytes) == (0, 2 * sum(model[i].weight.numel() for i in (0, 2, 4)))
     last = math.inf
     for budget in torch.linspace(least.bytes, best.bytes, 9).long().tolist():
-        found = int8fx.plan(model, batches, budget_bytes=budget)
-        assert least.within(budget_bytes=budget).chosen == found.chosen
-        assert found.bytes <= budget
-        assert found.kl <= last
-        last = found.kl
-        again = int8fx.plan(model, batches, max_kl=found.kl)
-        assert again.kl <= found.kl
+        plan = int8fx.plan(model, batches, budget_bytes=budget)
+        assert least.within(budget_bytes=budget).chosen == plan.chosen
+        assert plan.bytes <= budget
+        assert plan.kl <= last
+        last = plan.kl
+        again = int8fx.plan(model, batches, max_kl=plan.kl)
+        assert again.kl <= plan.kl
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_a_plan_converts_each_layer_to_its_scheme():
+def test_a_plan_is_a_scheme_for_each_layer_that_is_not_16_bits():
+    columns, calibration = int8fx.rotated(columns=0.05), Calibration()
+    plan = Plan({"a": Option(columns, 5, 0.1), "b": Option(None, 20, 0.0)}, {}, calibration)
+    assert plan.schemes == {"a": columns}
+    assert plan.calibration is calibration
+    lines = ["layer  scheme                 KB        KL", "a      rotated(columns=0.05)   0  1.00e-01"]
+    lines += ["b      16 bits                 0  0.00e+00"]
+    lines += ["1 x rotated(columns=0.05), 1 x 16 bits; 25 bytes, estimated KL 0.1"]
+    assert str(plan).split("\n") == lines
+
+
+def test_a_converted_model_has_the_schemes_of_its_plan():
     model, batches = small_model(), data(50)
-    least = int8fx.plan(model, batches, max_kl=math.inf).bytes
-    plan = int8fx.plan(model, batches, budget_bytes=int(1.5 * least))
-    plan.convert(model)
+    smallest = int8fx.plan(model, batches, max_kl=math.inf).bytes
+    plan = int8fx.plan(model, batches, budget_bytes=int(1.5 * smallest))
+    int8fx.convert(model, plan)
     assert len({option.scheme for option in plan.chosen.values()}) > 1
     for name, option in plan.chosen.items():
         layer = model.get_submodule(name)
         assert int8fx.is_packed(layer) == (option.scheme is not None)
         if option.scheme is not None:
-            assert layer.packed_weights["weight"].block == option.scheme.block
-            kept = layer._buffers.get("weight_columns")
-            assert (0 if kept is None else len(kept)) == option.scheme.static_columns(layer.in_features)
-    assert f"{plan.bytes:,} bytes, estimated KL" in str(plan)
-    assert len(str(plan).split("\n")) == 5
+            weight = layer.packed("weight")
+            assert weight.block == option.scheme.block
+            count = 0 if weight.columns is None else len(weight.columns)
+            assert count == option.scheme.static_columns(layer.in_features)
 
 
 def test_columns_are_those_of_the_calibration_that_is_given():
     model, batches = small_model(), data(50)
     other = int8fx.calibrate(model, [x.roll(4, -1) for x in batches])
     plan = int8fx.plan(model, batches, max_kl=math.inf, schemes=[int8fx.rotated()], calibration=other)
-    plan.convert(model)
+    int8fx.convert(model, plan)
     assert model[0]._buffers["weight_columns"].tolist() == [9]
 
 
@@ -170,21 +180,21 @@ layer_options = st.lists(
 @given(st.lists(layer_options, min_size=1, max_size=4), st.integers(0, 100))
 def test_no_choice_of_fewer_bytes_costs_less(layers, extra):
     """The greedy choice is the best of its own size: on the hull, what it takes first gains most per byte."""
-    options = {str(i): [Option(None, b, float(k)) for b, k in own] for i, own in enumerate(layers)}
-    smallest = sum(min(o.bytes for o in own) for own in options.values())
-    found = _choose(options, smallest + extra, None, Calibration())
-    assert found.smallest <= found.bytes <= smallest + extra
-    steps = [max(0, a.kl - b.kl) for own in options.values() for a, b in pairwise(_hull(own))]
+    options = {str(i): [Option(None, b, float(k)) for b, k in choices] for i, choices in enumerate(layers)}
+    smallest = sum(min(o.bytes for o in choices) for choices in options.values())
+    plan = _choose(options, smallest + extra, None, Calibration())
+    assert plan.smallest <= plan.bytes <= smallest + extra
+    upgrades = [max(0, a.kl - b.kl) for choices in options.values() for a, b in pairwise(_hull(choices))]
     for choice in product(*options.values()):
         if sum(o.bytes for o in choice) <= smallest + extra:
-            assert found.kl <= sum(o.kl for o in choice) + max(steps, default=0)  # at most one step from the best
+            assert plan.kl <= sum(o.kl for o in choice) + max(upgrades, default=0)  # at most one upgrade from the best
 
 
 @given(layer_options)
-def test_steps_on_the_hull_gain_ever_less_per_byte(own):
-    path = _hull([Option(None, b, float(k)) for b, k in own])
+def test_upgrades_on_the_hull_gain_ever_less_per_byte(choices):
+    path = _hull([Option(None, b, float(k)) for b, k in choices])
     gains = [(a.kl - b.kl) / (b.bytes - a.bytes) for a, b in pairwise(path)]
     assert gains == sorted(gains, reverse=True)
     assert all(g > 0 for g in gains)
-    assert path[0].bytes == min(b for b, _ in own)
-    assert path[-1].kl == min(k for _, k in own)
+    assert path[0].bytes == min(b for b, _ in choices)
+    assert path[-1].kl == min(k for _, k in choices)
