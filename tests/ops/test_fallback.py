@@ -1,4 +1,4 @@
-"""How torch's operators multiply codes, and which of two ways a CPU takes. `test_kernels` tests what the ops compute."""
+"""How torch's operators multiply codes, and which of two ways a CPU takes. `test_kernels` tests the ops."""
 
 import math
 
