@@ -19,7 +19,6 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
-from torch._subclasses import FakeTensorMode
 from torch.fx import Graph
 
 import int8fx
