@@ -206,6 +206,5 @@ def _progress(chosen: list[Layer], progress: bool | None) -> Callable[[int], Non
 
 
 def _counts(reasons: Mapping[str, str]) -> str:
-    """``2 the output embeddings: ..., 1 skipped``: reasons by how often they occur; names in them count as one."""
-    counts = Counter(reasons.values())
-    return ", ".join(f"{count} ({reason})" for reason, count in counts.most_common())
+    """``2 (skipped), 1 (the output embeddings: ...)``: how many layers each reason left, the most frequent first."""
+    return ", ".join(f"{count} ({reason})" for reason, count in Counter(reasons.values()).most_common())

@@ -101,9 +101,9 @@ def test_text():
     model = nn.ModuleDict({"up": nn.Linear(8, 6), "embed": nn.Embedding(1000, 8)})
     int8fx.convert(model, int8fx.rotated(columns=0))
     assert str(int8fx.summary(model)) == (
-        "layer  module     shape   scheme, or why not                            bytes before  after\n"
-        "up     Linear     6x8     rotated(columns=0.0)                          192           72\n"
-        "embed  Embedding  1000x8  an embedding: a table of rows, not a product  32,000        32,000\n"
+        "layer  module     shape   scheme, or why not                            bytes before   after\n"
+        "up     Linear     6x8     rotated(columns=0.0)                                   192      72\n"
+        "embed  Embedding  1000x8  an embedding: a table of rows, not a product        32,000  32,000\n"
         "1 of 2 weights converted, 48 of 8,054 parameters; weights: 32,192 -> 32,072 bytes"
     )
 
