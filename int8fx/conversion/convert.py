@@ -142,7 +142,7 @@ def convert(
     log.info("convert: %d weights to int8; left: %s", count, _counts(reasons) or "none")
     if not count:
         warnings.warn("int8fx.convert: no layer was converted; int8fx.summary(model) says why", stacklevel=2)
-    from ..passes.inductor import install
+    from ..passes.inductor import install  # it loads Inductor, which `import int8fx` does not
 
     install()
     return model
