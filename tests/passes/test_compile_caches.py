@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+import pytest
 import torch
 from support import tiny_models
 from support.helpers import generator
@@ -31,6 +32,7 @@ def _launches(layers: int) -> Counter[str]:
     return Counter(op or ("norm" if "rsqrt" in kernel else "other kernel") for op, kernel in calls)
 
 
+@pytest.mark.slow
 def test_a_layer_is_so_many_kernels(no_graphs_from_caches):
     """One quantisation for q, k, v, one for gate, up. Bias, SiLU, gate and adds of skip connections leave no kernel."""
     two, three = _launches(2), _launches(3)
@@ -44,6 +46,7 @@ def test_a_layer_is_so_many_kernels(no_graphs_from_caches):
     }
 
 
+@pytest.mark.slow
 def test_graphs_are_cached_until_a_pass_changes(empty_cache, monkeypatch):
     model = int8fx.convert(nn.Sequential(nn.Linear(HIDDEN, 24), nn.Sigmoid()).eval())
     x = torch.randn(3, HIDDEN, generator=generator(0))

@@ -108,6 +108,7 @@ def test_training_through_folded_matmuls(backend):
     assert report.folded > 0
 
 
+@pytest.mark.slow
 def test_bfloat16_code_of_inductor_is_within_the_error_of_eager():
     model, inputs = models.llama(num_hidden_layers=1)
     with torch.no_grad():

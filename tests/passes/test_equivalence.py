@@ -103,6 +103,7 @@ def ways(dtype: torch.dtype) -> dict[str, Callable]:
     return {"exported": exported, "compiled": compiled}
 
 
+@pytest.mark.slow
 @given(
     sizes, sizes, sizes, st.sampled_from(DTYPES), st.sampled_from(OUTLIERS), st.sampled_from(VALUES), seeds
 )  # fmt: skip
