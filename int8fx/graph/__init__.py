@@ -1,1 +1,1 @@
-"""Reads matrix products out of any FX graph, and writes int8 ops in their place."""
+"""Reads matmuls with a weight out of any FX graph, and replaces them by int8 ops."""

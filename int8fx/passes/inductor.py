@@ -1,6 +1,6 @@
 """The passes inside Inductor: one object in its list ``joint_custom_pre_pass``.
 
-There it sees AOTAutograd's normalised graph, before Inductor's own passes.
+It sees AOTAutograd's normalised graph there, before the passes of Inductor itself.
 """
 
 from __future__ import annotations

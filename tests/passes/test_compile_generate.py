@@ -42,6 +42,7 @@ def test_generation_with_a_static_cache(name, config, matmuls, backend):
     assert (report.linears, report.dequantized) == (matmuls, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "matmuls"), [("smollm2", 30 * 7), ("minilm", 6 * 6 + 1)])
 def test_models_of_the_demo_are_one_graph(name, matmuls):
     """Dynamo only; the demo's own test runs them through Inductor."""
