@@ -42,3 +42,15 @@ def kernels(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "has_fast_int_mm", lambda: request.param == "int_mm")
         yield cpu
+
+
+@pytest.fixture(params=("cpu", "triton"), scope="module")
+def served_by(request):
+    """What serves the ops of CPU tensors: the CPU kernels, or the Triton kernels in the interpreter."""
+    if request.param == "cpu":
+        yield request.param
+        return
+    from support import interpreter
+
+    with interpreter.cpu_tensors_on_triton():
+        yield request.param

@@ -45,7 +45,7 @@ def describe(threads: int) -> dict[str, str]:
 
 def describe_gpu(device: str) -> dict[str, str]:
     """The GPU ``device`` as the bench's CSV has it: `describe` with the GPU's name and target, and triton's version."""
-    from ..triton_kernels.configs import target_of
+    from ..triton_kernels.tiles import target_of
 
     cpu = describe(torch.get_num_threads())
     runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"

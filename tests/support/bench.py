@@ -5,7 +5,7 @@ from int8fx.tools.bench.timing import Case, Measured
 
 
 def case(suite: str, M: int | None = 4, **changed) -> Case:
-    """int8fx, a candidate that is missing and a slow one; a product of M rows by ``[96, 64]``, or a model if M is None."""
+    """A product of M rows by a ``[96, 64]`` weight, a model if M is None: int8fx, a missing candidate, a slow one."""
     measured = {
         INT8FX.name: Measured([0.5, 0.7]),
         BITSANDBYTES.name: Measured(note="not installed: bitsandbytes"),

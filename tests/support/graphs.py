@@ -1,7 +1,8 @@
-"""What the tests of the passes share: a backend without code generation, graphs of three levels, four assertions."""
+"""What tests of graphs share: a backend without code generation, graphs of three levels, assertions on rewrites."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from torch._inductor.fx_passes.joint_graph import canonicalize_aten_ir_passes
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from int8fx.graph.emit import read_weight
 from int8fx.passes import lower
 from int8fx.schemes.quantize import compute_dtype, quantize_weight
 
@@ -112,8 +114,7 @@ def graph_of(f: Callable, level: str, *args: Tensor) -> GraphModule:
     gm = torch.fx.symbolic_trace(f)
     values = dict(zip(gm.graph.find_nodes(op="placeholder"), args, strict=True))
     for node in gm.graph.find_nodes(op="call_function", target=ops.dequantize.default):
-        codes, _, dtype = node.args[:3]
-        node.meta["val"] = torch.empty(values[codes].shape, dtype=dtype, device="meta")
+        node.meta["val"] = torch.empty(values[node.args[0]].shape, dtype=node.kwargs["dtype"], device="meta")
     return gm
 
 
@@ -142,7 +143,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-# ---- same answer, count, old op gone, new op there -------------------------------------------------------------------
+# ---- the same result, the count, the old op gone, the new op there ---------------------------------------------------
 
 
 @dataclass
@@ -153,7 +154,7 @@ class Case:
     x: Tensor
     weights: Sequence[Packed]
     extra: Sequence[Tensor] = ()
-    threshold: float = 0.0
+    threshold: float | None = 0.0
     rounding: torch.dtype | None = None  # the coarsest dtype on the way, if that is not x's
 
     def compile(self, *passes: Pass, dynamic: bool | None = None, dynamo: bool = True) -> tuple[Callable, GraphBackend]:
@@ -161,7 +162,7 @@ class Case:
         f, dtype, threshold = self.f, self.x.dtype, self.threshold
 
         def with_dequantized(x: Tensor, packed: list[tuple[Tensor, Tensor]], extra: Sequence[Tensor]) -> Tensor:
-            return f(x, *(ops.dequantize(*w, dtype, threshold) for w in packed), *extra)
+            return f(x, *(ops.dequantize(*w, threshold, dtype=dtype) for w in packed), *extra)
 
         if dynamo:
             run, backend = compiled(with_dequantized, *passes, dynamic=dynamic)
@@ -188,7 +189,10 @@ class Case:
         """
         K = max(w.codes.shape[-1] for w in self.weights)
         magnitude = self._wide(torch.abs)
-        step = min(self.x.abs().max().item() if self.x.numel() else 0.0, self.threshold) / 127
+        step = min(
+            self.x.abs().max().item() if self.x.numel() else 0.0, math.inf if self.threshold is None else self.threshold
+        )
+        step /= 127
         no_x, steps = torch.zeros_like(self.x), torch.full_like(self.x, step)
         codes = (self._wide(torch.abs, steps) - self._wide(torch.abs, no_x)) * (1 + 2**-7) / 2  # steps in x's dtype
         u, U = unit_roundoff(compute_dtype(self.x.dtype)), unit_roundoff(self.rounding or self.x.dtype)
@@ -210,7 +214,7 @@ class Case:
         assert count_nodes(after, *PRODUCTS, ops.dequantize.default) == 0
         assert count_nodes(after, there) == count_nodes(after, *INT8_PRODUCTS) == count
         for node in after.find_nodes(op="call_function", target=there):
-            assert node.args[4 if there is ops.linear.default else 5] == self.threshold
+            assert read_weight(node).threshold == self.threshold
         return after
 
     def check_left(self, dynamo: bool = False) -> Graph:

@@ -10,7 +10,7 @@ def test_the_line_names_threads_versions_and_kernels():
     line, *more = machine.machine().splitlines()
     assert f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers " in line
     assert line.endswith(f"int8fx {__version__}")
-    assert more[-1].startswith("int8 products: C++ for ")
+    assert more[-1].startswith("int8 matmuls: C++ for ")
 
 
 def test_the_columns_of_a_csv_are_filled():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import int8fx
 from int8fx.schemes import Scheme
 from int8fx.schemes.quantize import DEFAULT_THRESHOLD, quantize_weight
+from int8fx.schemes.weight import Int8Weight
 
 from ..machine import missing
 from .timing import Measured, failure
@@ -124,9 +125,9 @@ def _int8fx(scheme: Scheme) -> Callable[[Any], Any]:
 
 
 def _int8fx_op(layer: nn.Linear) -> Layer:
-    codes, scale = quantize_weight(layer.weight)
+    weight = Int8Weight(*quantize_weight(layer.weight), threshold=DEFAULT_THRESHOLD)
     op, bias = int8fx.ops.linear, layer.bias
-    return lambda x: op(x, codes, scale, bias, DEFAULT_THRESHOLD)
+    return lambda x: op(x, *weight, bias)
 
 
 def _functional(layer: nn.Linear) -> Layer:

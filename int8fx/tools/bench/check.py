@@ -55,7 +55,7 @@ def checks(
     rows: tuple[int, ...] = ROWS,
     sizes: tuple[tuple[int, int], ...] = SIZES,
 ) -> Iterator[Check]:
-    """Every kernel on ``device``, for each dtype, number of ``rows`` M and size (N, K), against the reference on the CPU.
+    """Every kernel on ``device`` against the reference on the CPU, for each dtype, M of ``rows`` and size (N, K).
 
     Codes, scales and masks must be equal. Results from the same codes may differ by the rounding of float32 sums and of
     the result: ``2 * (K + 32) * u * sum(abs(x * w)) + 2 * U * abs(y)``, with u and U half the machine epsilons of
@@ -126,16 +126,16 @@ def _case(device: str, dtype: torch.dtype, M: int, N: int, K: int) -> Iterator[C
 
 def _tiles(device: str, where: str, x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Iterator[Check]:
     """Every tile of the product of quantised rows, whichever the sizes would choose."""
-    from ...triton_kernels import configs
     from ...triton_kernels.int8_matmul import int8_matmul
     from ...triton_kernels.outliers import extract_outliers
+    from ...triton_kernels.tiles import int8_matmul_tiles, target_of
 
     x_there, weight_there, (bias, *_) = _to(device, (x, weight, epilogue))
     codes, x_scale, mask = gpu.quantize_rowwise(x_there, weight.threshold)
     outliers = extract_outliers(x_there[None], mask[None])
-    for tile in configs.tiles(x.dtype, configs.target_of(x_there.device), epilogue=False):
+    for tile in int8_matmul_tiles(x.dtype, target_of(x_there.device), epilogue=False):
         weights = weight_there.codes[None], weight_there.scale[None]
-        y = int8_matmul(codes, x_scale, *weights, outliers, bias[None], x.dtype, config=tile)
+        y = int8_matmul(codes, x_scale, *weights, outliers, bias[None], x.dtype, tile=tile)
         name = f"int8_matmul {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}, {tile.num_warps} warps"
         yield Check(f"{name}: {where}", _worst(y, x, weight, epilogue, Form.QUANTIZED))
 

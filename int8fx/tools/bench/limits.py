@@ -70,6 +70,9 @@ class Limits:
         )
 
 
+NO_LIMITS = Limits()
+
+
 def load_limits(buffer_bytes: int | None = None) -> Limits:
     """Compiles limits.cpp and chooses how long a call takes. Without a compiler, `Limits.reason` says so.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .candidates import BFLOAT16, BITSANDBYTES, FLOAT32, FOR_MODELS, INT8FX, Candidate, build_each
 from .products import OUTLIERS
 from .settings import Settings
-from .timing import Case, Measured, Work, interleave, thread_warnings
+from .timing import Case, Measured, Work, interleave, thread_warning
 
 LARGE, SMALL = "an LM of 0.5B parameters", "SmolLM2-135M"
 MODELS = (LARGE, SMALL)
@@ -112,7 +112,7 @@ def models(settings: Settings) -> Iterator[Case]:
 
 
 def each_model(settings: Settings, suite: str) -> Iterator[tuple[str, Any]]:
-    """Title and model for each of `MODELS`. For one that cannot be loaded, a case that says why stands for the model."""
+    """Title and model for each of `MODELS`; if it cannot be loaded, a case that says why instead of the model."""
     from ..data.models import ModelError
 
     for name in MODELS:
@@ -162,7 +162,7 @@ def compare(settings: Settings, model: Any, title: str, candidates: Sequence[Can
             settings.say(f"models: {title}: {name}")
             with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
                 measured = interleave(work if on_cpu else _waiting(work), settings.max_rounds)
-            for warning in thread_warnings(measured, settings.num_threads) if on_cpu else ():
+            if on_cpu and (warning := thread_warning(measured, settings.num_threads)):
                 settings.say(warning)
             measured = measured | absent
             ordered = {c.name: measured[c.name] for c in candidates if c.name in measured}
@@ -180,7 +180,7 @@ def _waiting(work: Mapping[str, Work]) -> dict[str, Work]:
 
 
 def forwards(converted: dict[str, ConvertedModel], tokens: int, with_logits: Collection[str]) -> Steps:
-    """A forward of ``[1, tokens]``: the decoder; of ``with_logits``, also with the logits of every token by either head."""
+    """A forward of ``[1, tokens]``: the decoder; then, of ``with_logits`` only, every token's logits by either head."""
     vocabulary = min(model.decoder.config.vocab_size for model in converted.values())
     ids = torch.randint(0, vocabulary, (1, tokens))
     decoders = {label: model.compile(model.decoder) for label, model in converted.items()}

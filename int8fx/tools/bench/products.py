@@ -25,7 +25,7 @@ from .candidates import (
     of_scheme,
 )
 from .settings import Settings, Sizes
-from .timing import Case, Work, interleave, thread_warnings
+from .timing import Case, Work, interleave, thread_warning
 
 SIZES: Sizes = (((4096, 4096), (11008, 4096), (4864, 896), (576, 576)), (1, 4, 16, 128, 512))
 QUICK_SIZES: Sizes = (((4864, 896), (576, 576)), (1, 16, 128))
@@ -152,6 +152,6 @@ def _measure(settings: Settings, case: Case, work: dict[str, Work]) -> Case:
     with torch.no_grad():
         measured = interleave(work | settings.limits.work(threads), settings.max_rounds)
     peak, reads = settings.limits.rates(measured, threads)
-    for warning in thread_warnings(measured, threads):
+    if warning := thread_warning(measured, threads):
         settings.say(warning)
     return replace(case, measured=measured, threads=threads, peak=peak, reads=reads)

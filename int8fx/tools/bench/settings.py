@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .limits import Limits
+from .limits import NO_LIMITS, Limits
 
 Sizes = tuple[Sequence[tuple[int, int]], Sequence[int]]  # shapes (N, K) of weights, and numbers of rows M
 
@@ -36,7 +36,7 @@ class Settings:
     device: str = "cpu"
     shapes: Sequence[tuple[int, int]] | None = None
     rows: Sequence[int] | None = None
-    limits: Limits = Limits()
+    limits: Limits = NO_LIMITS
     say: Callable[[str], None] = lambda line: None
 
     @property

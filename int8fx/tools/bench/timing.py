@@ -154,20 +154,21 @@ def rounds_for(seconds: float, rounds: int) -> tuple[int, str]:
     return count, f"{count} of {rounds} rounds: {seconds:.1f} s a call" if count < rounds else ""
 
 
-def thread_warnings(measured: Mapping[str, Measured], threads: int) -> Iterator[str]:
-    """A line for each candidate that used far fewer or more CPUs than ``threads`` in some rounds.
+def thread_warning(measured: Mapping[str, Measured], threads: int) -> str:
+    """A line that names the candidates that used far fewer or more CPUs than ``threads`` in some rounds; empty if none.
 
-    Its times are then those of another number of threads, or of a busy machine. Legal is from half way between 1 and
+    Their times are those of another number of threads, or of a busy machine. Legal is from half way between 1 and
     ``threads`` to a tenth more than ``threads``. Calls shorter than `PARALLEL` are not judged.
     """
     least, most = (1 + threads) / 2 if threads > 1 else 0, 1.1 * threads
+    odd_rounds = []
     for label, candidate in measured.items():
         odd = [cpus for cpus in candidate.cpus if not least <= cpus <= most]
         if odd and candidate.best >= PARALLEL:
-            yield (
-                f"warning: {label}: {len(odd)} of {len(candidate.cpus)} rounds used {min(odd):.1f} to {max(odd):.1f} "
-                f"CPUs; legal: {least:.1f} to {most:.1f} with {threads} threads"
-            )
+            odd_rounds.append(f"{label} {min(odd):.1f} to {max(odd):.1f} in {len(odd)} of {len(candidate.cpus)} rounds")
+    if not odd_rounds:
+        return ""
+    return f"warning: CPUs used with {threads} threads (legal: {least:.1f} to {most:.1f}): {'; '.join(odd_rounds)}"
 
 
 class _Turns:

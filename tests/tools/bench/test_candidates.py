@@ -12,9 +12,7 @@ N, K = 96, 64
 EACH = {candidate.name: candidate for candidate in (*FOR_LAYERS, *FOR_OVERHEAD, *FOR_GPUS)}
 
 
-@pytest.mark.parametrize(
-    ("width", "count"), [(4096, 6), (64, 6), (64, 64), (4, 6)], ids=lambda value: f"{value}"
-)
+@pytest.mark.parametrize(("width", "count"), [(4096, 6), (64, 6), (64, 64), (4, 6)], ids=lambda value: f"{value}")
 def test_inputs_have_the_outlier_columns_they_say(width, count):
     x = candidates.inputs(3, width, count)
     beyond = x.abs() >= 6

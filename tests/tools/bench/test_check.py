@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from int8fx.triton_kernels import configs
+from int8fx.triton_kernels import tiles
 from rich.console import Console
 from support import interpreter  # noqa: F401  # computes what hardware computes
 
@@ -17,13 +17,13 @@ ROWS, SIZES = (1, 3, 65), ((17, 70),)
 @pytest.fixture(autouse=True)
 def _one_tile(monkeypatch):
     """A small tile for any shape: the interpreter takes its time for large ones."""
-    monkeypatch.setattr(configs, "int8_matmul", lambda *args: (configs.Config(32, 32, 64, 4, 2),))
+    monkeypatch.setattr(tiles, "for_int8_matmul", lambda *args: (tiles.Tile(32, 32, 64, 4, 2),))
 
 
 @pytest.mark.parametrize("dtype", check.DTYPES)
 def test_the_kernels_agree_with_the_reference(dtype):
     done = list(check.checks("cpu", (dtype,), ROWS, SIZES))
-    assert len(done) == len(ROWS) * (14 + len(configs.tiles(dtype, "sm_80", epilogue=False)))
+    assert len(done) == len(ROWS) * (14 + len(tiles.int8_matmul_tiles(dtype, "sm_80", epilogue=False)))
     assert len({one.name for one in done}) == len(done)
     assert [(one.name, one.worst) for one in done if not one.right] == []
 

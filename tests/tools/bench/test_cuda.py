@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from int8fx.tools.bench import command, cuda
+from int8fx.tools.bench import command
 from int8fx.tools.bench.candidates import FOR_GPUS
 from int8fx.tools.bench.settings import Settings
 from int8fx.tools.bench.suites import SUITES
@@ -32,21 +32,3 @@ def test_models_run():
     cases = list(SUITES["models"].on_gpu(Settings(quick=True, rounds=1, device="cuda")))
     assert [case.name.split(",")[0] for case in cases] == ["forward"] * 3 + ["decode"] * 2
     assert all(case.measured[case.base].values for case in cases)
-
-
-def test_calls_are_recorded_until_a_graph_is_long_enough():
-    x = torch.zeros(1, device="cuda")
-    recorded = cuda.record([lambda: x.add_(1)])
-    assert recorded.note == ""
-    before = x.item()
-    recorded.run()
-    assert x.item() == before + recorded.calls
-
-
-def test_what_waits_for_the_gpu_is_called_one_by_one():
-    x = torch.zeros(1, device="cuda")
-    recorded = cuda.record([lambda: x.add_(1).item()])
-    assert recorded.note.startswith("no CUDA graph: ")
-    before = x.item()
-    recorded.run()
-    assert x.item() == before + recorded.calls

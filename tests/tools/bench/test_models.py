@@ -39,13 +39,6 @@ def test_every_case_runs(tiny_lm):
         assert all(len(m.values) == 2 and not m.note for m in case.measured.values())
 
 
-def test_both_batches_decode_in_a_full_run(tiny_lm):
-    cases = models.compare(Settings(rounds=1), tiny_lm, "tiny", (EAGER_INT8FX,))
-    assert [case.name for case in cases if case.name.startswith("decode")] == [
-        f"decode, batch {batch}, {head}" for batch in (1, 8) for head in (HEAD_16, HEAD_8)
-    ]
-
-
 def test_a_decode_step_begins_again_when_the_cache_is_full(tiny_lm):
     max_tokens = models.PROMPT + 3
     with torch.no_grad():
@@ -78,8 +71,3 @@ def test_random_models_have_the_outliers_of_trained_ones():
         model(input_ids=torch.randint(0, 49152, (1, 64)))
     outliers = (inputs[0].flatten(0, -2).abs() >= 6).any(0)
     assert outliers.sum() == products.OUTLIERS
-
-
-def test_an_unknown_model_is_refused():
-    with pytest.raises(ValueError, match="no model 'x'; legal: an LM of 0.5B parameters, SmolLM2-135M"):
-        models.load("x")

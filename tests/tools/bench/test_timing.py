@@ -6,7 +6,7 @@ import time
 import pytest
 
 from int8fx.tools.bench import timing
-from int8fx.tools.bench.timing import Case, Measured, interleave, rounds_for, thread_warnings
+from int8fx.tools.bench.timing import Case, Measured, interleave, rounds_for, thread_warning
 
 LONGER_THAN_A_SLICE = 1.2 * timing.SLICE
 
@@ -46,10 +46,12 @@ def test_values_are_seconds_a_call():
         calls.append(time.perf_counter())
         time.sleep(timing.SLICE / 5)
 
-    values = interleave({"a": [run]}, 3)["a"].values
+    measured = interleave({"a": [run]}, 3)["a"]
+    values = measured.values
     assert 2 + 3 * 2 < len(calls) <= 2 + 3 * (1 + 5)  # several in a slice
     assert all(value >= timing.SLICE / 5 for value in values)
     assert sum(values) * (len(calls) - 5) / 3 <= time.perf_counter() - calls[2]
+    assert all(0 <= cpus < 0.9 for cpus in measured.cpus)  # asleep
 
 
 def test_a_candidate_that_fails_is_noted_and_the_others_go_on():
@@ -73,6 +75,7 @@ def test_a_candidate_that_fails_is_noted_and_the_others_go_on():
 )
 def test_a_slow_candidate_gets_fewer_rounds_and_a_note(seconds, expected):
     assert rounds_for(seconds, 10) == expected
+    assert rounds_for(seconds, 1) == (1, "")
 
 
 def test_the_second_call_of_a_slow_candidate_is_its_first_round(monkeypatch):
@@ -87,10 +90,6 @@ def test_the_second_call_of_a_slow_candidate_is_its_first_round(monkeypatch):
     assert len(measured.values) == 2
     assert measured.note.startswith("2 of 10 rounds")
     assert len(calls) == 2 + 2  # the second round follows an untimed call
-
-
-def test_one_round_of_a_slow_candidate_leaves_no_note():
-    assert rounds_for(3.0, 1) == (1, "")
 
 
 def test_ratios_and_shares_are_the_formulas():
@@ -119,20 +118,10 @@ def test_rounds_on_the_wrong_number_of_threads_are_named():
         "short": measured(1.0, 1.0, seconds=1e-5),
         "not timed": Measured(note="not installed"),
     }
-    assert list(thread_warnings(work, 2)) == [
-        "warning: one thread: 2 of 3 rounds used 0.9 to 1.0 CPUs; legal: 1.5 to 2.2 with 2 threads",
-        "warning: four threads: 1 of 3 rounds used 3.9 to 3.9 CPUs; legal: 1.5 to 2.2 with 2 threads",
-    ]
-    assert list(thread_warnings({"busy machine": measured(0.4)}, 1)) == []
-    assert [line.split(":")[1] for line in thread_warnings(work, 1)] == [" one thread", " two threads", " four threads"]
-
-
-def test_cpus_are_counted():
-    def spins():
-        end = time.process_time() + LONGER_THAN_A_SLICE
-        while time.process_time() < end:
-            pass
-
-    cpus = interleave({"sleeps": [lambda: time.sleep(LONGER_THAN_A_SLICE)], "spins": [spins]}, 3)
-    assert max(cpus["sleeps"].cpus) < min(0.5, *cpus["spins"].cpus)
-    assert max(cpus["spins"].cpus) <= 1.1
+    assert thread_warning(work, 2) == (
+        "warning: CPUs used with 2 threads (legal: 1.5 to 2.2): one thread 0.9 to 1.0 in 2 of 3 rounds; "
+        "four threads 3.9 to 3.9 in 1 of 3 rounds"
+    )
+    assert "two threads 1.6 to 2.0 in 3 of 3 rounds" in thread_warning(work, 1)
+    assert thread_warning({"two threads": work["two threads"], "short": work["short"]}, 2) == ""
+    assert thread_warning({"busy machine": measured(0.4)}, 1) == ""

@@ -1,4 +1,4 @@
-"""Columns that every call keeps in floating point, and their exact weights: a fixed list, known to convert."""
+"""Unquantised columns: a fixed list that is the same for every call. x and the weight hold them in floating point."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import GATHER_COLUMNS
-from .outliers import BLOCK_O
+from .tiles import BLOCK_O, GATHER_COLUMNS
 
 
 @triton.jit
-def is_kept(columns_ptr, C, start, BLOCK_K: tl.constexpr):
-    """Which of the columns ``start <= k < start + BLOCK_K`` are among ``columns[:C]``: ``[BLOCK_K]`` bool.
+def is_listed(columns_ptr, C, start, BLOCK_K: tl.constexpr):
+    """Which of the columns ``start <= k < start + BLOCK_K`` are in ``columns[:C]``: ``[BLOCK_K]`` bool.
 
     ``columns`` are distinct integers in any order; start and BLOCK_K are multiples of 32. Each word of 32 columns is
-    compared with the whole list, 64 at a time.
+    compared with the list, 64 entries at a time.
     """
     word = start // 32 + tl.arange(0, BLOCK_K // 32)
     bits = tl.zeros((BLOCK_K // 32,), tl.int32)
@@ -30,18 +29,18 @@ def is_kept(columns_ptr, C, start, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def add_kept(acc, x_ptr, at, columns_ptr, weight_ptr, channels, C, stride_xk, BLOCK_O: tl.constexpr):
-    """``acc[m, n] + sum_c(x[m, columns[c]] * weight[n, c])``, BLOCK_O columns a dot, in the order of the list.
+def add_columns(acc, x_ptr, at, columns_ptr, weight_ptr, channels, C, stride_xk, BLOCK_O: tl.constexpr):
+    """``acc[m, n] + sum_c(x[m, columns[c]] * weight[n, c])``, BLOCK_O columns per dot, in the order of the list.
 
-    Products of two 16-bit values are exact in float32, where they are summed; values of different dtypes are
+    Products of two 16-bit values are exact in float32, where they are summed. Values of different dtypes are
     multiplied in float32, without tensor cores.
 
     Args:
         acc: ``[BLOCK_M, BLOCK_N]`` float32.
-        at: ``[BLOCK_M]`` int64, where the rows of x begin.
-        columns_ptr: ``[C]``; None where x holds nothing else, side by side.
+        at: ``[BLOCK_M]`` int64, where each row of x begins.
+        columns_ptr: ``[C]``; None where x holds these columns only (`gather_columns`).
         weight_ptr: ``[channels, C]``, contiguous.
-        channels: ``[BLOCK_N]`` int64, rows of the weight that exist.
+        channels: ``[BLOCK_N]`` int64, existing rows of the weight.
     """
     for first in range(0, C, BLOCK_O):
         c = first + tl.arange(0, BLOCK_O)
@@ -70,18 +69,18 @@ def _gather_columns_kernel(
         column = tl.load(columns_ptr + c, mask=c < C, other=0).to(tl.int64)
     rows = (m < M)[:, None]
     at = e * stride_e + m[:, None] * stride_m + column[None, :] * stride_k
-    found = tl.load(source_ptr + at, mask=rows & (c < C)[None, :], other=0)
-    tl.store(panel_ptr + (e * M + m)[:, None] * pitch + c[None, :], found, mask=rows)
+    values = tl.load(source_ptr + at, mask=rows & (c < C)[None, :], other=0)
+    tl.store(panel_ptr + (e * M + m)[:, None] * pitch + c[None, :], values, mask=rows)
 
 
 def gather_columns(source: Tensor, columns: Tensor | None) -> Tensor:
-    """``panel[e, m, c] = source[e, m, columns[c]]``, and 0 behind the last, up to a multiple of `outliers.BLOCK_O`.
+    """``panel[e, m, c] = source[e, m, columns[c]]``, then zeros up to a multiple of `BLOCK_O` columns. Exact.
 
-    For many rows: each tile of the product would fetch 32 bytes for every single value. Exact.
+    It serves many rows. Without it each tile of the matmul would fetch 32 bytes for every single value.
 
     Args:
         source: ``[E, M, K]``, any dtype and strides.
-        columns: ``[C]`` integers below K, contiguous; None for all of them, in their order.
+        columns: ``[C]`` integers below K, contiguous; None for all columns in order.
 
     Returns:
         ``[E, M, P]``, contiguous.
