@@ -115,8 +115,7 @@ class Demo:
         """Windows of text, to measure on and to calibrate on."""
         width = 512 if kind == "lm" and not self.quick else 128
         width = min(width, getattr(config, "max_position_embeddings", width))
-        count = 8 if kind != "lm" else 2 if self.quick else 4
-        measured, calibrating = windows(tokenizer, ["pydoc"], count, width, 4)
+        measured, calibrating = windows(tokenizer, ["pydoc"], 2 if kind == "lm" else 8, width, 2)
         return list(measured.split(1)), list(calibrating.split(1))
 
     def _decode(
