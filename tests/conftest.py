@@ -1,3 +1,9 @@
+"""The lanes, hypothesis' profiles, and the kernels that CPU tests run on.
+
+Lanes: ``pytest -m fast`` runs every test that is not marked ``slow``, with fewer examples; ``pytest`` runs all;
+``HYPOTHESIS_PROFILE=thorough pytest`` draws many more examples.
+"""
+
 import os
 
 from support import hardware
@@ -10,38 +16,50 @@ else:
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from support.kernels import KERNELS, Kernels, torch_kernels
 
-from int8fx import ops
-from int8fx.ops import fallback as cpu
 from int8fx.ops import native
 
 torch.set_num_threads(1)  # the tensors are tiny: on a busy machine a second thread makes the tests ten times slower
 
 _slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("fast", derandomize=True, deadline=None, max_examples=8, suppress_health_check=_slow)
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40, suppress_health_check=_slow)
 settings.register_profile("thorough", deadline=None, max_examples=1500, suppress_health_check=_slow)
 if hardware.DEVICE:
     hardware.install()
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+SLOW_FILES: tuple[str, ...] = ()
+"""Files of which every test is slow; a file that is slow in parts marks its tests by itself."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    lane = "fast" if config.option.markexpr == "fast" else "ci"
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", lane))
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if str(item.path).endswith(SLOW_FILES):
+            item.add_marker("slow")
+        if item.get_closest_marker("slow") is None:
+            item.add_marker("fast")
 
 
 def pytest_runtest_setup() -> None:
     torch.manual_seed(0)  # whatever ran before, and on whichever worker
 
 
-KERNELS = ("native", "float_gemm", "int_mm")
-
-
 @pytest.fixture(params=KERNELS, scope="module")
 def kernels(request):
-    """What has ``linear``, ``quantize_rowwise``, ...: the ops (so the C++ kernels), or torch's operators either way."""
+    """The ops' kernels for CPU tensors: the C++ ones, or torch's operators with either way to multiply codes."""
     if request.param == "native":
         assert native.load(), "there is no C++ compiler: this would test torch's operators again"
-        yield ops
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "has_fast_int_mm", lambda: request.param == "int_mm")
-        yield cpu
+        yield Kernels("native")
+    else:
+        with torch_kernels(request.param):
+            yield Kernels(request.param)
 
 
 @pytest.fixture(params=("cpu", "triton"), scope="module")

@@ -142,7 +142,7 @@ def convert(
     log.info("convert: %d weights to int8; left: %s", count, _counts(reasons) or "none")
     if not count:
         warnings.warn("int8fx.convert: no layer was converted; int8fx.summary(model) says why", stacklevel=2)
-    from ..passes.inductor import install
+    from ..passes.inductor import install  # it loads Inductor, which `import int8fx` does not
 
     install()
     return model
@@ -206,6 +206,5 @@ def _progress(chosen: list[Layer], progress: bool | None) -> Callable[[int], Non
 
 
 def _counts(reasons: Mapping[str, str]) -> str:
-    """``2 the output embeddings: ..., 1 skipped``: reasons by how often they occur; names in them count as one."""
-    counts = Counter(reasons.values())
-    return ", ".join(f"{count} ({reason})" for reason, count in counts.most_common())
+    """``2 (skipped), 1 (the output embeddings: ...)``: how many layers each reason left, the most frequent first."""
+    return ", ".join(f"{count} ({reason})" for reason, count in Counter(reasons.values()).most_common())

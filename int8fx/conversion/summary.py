@@ -74,7 +74,7 @@ class Summary:
             f"{self.int8_parameters:,} of {self.parameters:,} parameters; "
             f"weights: {self.bytes_before:,} -> {self.bytes_after:,} bytes"
         )
-        return "\n".join([table([head, *self._cells()]), total])
+        return "\n".join([table([head, *self._cells()], left=4), total])
 
     def _cells(self) -> Iterator[tuple[str, ...]]:
         for row in self.rows:

@@ -1,6 +1,6 @@
-"""What the ops of the ``int8fx`` library refuse, and the words of the refusal; kernels and fakes share it.
+"""The checks of the ``int8fx`` ops' arguments, and their error messages. Kernels and fakes share them.
 
-The C++ kernels test the same conditions without words, and call the op's fake for the error.
+The C++ kernels test the same conditions, and call the op's fake to raise the error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _of(tensor: Tensor) -> str:
 
 
 def count_rows(x: Tensor) -> int:
-    """M of x ``[..., K]``; a symbol where sizes are symbols, which ``math.prod`` keeps."""
+    """M of x ``[..., K]``: an int, or a SymInt where a size is one."""
     return math.prod(x.shape[:-1])
 
 

@@ -1,7 +1,4 @@
-"""The ops in torch's own operators: for any device and dtype, where no kernel serves.
-
-They serve CPUs without a C++ compiler, and float64 on a GPU.
-"""
+"""The ops in torch's operators, for any device and dtype: on CPUs without a C++ compiler, and for float64 on a GPU."""
 
 from __future__ import annotations
 
@@ -44,7 +41,7 @@ def int8_matmul(codes: Tensor, weight: Tensor, dtype: torch.dtype = torch.float3
     With VNNI or AMX it is ``aten::_int_mm``, with int32 sums. (Not for K = 1, where torch 2.13 with VNNI returns
     uninitialised memory.) Without, the integers are multiplied by the float GEMM. For float32 that is done in slices of
     1040 columns. Every partial sum of a slice is an integer below 2**24, and so exact in any order. The slices' sums
-    are added one after the other in float32, as an int32 sum is rounded to float32 anyway.
+    are added one after the other in float32. (An int32 sum is rounded to float32 as well.)
     """
     M, K = codes.shape
     N = weight.shape[0]
@@ -95,9 +92,8 @@ def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Tensor:
             y[e] = linear(x[e], weight.of_expert(e), epilogue.of_expert(e))
         return y
     if _form(x, weight) is not Form.WEIGHT_ONLY:
-        return linear_quantized(
-            x, *quantize_rowwise(x, weight.threshold, weight.block, weight.columns), weight, epilogue
-        )
+        quantized = quantize_rowwise(x, weight.threshold, weight.block, weight.columns)
+        return _multiply_codes(x, *quantized, weight, epilogue)
     x2d = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(compute_dtype(x.dtype))
     quantised = x2d if weight.columns is None else x2d.index_fill(1, weight.columns, 0)
     y = _float_matmul(quantised, weight.codes).mul_(weight.scale.to(x2d.dtype))
@@ -107,9 +103,15 @@ def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Tensor:
 def linear_quantized(
     x: Tensor, codes: Tensor, x_scale: Tensor, mask: Tensor, weight: Int8Weight, epilogue: Epilogue
 ) -> Tensor:
-    """`linear` of x whose `quantize_rowwise` is given."""
-    if _form(x, weight) is Form.WEIGHT_ONLY:
+    """`linear` of x whose `quantize_rowwise` is given. Forms other than QUANTIZED do not read it."""
+    if _form(x, weight) is not Form.QUANTIZED:
         return linear(x, weight, epilogue)
+    return _multiply_codes(x, codes, x_scale, mask, weight, epilogue)
+
+
+def _multiply_codes(
+    x: Tensor, codes: Tensor, x_scale: Tensor, mask: Tensor, weight: Int8Weight, epilogue: Epilogue
+) -> Tensor:
     ct = compute_dtype(x.dtype)
     weight_scale = weight.scale.to(ct)
     x2d = x.reshape(codes.shape)

@@ -1,8 +1,8 @@
 """Builds and loads the C++ kernels in ``csrc/`` for this machine's instruction set.
 
-One library for each instruction set, compiled on first use (half a minute, one file) or ahead of time by
-``int8fx build``, and kept in torch's folder for C++ extensions (``TORCH_EXTENSIONS_DIR``) under a name with a hash
-of the sources, the flags and torch's version. Loading it registers its kernels for CPU tensors, before those of `cpu`.
+There is one library for each instruction set. It is compiled on first use (half a minute, one file) or ahead of time by
+``int8fx build``. It is stored in torch's folder for C++ extensions (``TORCH_EXTENSIONS_DIR``), under a name with a hash
+of the sources, the flags and torch's version. Loading it registers its kernels for CPU tensors, before `fallback`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _COMMON = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno
 class InstructionSet:
     """A set of instructions that `csrc/` has tiles for.
 
-    capability: the set of torch's own vector classes that the library is compiled with.
+    capability: the set of torch's vector classes that the library is compiled with.
     """
 
     name: str
@@ -51,15 +51,15 @@ AMX = InstructionSet("amx", "AVX512", (*AVX512_VNNI.flags, "-mamx-tile", "-mamx-
 
 
 def instruction_set() -> InstructionSet:
-    """The best one that this CPU has, within what ``ATEN_CPU_CAPABILITY`` allows torch itself."""
-    capability, found = torch.backends.cpu.get_cpu_capability(), torch.cpu.get_capabilities()
-    if capability == "AVX512" and found.get("avx512_vnni", False):
-        return AMX if found.get("amx_int8", False) and _tiles_permitted() else AVX512_VNNI
+    """The best one of this CPU, within what ``ATEN_CPU_CAPABILITY`` allows torch itself."""
+    capability, features = torch.backends.cpu.get_cpu_capability(), torch.cpu.get_capabilities()
+    if capability == "AVX512" and features.get("avx512_vnni", False):
+        return AMX if features.get("amx_int8", False) and _tiles_permitted() else AVX512_VNNI
     return AVX2 if capability in ("AVX2", "AVX512") else DEFAULT
 
 
 def _tiles_permitted() -> bool:
-    """Asks Linux for AMX's tiles, which a process has to before it uses them; oneDNN asks in the same way."""
+    """Whether Linux lets this process use AMX's tiles. A process must request them first; oneDNN does so too."""
     if sys.platform != "linux":
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
@@ -67,7 +67,7 @@ def _tiles_permitted() -> bool:
 
 
 def command(isa: InstructionSet, output: Path) -> list[str]:
-    """The compiler's command line; ``CXX`` names another compiler than ``c++``."""
+    """The compiler's command line. The environment variable ``CXX`` names the compiler, ``c++`` by default."""
     root = Path(torch.__file__).parent
     flags = [*_COMMON, *isa.flags, f"-DCPU_CAPABILITY={isa.capability}", f"-DCPU_CAPABILITY_{isa.capability}"]
     flags.append(f"-DINT8FX_WEIGHT_ONLY_ROWS={WEIGHT_ONLY_ROWS_CPU}")
@@ -79,7 +79,7 @@ def command(isa: InstructionSet, output: Path) -> list[str]:
 
 
 def library(isa: InstructionSet) -> Path:
-    """Where the library for ``isa`` is kept."""
+    """The path of the library for ``isa``."""
     from torch._appdirs import user_cache_dir
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or user_cache_dir(appname="torch_extensions")
@@ -90,7 +90,7 @@ def library(isa: InstructionSet) -> Path:
 
 
 def build(isa: InstructionSet) -> Path:
-    """Compiles the library for ``isa``, unless it is there; says so on stderr. Processes wait for each other.
+    """Compiles the library for ``isa`` unless it exists, with a line on stderr. Processes wait for each other.
 
     Raises:
         RuntimeError: there is no compiler, or it failed.
@@ -113,7 +113,7 @@ def build(isa: InstructionSet) -> Path:
 
 
 def compile_to(path: Path, command_for: Callable[[Path], list[str]]) -> None:
-    """Runs ``command_for(output)`` for an output beside ``path``, which takes its place only when it is whole.
+    """Runs ``command_for(output)`` in a temporary folder, and moves the output to ``path`` when it is complete.
 
     Raises:
         RuntimeError: there is no compiler, or it failed.
@@ -150,7 +150,7 @@ def _load() -> bool:
         torch.ops.load_library(str(build(instruction_set())))
     except (ImportError, RuntimeError, OSError) as error:
         warnings.warn(
-            f"int8fx: CPU products run on torch's operators, several times slower than the C++ kernels: {error}",
+            f"int8fx: CPU matmuls run on torch's operators, several times slower than the C++ kernels: {error}",
             stacklevel=2,
         )
         return False

@@ -8,15 +8,15 @@ from __future__ import annotations
 import enum
 
 WEIGHT_ONLY_ROWS_CPU = 4
-"""On a CPU, up to how many rows are multiplied without quantising x. Reading the weight is all the time there is."""
+"""On a CPU, up to how many rows are multiplied without quantising x. Their time is the time to read the weight."""
 
 WEIGHT_ONLY_ROWS_GPU = 32
-"""On a GPU, up to how many rows are multiplied without quantising x, from two on. Of N = K = 8192 on an H100, 16 rows
-take 29 us so, 44 us quantised in the same launch, 38 us quantised in several, and 48 us in bfloat16."""
+"""On a GPU, up to how many rows are multiplied without quantising x, from two on. With N = K = 8192 on an H100, 16 rows
+take 29 us weight-only, 44 us quantised in one launch, 38 us quantised in several, and 48 us in bfloat16."""
 
 FUSED_ROWS_GPU = 1
-"""On a GPU, up to how many rows are quantised in the launch that multiplies. One row of N = K = 8192 takes 26 to 31 us
-on an H100 so, and 31 us weight-only."""
+"""On a GPU, up to how many rows are quantised in the launch that multiplies. With N = K = 8192 on an H100, one row
+takes 26 to 31 us this way, and 31 us weight-only."""
 
 
 class Form(enum.Enum):
@@ -28,12 +28,13 @@ class Form(enum.Enum):
 
 
 def form(rows: int, device_type: str, threshold: float | None, block: int, has_columns: bool) -> Form:
-    """The form of a linear layer on ``rows`` rows of x; for experts, the rows of one expert on a CPU, of all on a GPU.
+    """The form of a linear layer on ``rows`` rows of x.
 
     Rotated weights always quantise x first: then a row's result does not depend on the size of its batch.
 
     Args:
-        rows: M, the product of x's sizes but the last.
+        rows: M, the product of x's sizes but the last. With a 3-D weight, the rows of one expert. In `grouped_linear`,
+            the rows of one expert on a CPU and of all experts on a GPU, which does not read the offsets.
         device_type: ``cpu`` or ``cuda``. Other devices run as CPUs do.
         threshold, block: of the `Int8Weight`.
         has_columns: whether the weight has unquantised columns.

@@ -1,4 +1,4 @@
-"""What is computed: the quantisation schemes that `int8fx.convert` takes, and their numbers in plain torch."""
+"""The quantisation schemes that `int8fx.convert` takes, and their formulas in plain torch."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class LLMInt8:
     columns: float = 0.0
 
     def __post_init__(self) -> None:
-        threshold = None if self.threshold == math.inf else self.threshold
+        threshold = self.threshold
         if threshold is not None:
-            if not _is_number(threshold) or not 0 <= threshold <= MAX_THRESHOLD:  # not NaN either
+            if not _is_number(threshold) or not (0 <= threshold <= MAX_THRESHOLD or threshold == math.inf):  # nor NaN
                 raise ValueError(
                     f"threshold must be a number >= 0 that float32 holds, or None for plain int8, found {threshold!r}"
                 )
-            threshold = float(threshold)
+            threshold = None if threshold == math.inf else float(threshold)
         object.__setattr__(self, "threshold", threshold)
         object.__setattr__(self, "columns", _share_of_columns(self.columns))
 
@@ -71,8 +71,8 @@ class Rotated:
     rounding: str = "nearest"
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.block, int) and not isinstance(self.block, bool)
-        if not whole or self.block < 1 or self.block & (self.block - 1):
+        is_int = isinstance(self.block, int) and not isinstance(self.block, bool)
+        if not is_int or self.block < 1 or self.block & (self.block - 1):
             raise ValueError(f"block must be a power of two, found {self.block!r}")
         if self.rounding not in ("nearest", "gptq"):
             raise ValueError(f"rounding must be 'nearest' or 'gptq', found {self.rounding!r}")
@@ -117,9 +117,9 @@ def llm_int8(threshold: float | None = DEFAULT_THRESHOLD, columns: float = 0.0) 
     Args:
         threshold: >= 0. 6.0 is the paper's. None (or ``inf``) is `plain` int8, 0 is `weight_only`. (bitsandbytes writes
             plain int8 as 0.)
-        columns: a share of the input columns whose weights keep the model's dtype, as the paper has it for all
-            outliers. They are the columns that are largest in `calibrate`'s data. Outliers in other columns are still
-            found by the threshold; they use the weight's int8 codes.
+        columns: a share of the input columns whose weights keep the model's dtype, as in the paper for all outliers.
+            They are the columns whose values are largest in `calibrate`'s data. The threshold still finds outliers in
+            other columns; those use the weight's int8 codes.
 
     Raises:
         ValueError: the threshold is negative, NaN or no number, or columns is no share.
@@ -150,8 +150,8 @@ def rotated(block: int = 64, columns: float = 0.01, rounding: str = "nearest") -
         block: size of the Hadamard blocks, a power of two; 1 for no rotation. The columns after the last whole block
             are rotated in smaller blocks (`rotate.rotation_blocks`).
         columns: the share of input columns that are taken out before the rotation and multiplied in 16 bits; at least
-            one column of each layer, 0 for none. `convert` chooses them by what `calibrate` found, else by the weights
-            (the columns of largest Euclidean norm).
+            one column of each layer, 0 for none. `convert` chooses the columns whose values are largest in
+            `calibrate`'s data; without data, those whose weights have the largest Euclidean norm.
         rounding: of the weight to codes. ``nearest`` rounds each value alone. ``gptq`` makes the matmul's error small
             on the data of ``calibrate(moments=True)`` (`gptq.round_weight`); the weights of unquantised columns then
             compensate for errors of the others, and are no exact copies. It takes time when the model is converted

@@ -1,4 +1,4 @@
-"""What a conversion may be told of a model's data."""
+"""Statistics of layers' inputs, from which a conversion chooses unquantised columns and rounds weights."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass
 class Calibration:
-    """What `calibrate` found; ``torch.save`` keeps it.
+    """Statistics of each layer's inputs, measured by `calibrate`; ``torch.save`` can store them.
 
     absmax: layer name -> ``[K]`` float32: the largest absolute value of each input column.
     rows: layer name -> how many rows were seen.
-    moments: layer name -> ``[K, K]`` float32, ``x.T @ x`` of all rows, if they were asked for.
+    moments: layer name -> ``[K, K]`` float32, ``x.T @ x`` of all rows; only of `calibrate(moments=True)`.
     """
 
     absmax: dict[str, Tensor] = field(default_factory=dict)
@@ -22,7 +22,7 @@ class Calibration:
     moments: dict[str, Tensor] = field(default_factory=dict)
 
     def see(self, name: str, x: Tensor, moments: bool = False) -> None:
-        """Takes in rows ``x [M, K]`` of the layer ``name``."""
+        """Adds the rows ``x [M, K]`` to the statistics of layer ``name``."""
         if x.shape[0]:
             absmax = x.abs().amax(0).float().cpu()
             self.absmax[name] = torch.maximum(self.absmax[name], absmax) if name in self.absmax else absmax

@@ -38,7 +38,7 @@ def outlier_mask(x: Tensor, threshold: float | None, columns: Tensor | None = No
     Args:
         x: ``[M, K]``, any float dtype.
         threshold: >= 0, or None.
-        columns: ``[C]`` int64, columns that are multiplied elsewhere: never marked.
+        columns: ``[C]`` int64, the unquantised columns: never marked.
 
     Returns:
         ``[K]`` bool.
@@ -58,7 +58,7 @@ def quantize_rowwise(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Ten
     rule). Then ``abs(x - codes * scale) <= scale / 2 * (1 + 2**-16)``: half a step, plus the rounding of
     the division. The scale is never below the smallest normal float32, so that a row of zeros or
     denormals needs no special case. A row that holds NaN or inf in an unmasked column gets scale NaN;
-    its codes mean nothing.
+    its codes are undefined.
 
     Args:
         x: ``[M, K]``, any float dtype.

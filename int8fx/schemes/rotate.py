@@ -9,7 +9,7 @@ from torch import Tensor
 def rotation_blocks(K: int, block: int) -> list[tuple[int, int]]:
     """``(first column, size)`` of the diagonal blocks of `rotate`'s matrix: sizes are powers of two that add up to K.
 
-    As many of size ``block`` as K holds, then the powers of two that the rest consists of, the largest first.
+    As many of size ``block`` as K holds, then smaller ones for the remaining columns, the largest first.
     """
     blocks = [(i, block) for i in range(0, K - block + 1, block)]
     begin, size = K - K % block, block // 2
@@ -44,9 +44,9 @@ def rotate(x: Tensor, block: int) -> Tensor:
     K = x.shape[-1]
     if block == 1 or not x.numel():
         return x
-    whole = K - K % block
-    parts = [_hadamard(x[..., :whole], block)] if whole else []
-    parts += [_hadamard(x[..., i : i + n], n) for i, n in rotation_blocks(K, block) if i >= whole]
+    tail = K - K % block  # where the smaller blocks begin
+    parts = [_hadamard(x[..., :tail], block)] if tail else []
+    parts += [_hadamard(x[..., i : i + n], n) for i, n in rotation_blocks(K, block) if i >= tail]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 SCALE, COLUMNS, COLUMNS_WEIGHT = "_scale", "_columns", "_columns_weight"
 SUFFIXES = ("", SCALE, COLUMNS, COLUMNS_WEIGHT)
-"""What follows a packed weight's name in the names of its buffers, in the order of `PackedTensors`."""
+"""The suffixes of a packed weight's buffers, in the order of `PackedTensors`: a buffer is called name + suffix."""
 
 
 class PackedTensors(NamedTuple):

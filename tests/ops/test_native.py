@@ -1,4 +1,4 @@
-"""How the C++ kernels are built, kept and chosen. What they compute is in test_cpu.py and test_ops.py."""
+"""How the C++ kernels are built, stored and chosen. `test_kernels` and `test_ops` test what they compute."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def extensions(monkeypatch, tmp_path):
 
 @pytest.fixture
 def compiler(monkeypatch, tmp_path):
-    """A compiler that writes down its calls, waits, and writes a file in place of a library."""
+    """A compiler that writes its calls to a file, waits, and writes text as the library."""
     script, calls = tmp_path / "compiler", tmp_path / "calls"
     script.write_text(f'#!/bin/sh\necho call >> {calls}\nsleep 0.3\nfor last; do :; done\necho built > "$last"\n')
     script.chmod(0o755)
@@ -51,16 +51,16 @@ def test_a_library_is_compiled_once(extensions, compiler, capfd):
 
 
 def test_other_sources_flags_and_instructions_are_other_libraries(extensions, monkeypatch, tmp_path):
-    found = [native.library(isa) for isa in (native.DEFAULT, native.AVX2, native.AVX512_VNNI)]
+    paths = [native.library(isa) for isa in (native.DEFAULT, native.AVX2, native.AVX512_VNNI)]
     sources = tmp_path / "csrc"
     sources.mkdir()
     for path in native.SOURCES.iterdir():
         (sources / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(native, "SOURCES", sources)
-    found.append(native.library(native.AVX2))
+    paths.append(native.library(native.AVX2))
     (sources / "product.h").write_text("// nothing")
-    found.append(native.library(native.AVX2))
-    assert len(set(found)) == 5
+    paths.append(native.library(native.AVX2))
+    assert len(set(paths)) == 5
 
 
 @pytest.mark.parametrize(
@@ -90,51 +90,56 @@ def test_a_folder_that_cannot_be_written(extensions, monkeypatch):
         assert not native._load()
 
 
+@pytest.mark.slow
 def test_torch_serves_ops_where_there_is_no_library(tmp_path):
-    """The same answers, in a process without a compiler."""
-    x, codes, scale = torch.randn(7, 40), torch.randint(-127, 128, (5, 40), dtype=torch.int8), torch.rand(5)
-    torch.save((x, codes, scale, ops.linear(x, codes, scale, None, 2.0)), tmp_path / "problem.pt")
+    """The same answers, in a process without a compiler: few rows, many, and a refusal."""
+    calls = [problem(M, 40, 5, threshold=2.0, seed=M).args for M in (2, 7)]
+    torch.save([(args, ops.linear(*args)) for args in calls], tmp_path / "calls.pt")
     code = """
 import sys, torch, warnings, int8fx
-from int8fx import native, ops
-x, codes, scale, expected = torch.load(sys.argv[1])
+from int8fx import ops
+from int8fx.ops import native
+calls = torch.load(sys.argv[1])
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    y = ops.linear(x, codes, scale, None, 2.0)
-    z = ops.linear(x, codes, scale, None, 2.0)
+    results = [[ops.linear(*args) for args, _ in calls] for _ in range(2)]
 assert not native.load()
 assert sum("no C++ compiler" in str(w.message) for w in caught) == 1
-assert torch.equal(y, z)
-torch.testing.assert_close(y, expected)
+for (_, expected), y, z in zip(calls, *results, strict=True):
+    assert torch.equal(y, z)
+    torch.testing.assert_close(y, expected)
+x, *weight = calls[0][0]
 try:
-    ops.linear(x[:, 1:], codes, scale, None, 2.0)
+    ops.linear(x[:, 1:], *weight)
 except ValueError as error:
     assert "legal: [..., 40] for K = 40" in str(error)
 else:
     raise AssertionError("no error")
 """
     environment = os.environ | {"CXX": "missing-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "problem.pt")], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "calls.pt")], env=environment, check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_a_process_held_to_fewer_instructions_gives_the_same_answers(tmp_path, capability):
-    """As torch and oneDNN are held to them; few rows and many."""
+def test_a_process_limited_to_fewer_instructions_gives_the_same_answers(tmp_path, capability):
+    """By the environment variables that limit torch and oneDNN; few rows and many."""
     few, many = (problem(M, 300, 21, outliers="some", seed=M) for M in (1, 9))
-    torch.save([tuple(few), tuple(many)], tmp_path / "problems.pt")
+    torch.save([few.args, many.args], tmp_path / "problems.pt")
     code = """
 import sys, torch
-from int8fx import native, ops
-torch.save([ops.linear(*problem) for problem in torch.load(sys.argv[1])], sys.argv[2])
+from int8fx import ops
+from int8fx.ops import native
+torch.save([ops.linear(*args) for args in torch.load(sys.argv[1])], sys.argv[2])
 assert native.load()
 print(native.instruction_set().name)
 """
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    command = [sys.executable, "-c", code, str(tmp_path / "problems.pt"), str(tmp_path / "found.pt")]
+    command = [sys.executable, "-c", code, str(tmp_path / "problems.pt"), str(tmp_path / "results.pt")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == [capability]
-    for p, y in zip((few, many), torch.load(tmp_path / "found.pt"), strict=True):
+    for p, y in zip((few, many), torch.load(tmp_path / "results.pt"), strict=True):
         assert_within_budget(y, *p)
 
 
@@ -159,17 +164,41 @@ def test_tensors_elsewhere_are_refused():
         ("AVX512", ("avx512_vnni", "amx_int8"), True, native.AMX),
     ],
 )
-def test_instructions_are_those_of_the_cpu_and_within_torchs_own(monkeypatch, capability, has, permitted, expected):
+def test_instructions_are_those_of_the_cpu_and_within_torchs(monkeypatch, capability, has, permitted, expected):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(has, True))
     monkeypatch.setattr(native, "_tiles_permitted", lambda: permitted)
     assert native.instruction_set() is expected
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a question to Linux")
-def test_tiles_are_permitted_only_where_there_are_any():
-    if not torch.cpu.get_capabilities().get("amx_int8", False):
-        assert not native._tiles_permitted()
+class Linux:
+    """A C library whose ``syscall`` notes its arguments and returns an answer."""
+
+    def __init__(self, answer: int) -> None:
+        self.answer, self.calls = answer, []
+
+    def syscall(self, *args: int) -> int:
+        self.calls.append(args)
+        return self.answer
+
+
+@pytest.mark.parametrize(("answer", "permitted"), [(0, True), (-1, False)])
+def test_tiles_are_permitted_if_linux_says_so(monkeypatch, answer, permitted):
+    """``arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)``, on every CPU."""
+    system = Linux(answer)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda name: system)
+    assert native._tiles_permitted() is permitted
+    assert system.calls == [(158, 0x1023, 18)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a request to Linux")
+def test_this_system_permits_tiles_only_if_the_cpu_has_them():
+    """Linux knows XTILEDATA where the CPU flag amx_tile is. (A CPU that has it may still be refused.)"""
+    if native._tiles_permitted():
+        assert " amx_tile" in Path("/proc/cpuinfo").read_text()
+    else:
+        assert native.instruction_set() is not native.AMX
 
 
 def test_tiles_are_not_permitted_by_other_systems(monkeypatch):
@@ -196,13 +225,14 @@ def test_the_command_says_why_it_failed(extensions, monkeypatch, capsys):
 
 
 def portable(tile):
-    """The tile of an instruction set that this CPU may lack, in the form without its instructions."""
+    """The tile of an instruction set that this CPU may lack, compiled to loops."""
     return replace(native.AVX2, name=f"portable_{tile}", flags=(*native.AVX2.flags, f"-DINT8FX_TILE={tile}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", [native.AVX512_VNNI, native.AMX], ids=lambda isa: isa.name)
-def test_kernels_compile_to_the_instructions_meant_for(isa, tmp_path):
-    """Which is all that can be known of them on a CPU without."""
+def test_kernels_compile_to_the_instructions_of_their_set(isa, tmp_path):
+    """A CPU without them can test no more."""
     instruction = {"avx512_vnni": "vpdpbusd", "amx": "tdpbssd"}[isa.name]
     assembly = tmp_path / "kernels.s"
     done = subprocess.run([*native.command(isa, assembly), "-O0", "-S"], capture_output=True, text=True)
@@ -211,20 +241,21 @@ def test_kernels_compile_to_the_instructions_meant_for(isa, tmp_path):
     assert any(instruction in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", [native.DEFAULT, portable("VnniTile"), portable("AmxTile")], ids=lambda isa: isa.name)
 def test_kernels_for_other_instructions_pass_the_same_tests(isa):
-    """In a process of its own: a process loads one library."""
+    """In another process: a process loads one library. Its tests are those of `test_kernels` that run the C++ kernels."""
     code = f"""
 import sys, pytest
-from int8fx import native
+from int8fx.ops import native
 from int8fx.ops.native import InstructionSet
 
 native.instruction_set = lambda: {isa!r}
 options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "native"]
-sys.exit(pytest.main([*options, {str(HERE.parent / "test_cpu.py")!r}]))
+sys.exit(pytest.main([*options, {str(HERE.parent / "test_kernels.py")!r}]))
 """
-    here = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=here, cwd=HERE.parent.parent, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=HERE.parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert " passed" in done.stdout

@@ -5,10 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import INF, activation, generator, oracle
+from support.helpers import activation, generator, oracle
 
 from int8fx import ops
 from int8fx.schemes.quantize import INT8_MAX, dequantize, quantize_weight
+from int8fx.schemes.weight import Int8Weight
 
 bnb = torch.ops.bitsandbytes
 seeds = st.integers(0, 2**31 - 1)
@@ -79,7 +80,7 @@ def test_layer_holds_the_same_weight(threshold, bias):
     assert torch.equal(layer.weight.CB, codes)
     assert torch.equal(layer.weight.SCB / INT8_MAX, scale)
     theirs = bnb.int8_vectorwise_dequant(layer.weight.CB, layer.weight.SCB)
-    torch.testing.assert_close(theirs, dequantize(codes, scale), rtol=2**-22, atol=0)
+    torch.testing.assert_close(theirs, dequantize(Int8Weight(codes, scale)), rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("outliers", ["none", "column", "columns", "row", "token", "some"])
@@ -92,19 +93,19 @@ def test_error_is_not_larger_than_that_of_bitsandbytes(outliers, dtype, bias):
         b = torch.randn(64, generator=generator(seed + 10)).to(dtype) if bias else None
         x = activation(32, 256, outliers=outliers, dtype=dtype, seed=seed)
         layer = bitsandbytes_linear(weight, b, 6.0)
-        codes, scale = quantize_weight(weight)
-        exact = oracle(x, codes, scale, b)
-        ours += (ops.linear(x, codes, scale, b, 6.0).double() - exact).square().sum().item()
+        int8_weight = Int8Weight(*quantize_weight(weight), 6.0)
+        exact = oracle(x, int8_weight, b)
+        ours += (ops.linear(x, *int8_weight, b).double() - exact).square().sum().item()
         theirs += (layer(x).double() - exact).square().sum().item()
     assert 0 < ours <= theirs
 
 
 def test_threshold_0_means_other_things():
-    """There: no outliers. Here: every column is one, and inf is their 0."""
+    """There: no outliers. Here: every column is one, and None is their 0."""
     x = activation(8, 64, outliers="some", dtype=torch.float16, seed=3)
     _, absmax, columns = bnb.int8_vectorwise_quant(x, threshold=0.0)
     assert columns is None
-    assert torch.equal(ops.quantize_rowwise(x, INF)[1], absmax / INT8_MAX)
+    assert torch.equal(ops.quantize_rowwise(x)[1], absmax / INT8_MAX)
     assert ops.quantize_rowwise(x, 0.0)[2].all()
 
 

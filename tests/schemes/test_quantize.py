@@ -1,3 +1,5 @@
+"""Quantisation of rows and weights, outlier columns, and reading a weight back."""
+
 import math
 
 import pytest
@@ -9,19 +11,22 @@ from support.helpers import INF, activation, activations, dtypes, generator, see
 from int8fx.schemes.quantize import (
     INT8_MAX,
     MAX_K,
+    MAX_THRESHOLD,
     compute_dtype,
     dequantize,
     outlier_mask,
     quantize_rowwise,
     quantize_weight,
 )
+from int8fx.schemes.rotate import rotation_blocks
+from int8fx.schemes.weight import Int8Weight
 
 TINY = torch.finfo(torch.float32).tiny
 HALF_STEP = 0.5 * (1 + 2**-16)
 rows = st.tuples(st.integers(0, 40))
 
 
-# ---- rows -----------------------------------------------------------------------------------------------------------
+# ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 @given(activations(lead=(7,)), thresholds)
@@ -42,10 +47,11 @@ def test_codes_span_the_row_and_masked_columns_are_zero(x, threshold):
     fine = scale.isfinite()
     assert (codes[fine] >= -INT8_MAX).all()
     assert (codes[fine][:, mask] == 0).all()
-    kept = x.masked_fill(mask, 0).to(scale.dtype).abs()
-    absmax = kept.amax(-1) if x.shape[-1] else kept.new_zeros(len(kept))
+    quantised = x.masked_fill(mask, 0).to(scale.dtype).abs()
+    absmax = quantised.amax(-1) if x.shape[-1] else quantised.new_zeros(len(quantised))
     ordinary = fine & (absmax / INT8_MAX >= TINY)
-    assert (codes[ordinary].abs().amax(-1) == INT8_MAX).all() if ordinary.any() else True
+    if ordinary.any():
+        assert (codes[ordinary].abs().amax(-1) == INT8_MAX).all()
     assert (scale[fine & ~ordinary] == TINY).all()
     assert (scale >= TINY)[fine].all()
 
@@ -116,13 +122,22 @@ def test_no_rows_and_no_columns():
     assert (scale == TINY).all()
 
 
-# ---- outlier columns ------------------------------------------------------------------------------------------------
+# ---- outlier columns -------------------------------------------------------------------------------------------------
 
 
 @given(activations(lead=(7,)), thresholds)
 def test_a_column_is_an_outlier_when_any_element_reaches_the_threshold(x, threshold):
-    expected = [threshold != INF and any(abs(v) >= threshold for v in column) for column in x.double().t().tolist()]
+    columns = x.double().t().tolist()
+    expected = [threshold is not None and any(abs(v) >= threshold for v in column) for column in columns]
     assert outlier_mask(x, threshold).tolist() == expected
+
+
+@given(activations(lead=(7,)), thresholds, st.integers(0, 5), seeds)
+def test_unquantised_columns_are_no_outliers(x, threshold, count, seed):
+    columns = torch.randperm(x.shape[-1], generator=generator(seed))[:count]
+    expected = outlier_mask(x, threshold)
+    expected[columns] = False
+    assert torch.equal(outlier_mask(x, threshold, columns), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -137,12 +152,13 @@ def test_threshold_beyond_float16_and_at_its_limits():
     x = activation(4, 9, outliers="columns", dtype=torch.float16)
     x[0, 0] = INF
     assert outlier_mask(x, 1e5).tolist() == [True] + [False] * 8
-    assert not outlier_mask(x, INF).any()
+    assert outlier_mask(x, MAX_THRESHOLD).tolist() == [True] + [False] * 8
+    assert not outlier_mask(x, None).any()
     assert outlier_mask(x, 0.0).all()
     assert not outlier_mask(x[:0], 0.0).any()
 
 
-# ---- weights --------------------------------------------------------------------------------------------------------
+# ---- weights ---------------------------------------------------------------------------------------------------------
 
 
 @given(
@@ -170,9 +186,9 @@ def test_weight_is_quantised_per_output_channel(shape, dtype, seed, transposed):
 
 def test_weight_in_blocks_equals_weight_in_one(monkeypatch):
     weight = torch.randn(3, 50, 11, generator=generator(0), dtype=torch.float64)
-    whole = quantize_weight(weight)
+    at_once = quantize_weight(weight)
     monkeypatch.setattr("int8fx.schemes.quantize._CHUNK", 7 * 11)
-    assert all(torch.equal(a, b) for a, b in zip(whole, quantize_weight(weight), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(at_once, quantize_weight(weight), strict=True))
 
 
 def test_codes_of_a_float64_weight_fit_the_scale_as_stored():
@@ -192,7 +208,7 @@ def test_a_batched_weight_is_quantised_like_its_parts():
 @given(st.integers(1, 9), st.integers(1, 40), seeds)
 def test_packing_a_dequantised_weight_again_changes_nothing(N, K, seed):
     codes, scale = quantize_weight(torch.randn(N, K, generator=generator(seed)))
-    again, same = quantize_weight(dequantize(codes, scale, torch.float64))
+    again, same = quantize_weight(dequantize(Int8Weight(codes, scale), torch.float64))
     assert torch.equal(again, codes)
     assert torch.equal(same, scale)
 
@@ -210,7 +226,21 @@ def test_dequantize_is_one_product_rounded_once(N, K, dtype, seed):
     codes, scale = quantize_weight(torch.randn(N, K, generator=generator(seed)))
     ct = compute_dtype(dtype)
     exact = codes.double() * scale.double()[:, None]  # 31 bits at most: exact
-    assert torch.equal(dequantize(codes, scale, dtype), exact.to(ct).to(dtype))
+    assert torch.equal(dequantize(Int8Weight(codes, scale), dtype), exact.to(ct).to(dtype))
+
+
+@given(st.integers(1, 150), st.integers(1, 20), st.sampled_from((1, 2, 16, 64, 128)), st.integers(0, 5), seeds)
+def test_a_rotated_weight_is_read_back_to_half_a_step(K, N, block, count, seed):
+    """The rotation keeps lengths: a row's error has the length of its codes' rounding error, spread over its block."""
+    weight = torch.randn(N, K, generator=generator(seed), dtype=torch.float64)
+    columns = torch.randperm(K, generator=generator(seed))[: min(K, count)]
+    codes, scale = quantize_weight(weight, block, columns)
+    read = dequantize(Int8Weight(codes, scale, None, block, columns, weight[:, columns]), torch.float64)
+    step = scale.double() / 2 * (1 + 2**-16)
+    assert torch.equal(read[:, columns], weight[:, columns])
+    error = read - weight
+    for i, n in rotation_blocks(K, block):
+        assert (error[:, i : i + n].norm(dim=-1) <= step * math.sqrt(n)).all()
 
 
 def test_the_longest_inner_dimension_does_not_overflow_int32():

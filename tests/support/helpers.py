@@ -82,6 +82,15 @@ def activation(
     return x.to(dtype)
 
 
+def correlated(M: int, K: int, seed: int = 0) -> Tensor:
+    """``[M, K]`` of a few directions and a little noise, with one large column: what GPTQ profits from."""
+    g = generator(seed)
+    x = torch.randn(M, max(1, K // 4), generator=g) @ torch.randn(max(1, K // 4), K, generator=g)
+    x += 0.1 * torch.randn(M, K, generator=g)
+    x[:, K // 2] *= 30
+    return x
+
+
 def with_layout(x: Tensor, layout: str) -> Tensor:
     """x's values in another memory layout; ``expanded`` repeats its first row and ``broadcast`` its first column."""
     if layout == "transposed" and x.dim() > 1:

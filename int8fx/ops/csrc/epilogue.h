@@ -1,4 +1,4 @@
-// What follows the product, in the compute dtype, before the one rounding to y's dtype.
+// What follows the matmul, in the compute dtype, before the result is rounded to y's dtype.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -30,7 +30,7 @@ inline at::vec::Vectorized<T> activate(Activation activation, const at::vec::Vec
   }
 }
 
-// The values of a float tensor of any dtype from `offset` on; 0 beyond `n`.
+// to[i] = t[offset + i] for i < n, 0 for n <= i < width; t of any float dtype.
 template <typename T>
 inline void load_any(const at::Tensor& t, int64_t offset, int64_t n, int64_t width, T* to) {
   switch (t.scalar_type()) {

@@ -1,4 +1,4 @@
-// A vector of T as the compiler's own type: it has +, * and [], and is one register.
+// A vector of T of the compiler's vector types: it has +, * and [], and is one register.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -25,7 +25,7 @@ inline typename Lanes<T>::V widen(const int8_t* codes) {
   return v;
 }
 
-// GCC 12 makes a scalar load of each lane out of that.
+// GCC 12 compiles that loop to a scalar load of each lane.
 #if defined(__AVX512F__)
 template <>
 inline Lanes<float>::V widen<float>(const int8_t* codes) {
@@ -38,14 +38,14 @@ inline Lanes<float>::V widen<float>(const int8_t* codes) {
 }
 #endif
 
-// The weight is read once and in order, but a row of it often ends where a page does, and hardware's own fetching with it.
+// Fetches 2 KiB ahead. Hardware prefetchers stop at the end of a page, and a row of the weight is often one page.
 inline void prefetch(const int8_t* codes) { __builtin_prefetch(codes + 2048); }
 
 // sums[r * stride] = sum_k(x[r, k] * w[k]) in int32.
 template <int ROWS>
 inline void dot(const int16_t* x, int64_t K, const int8_t* w, int32_t* sums, int64_t stride) {
   int64_t k = 0;
-  int32_t found[ROWS] = {};
+  int32_t totals[ROWS] = {};
 #ifdef __AVX2__
   __m256i parts[ROWS];
 #pragma GCC unroll 4
@@ -61,12 +61,12 @@ inline void dot(const int16_t* x, int64_t K, const int8_t* w, int32_t* sums, int
   for (int r = 0; r < ROWS; ++r) {
     alignas(32) int32_t lanes[8];
     _mm256_store_si256((__m256i*)lanes, parts[r]);
-    for (const int32_t lane : lanes) found[r] += lane;
+    for (const int32_t lane : lanes) totals[r] += lane;
   }
 #endif
   for (int r = 0; r < ROWS; ++r) {
-    for (int64_t rest = k; rest < K; ++rest) found[r] += int32_t(x[r * K + rest]) * int32_t(w[rest]);
-    sums[r * stride] = found[r];
+    for (int64_t i = k; i < K; ++i) totals[r] += int32_t(x[r * K + i]) * int32_t(w[i]);
+    sums[r * stride] = totals[r];
   }
 }
 

@@ -1,4 +1,4 @@
-// The CPU kernels of the int8fx ops; schemas and fakes are in ops.py, which also words the refusals.
+// The CPU kernels of the int8fx ops. Schemas and fakes are in ../__init__.py, error messages in ../checks.py.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -29,7 +29,7 @@ at::ScalarType compute_dtype(const Tensor& x) { return x.scalar_type() == at::kD
 
 constexpr int64_t MAX_K = std::numeric_limits<int32_t>::max() / (INT8_MAX_CODE * INT8_MAX_CODE);
 
-// A packed weight as the ops take it: schemes/weight.py has the fields.
+// A packed weight as the ops take it; schemes/weight.py describes the fields.
 struct Int8Weight {
   Tensor codes, scale;
   std::optional<double> threshold;
@@ -106,7 +106,7 @@ std::optional<Epilogue> epilogue_of(
       bias.has_value() ? bias->contiguous() : Tensor(), *a, other.has_value() ? other->contiguous() : Tensor(), *b};
 }
 
-// Calls the op's fake with the arguments that the kernel found illegal: it raises the error.
+// Calls the op's fake with the illegal arguments: it raises the error.
 template <typename... Args>
 [[noreturn]] void refuse(const char* name, Args&&... args) {
   torch::jit::Stack stack;
@@ -298,7 +298,7 @@ Tensor grouped_linear(
   return y;
 }
 
-// ---- autograd: ops.py has the formulas. Calls that need no gradient do not go there. ----------------------------------
+// ---- autograd: the formulas are in ../__init__.py. Calls that need no gradient do not reach them. --------------------
 
 template <typename T>
 bool requires_grad(const T&) { return false; }
@@ -313,7 +313,7 @@ struct Autograd<NAME, Result(Args...)> {
   static Result run(c10::DispatchKeySet keys, Args... args) {
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(NAME, "").typed<Result(Args...)>();
     const auto below = keys & c10::after_autograd_keyset;
-    if (at::GradMode::is_enabled() && (requires_grad(args) || ...))  // to what ops.py registered, for all devices
+    if (at::GradMode::is_enabled() && (requires_grad(args) || ...))  // to the formula in ../__init__.py, for all devices
       return op.redispatch(below.add(c10::DispatchKey::AutogradOther), args...);
     const at::AutoDispatchBelowAutograd guard;
     return op.redispatch(below, args...);

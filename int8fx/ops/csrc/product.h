@@ -6,10 +6,10 @@
 //              is not quantised: the weight is widened to floats, and the result is more exact than the scheme requires.
 // few          M <= FEW_ROWS. Sums run along K over the weight as it is stored: packing it would cost more than it saves.
 // blocked      more rows. x is packed once, for the tiles of the instruction set. A task is at most BLOCK_M rows x NR
-//              channels: it packs its channels' weights, DEPTH of K at a time (which stay in the first-level cache while
-//              all its rows pass), and sums tiles.
+//              channels. It packs its channels' weights, DEPTH of K at a time, and sums tiles. These weights stay in the
+//              first-level cache until all rows of the task are multiplied.
 //
-// The last two sum in int32, add the 16-bit part in floating point, scale and store. The order of these sums does not
+// The last two sum in int32, scale, add the 16-bit part in floating point, and store. The order of these sums does not
 // depend on M, so a row's result does not depend on how many other rows there are.
 #pragma once
 
@@ -27,7 +27,7 @@
 
 namespace int8fx {
 
-#if defined(INT8FX_TILE)  // another one than the instruction set's own, for tests
+#if defined(INT8FX_TILE)  // tests choose a tile that the instruction set would not
 using Tile = INT8FX_TILE;
 #elif defined(__AMX_INT8__)
 using Tile = AmxTile;
@@ -46,7 +46,7 @@ using Tile = GenericTile;
 constexpr int64_t FEW_ROWS = 8;
 constexpr int64_t DEPTH = 512;
 
-// Whether M rows are multiplied without quantising x: ops/rows.py.
+// Whether M rows are multiplied without quantising x. rows.py has the rule for all devices.
 inline bool weight_only(int64_t M, int64_t block) { return M <= INT8FX_WEIGHT_ONLY_ROWS && block == 1; }
 
 template <typename scalar_t>
@@ -57,10 +57,10 @@ struct Product {
   bool weight_only;  // x is not quantised: codes, x_scale and outliers are not read
   const int8_t* codes;  // [M, K]
   const T* x_scale;  // [M]
-  std::vector<int64_t> outliers;  // columns of x above the threshold in this call
+  std::vector<int64_t> outliers;  // columns of x with a value at or above the threshold, in this call
   const int8_t* weight;  // [N, K]
   at::Tensor weight_scale;  // [N]
-  std::vector<int64_t> columns;  // that are not quantised in any call
+  std::vector<int64_t> columns;  // the unquantised columns, in every call
   at::Tensor columns_weight;  // [N, columns]
   Epilogue epilogue;
   scalar_t* y;  // [M, N]
@@ -71,28 +71,28 @@ struct Product {
     if (!weight_only) return blocked();
     static_assert(INT8FX_WEIGHT_ONLY_ROWS == 4);
     switch (M) {
-      case 1: return stream<1>();
-      case 2: return stream<2>();
-      case 3: return stream<3>();
-      default: return stream<4>();
+      case 1: return multiply_floats<1>();
+      case 2: return multiply_floats<2>();
+      case 3: return multiply_floats<3>();
+      default: return multiply_floats<4>();
     }
   }
 
  private:
-  // ---- weight-only-------------------------------------------------------------------------------------------------
+  // ---- weight-only ------------------------------------------------------------------------------------------------
 
   static constexpr int64_t WIDTH = 16;  // channels that a thread takes at a time
 
   template <int ROWS>
-  void stream() const {
+  void multiply_floats() const {
     const int64_t C = columns.size();
-    std::vector<T> rows(ROWS * K), kept(ROWS * C);
+    std::vector<T> rows(ROWS * K), unquantised(ROWS * C);
     load(x, rows.data(), ROWS * K);
     for (int r = 0; r < ROWS; ++r)
-      for (int64_t c = 0; c < C; ++c) kept[r * C + c] = std::exchange(rows[r * K + columns[c]], T(0));
+      for (int64_t c = 0; c < C; ++c) unquantised[r * C + c] = std::exchange(rows[r * K + columns[c]], T(0));
     const int64_t grain = std::max<int64_t>(1, 32768 / (K * WIDTH + 1));
     at::parallel_for(0, (N + WIDTH - 1) / WIDTH, grain, [&](int64_t begin, int64_t end) {
-      std::vector<T> kept_weight(C);
+      std::vector<T> channel(C);  // of columns_weight
       T sums[ROWS][WIDTH] = {}, scale[WIDTH], bias[WIDTH] = {};
       for (int64_t block = begin; block < end; ++block) {
         const int64_t n0 = block * WIDTH, count = std::min(WIDTH, N - n0);
@@ -102,9 +102,9 @@ struct Product {
         for (int64_t n = 0; n < count; ++n) {
           for (int r = 0; r < ROWS; ++r) sums[r][n] *= scale[n];
           if (C == 0) continue;
-          load_any(columns_weight, (n0 + n) * C, C, C, kept_weight.data());
+          load_any(columns_weight, (n0 + n) * C, C, C, channel.data());
           for (int r = 0; r < ROWS; ++r)
-            for (int64_t c = 0; c < C; ++c) sums[r][n] += kept[r * C + c] * kept_weight[c];
+            for (int64_t c = 0; c < C; ++c) sums[r][n] += unquantised[r * C + c] * channel[c];
         }
         for (int r = 0; r < ROWS; ++r) epilogue.store(sums[r], bias, r, n0, count, WIDTH, N, y);
       }
@@ -112,22 +112,22 @@ struct Product {
   }
 
   // sums[r][n] = sum_k(rows[r, k] * weight[n0 + n, k]), in enough vectors of partial sums that additions (four cycles each)
-  // do not wait for each other. Of several rows two channels at a time, and as many k as the first-level cache holds of
-  // them; of one row, where reading is all, the weight is one stream.
+  // do not wait for each other. Several rows take two channels at a time, and AT_ONCE k of them, which the first-level
+  // cache holds. One row, whose time is that of reading, takes the weight in the order of memory.
   template <int ROWS>
   void dot_floats(const T* rows, int64_t n0, int64_t count, T (&sums)[ROWS][WIDTH]) const {
     constexpr int L = Lanes<T>::N, PARTS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1, CHANNELS = ROWS == 1 ? 1 : 2;
     constexpr int64_t STEP = PARTS * L, AT_ONCE = 4096 / ROWS / STEP * STEP;
     using V = typename Lanes<T>::V;
     V partial[WIDTH][ROWS][PARTS] = {};
-    const int64_t whole = K / STEP * STEP;
-    for (int64_t k0 = 0; k0 < whole; k0 += AT_ONCE)
+    const int64_t K_vectors = K / STEP * STEP;  // the k that fill vectors
+    for (int64_t k0 = 0; k0 < K_vectors; k0 += AT_ONCE)
       for (int64_t n = 0; n < count; n += CHANNELS) {
         const int8_t* w[CHANNELS];
         for (int c = 0; c < CHANNELS; ++c) w[c] = weight + (n0 + std::min(n + c, count - 1)) * K;
-        V here[CHANNELS][ROWS][PARTS];
-        std::memcpy(here, partial[n], sizeof here);
-        for (int64_t k = k0; k < std::min(whole, k0 + AT_ONCE); k += STEP) {
+        V part_sums[CHANNELS][ROWS][PARTS];
+        std::memcpy(part_sums, partial[n], sizeof part_sums);
+        for (int64_t k = k0; k < std::min(K_vectors, k0 + AT_ONCE); k += STEP) {
           if (ROWS == 1) prefetch(w[0] + k);
 #pragma GCC unroll 4
           for (int part = 0; part < PARTS; ++part) {
@@ -136,11 +136,11 @@ struct Product {
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) {
               const V row = *(const V*)(rows + r * K + k + part * L);
-              for (int c = 0; c < CHANNELS; ++c) here[c][r][part] += row * value[c];
+              for (int c = 0; c < CHANNELS; ++c) part_sums[c][r][part] += row * value[c];
             }
           }
         }
-        std::memcpy(partial[n], here, sizeof here);
+        std::memcpy(partial[n], part_sums, sizeof part_sums);
       }
     for (int64_t n = 0; n < count; ++n)
       for (int r = 0; r < ROWS; ++r) {
@@ -148,7 +148,7 @@ struct Product {
         for (int part = 1; part < PARTS; ++part) all += partial[n][r][part];
         T sum = 0;
         for (int i = 0; i < L; ++i) sum += all[i];
-        for (int64_t k = whole; k < K; ++k) sum += rows[r * K + k] * T(weight[(n0 + n) * K + k]);
+        for (int64_t k = K_vectors; k < K; ++k) sum += rows[r * K + k] * T(weight[(n0 + n) * K + k]);
         sums[r][n] = sum;
       }
   }
@@ -161,8 +161,8 @@ struct Product {
     const int64_t groups = (K + KG - 1) / KG, tiles = (M + MR - 1) / MR, C = outliers.size() + columns.size();
     const int64_t size = few ? M * K * sizeof(int16_t) : tiles * groups * MR * KG * sizeof(typename Tile::X);
     const at::Tensor packed = at::empty({size}, at::kByte);
-    const at::Tensor packed_kept = at::empty({tiles * C * MR * int64_t(sizeof(T))}, at::kByte);
-    Packed p{few, groups, packed.data_ptr(), static_cast<T*>(packed_kept.data_ptr())};
+    const at::Tensor packed_floats = at::empty({tiles * C * MR * int64_t(sizeof(T))}, at::kByte);
+    Packed p{few, groups, packed.data_ptr(), static_cast<T*>(packed_floats.data_ptr())};
     if (few)
       for (int64_t i = 0; i < M * K; ++i) static_cast<int16_t*>(p.x)[i] = codes[i];
     at::parallel_for(0, tiles, std::max<int64_t>(1, 32768 / (K * MR + 1)), [&](int64_t begin, int64_t end) {
@@ -172,10 +172,10 @@ struct Product {
         if (!few) pack_rows<MR, KG>(codes + m0 * K, K, rows, K, out, Tile::FLIP);
         for (int64_t c = 0; c < C; ++c)
           for (int64_t m = 0; m < MR; ++m)
-            p.kept[(tile * C + c) * MR + m] = m < rows ? static_cast<T>(x[(m0 + m) * K + kept_column(c)]) : T(0);
+            p.floats[(tile * C + c) * MR + m] = m < rows ? static_cast<T>(x[(m0 + m) * K + float_column(c)]) : T(0);
       }
     });
-    const int64_t panels = (N + NR - 1) / NR, tasks = 2 * at::get_num_threads();  // at least, or threads would wait
+    const int64_t panels = (N + NR - 1) / NR, tasks = 2 * at::get_num_threads();  // or more: with fewer, threads would wait
     const int64_t by_size = (tiles * MR + Tile::BLOCK_M - 1) / Tile::BLOCK_M, by_threads = (tasks + panels - 1) / panels;
     const int64_t wanted = few ? 1 : std::max(by_size, by_threads);
     const int64_t block_tiles = (tiles + wanted - 1) / wanted;  // blocks of one size: threads get as many each
@@ -194,7 +194,7 @@ struct Product {
     bool few;
     int64_t groups;
     void* x;  // [tiles][groups][MR][KG] of Tile::X; [M][K] of int16 for few rows
-    T* kept;  // [tiles][C][MR], columns of x
+    T* floats;  // [tiles][C][MR], the float columns of x
   };
 
   struct Scratch {
@@ -202,27 +202,28 @@ struct Product {
     alignas(64) int32_t sums[Tile::BLOCK_M * Tile::NR];
     alignas(64) T residual[Tile::BLOCK_M * Tile::NR];
     alignas(64) typename Tile::W w[Tile::panel_size(DEPTH)];
-    alignas(64) T kept[DEPTH * Tile::NR];
+    alignas(64) T float_weight[DEPTH * Tile::NR];
   };
 
-  int64_t kept_column(int64_t c) const {
-    const int64_t of_call = outliers.size();
-    return c < of_call ? outliers[c] : columns[c - of_call];
+  // The float columns of a call: its outliers, then the unquantised columns.
+  int64_t float_column(int64_t c) const {
+    const int64_t O = outliers.size();
+    return c < O ? outliers[c] : columns[c - O];
   }
 
-  // kept[i][n]: the weight of kept column c + i in channel n0 + n, 0 where there is none.
-  void keep(int64_t c, int64_t depth, int64_t n0, int64_t count, const T* scale, T* kept) const {
+  // to[i][n]: the weight of float column c + i in channel n0 + n, 0 where there is none.
+  void pack_float_weight(int64_t c, int64_t depth, int64_t n0, int64_t count, const T* scale, T* to) const {
     constexpr int NR = Tile::NR;
-    const int64_t of_call = outliers.size(), of_calls = columns.size(), first = std::clamp<int64_t>(of_call - c, 0, depth);
+    const int64_t O = outliers.size(), unquantised = columns.size(), first = std::clamp<int64_t>(O - c, 0, depth);
     T row[DEPTH];  // of columns_weight
     for (int64_t i = 0; i < depth; ++i)
-      for (int64_t n = count; n < NR; ++n) kept[i * NR + n] = T(0);
+      for (int64_t n = count; n < NR; ++n) to[i * NR + n] = T(0);
     for (int64_t n = 0; n < count; ++n) {
       for (int64_t i = 0; i < first; ++i)
-        kept[i * NR + n] = T(weight[(n0 + n) * K + outliers[c + i]]) * scale[n];
+        to[i * NR + n] = T(weight[(n0 + n) * K + outliers[c + i]]) * scale[n];
       if (first == depth) continue;
-      load_any(columns_weight, (n0 + n) * of_calls + c + first - of_call, depth - first, depth - first, row);
-      for (int64_t i = first; i < depth; ++i) kept[i * NR + n] = row[i - first];
+      load_any(columns_weight, (n0 + n) * unquantised + c + first - O, depth - first, depth - first, row);
+      for (int64_t i = first; i < depth; ++i) to[i * NR + n] = row[i - first];
     }
   }
 
@@ -261,9 +262,9 @@ struct Product {
 
     for (int64_t c = 0; c < C; c += DEPTH) {
       const int64_t depth = std::min(DEPTH, C - c);
-      keep(c, depth, n0, count, scale, s.kept);
+      pack_float_weight(c, depth, n0, count, scale, s.float_weight);
       for (int64_t tile = first; tile < last; ++tile)
-        add_residual(depth, p.kept + (tile * C + c) * MR, s.kept, s.residual + (tile - first) * MR * NR, c == 0);
+        add_residual(depth, p.floats + (tile * C + c) * MR, s.float_weight, s.residual + (tile - first) * MR * NR, c == 0);
     }
 
     for (int64_t m = first * MR; m < std::min(M, last * MR); ++m) {
@@ -278,7 +279,7 @@ struct Product {
   // sums[MR, NR] (+)= x[depth, MR].T @ w[depth, NR]
   static void add_residual(int64_t depth, const T* x, const T* w, T* sums, bool first) {
     constexpr int MR = Tile::MR, NR = Tile::NR, L = Lanes<T>::N, VECTORS = NR / L;
-    constexpr int ROWS = MR % 8 == 0 ? 8 : MR;  // as many sums as there are registers for
+    constexpr int ROWS = MR % 8 == 0 ? 8 : MR;  // as many rows as the registers hold sums of
     using V = typename Lanes<T>::V;
     for (int m0 = 0; m0 < MR; m0 += ROWS, sums += ROWS * NR) {
       V acc[ROWS][VECTORS];

@@ -1,4 +1,4 @@
-// Activations to int8: the outlier columns, a scale per row and the codes, as quantize.py has them.
+// Activations to int8: the outlier columns, a scale per row and the codes. schemes/quantize.py specifies them.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -22,14 +22,14 @@ namespace int8fx {
 
 constexpr int INT8_MAX_CODE = 127;
 
-// float32 for 16-bit and float32 tensors, float64 for float64: what scales and sums are carried in.
+// The type of scales and sums: double for float64 tensors, float for all others.
 template <typename scalar_t>
 using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
 template <typename T>
 using bits_t = std::conditional_t<std::is_same_v<T, double>, int64_t, int32_t>;
 
-// abs(x) as an integer: ordered as the values are, NaN above infinity.
+// abs(x) as an integer. Integers have the order of the values; NaN is above infinity.
 template <typename T>
 inline bits_t<T> abs_bits(T x) {
   bits_t<T> bits;
@@ -51,13 +51,13 @@ inline void load(const scalar_t* __restrict from, T* __restrict to, int64_t n) {
   for (; i < n; ++i) to[i] = static_cast<T>(from[i]);
 }
 
-// found[k] |= abs(row[k]) >= threshold; NaN is not.
+// marks[k] |= abs(row[k]) >= threshold, false for NaN.
 template <typename T>
-inline void mark_row(const T* __restrict row, int64_t K, T threshold, bits_t<T>* __restrict found) {
+inline void mark_row(const T* __restrict row, int64_t K, T threshold, bits_t<T>* __restrict marks) {
   const auto least = abs_bits(threshold), most = abs_bits(std::numeric_limits<T>::infinity());
   for (int64_t k = 0; k < K; ++k) {
     const auto bits = abs_bits(row[k]);
-    found[k] |= bits_t<T>(bits >= least) & bits_t<T>(bits <= most);
+    marks[k] |= bits_t<T>(bits >= least) & bits_t<T>(bits <= most);
   }
 }
 
@@ -68,13 +68,13 @@ void mark_outliers(const scalar_t* x, int64_t M, int64_t K, double threshold, bo
   std::mutex merging;
   at::parallel_for(0, M, std::max<int64_t>(1, 65536 / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
     std::vector<T> row(K);
-    std::vector<bits_t<T>> found(K, 0);
+    std::vector<bits_t<T>> marks(K, 0);
     for (int64_t m = begin; m < end; ++m) {
       load(x + m * K, row.data(), K);
-      mark_row(row.data(), K, static_cast<T>(threshold), found.data());
+      mark_row(row.data(), K, static_cast<T>(threshold), marks.data());
     }
     const std::lock_guard<std::mutex> lock(merging);
-    for (int64_t k = 0; k < K; ++k) mask[k] |= found[k] != 0;
+    for (int64_t k = 0; k < K; ++k) mask[k] |= marks[k] != 0;
   });
 }
 
@@ -113,8 +113,8 @@ inline void rotate_64(T* block) {
   for (int i = 0; i < VECTORS; ++i) *(V*)(block + i * L) = v[i] * T(0.125);
 }
 
-// quantize.rotate in place: blocks of `block` columns, then the powers of two that the rest is made of. Sums are made in
-// that function's order, so the results are its results, bit for bit.
+// schemes/rotate.py's `rotate` in place: blocks of `block` columns, then smaller powers of two for the remaining columns.
+// Sums have the order of that function, so results are equal bit for bit.
 template <typename T>
 inline void rotate_row(T* row, int64_t K, int64_t block) {
   for (int64_t n = block; n > 0; n /= 2) {
@@ -155,8 +155,8 @@ inline void clear(T* __restrict row, int64_t K, const uint8_t* __restrict mask) 
   for (int64_t k = 0; k < K; ++k) row[k] = mask[k] ? T(0) : row[k];
 }
 
-// scale[m] = max(abs(z[m, k])) / 127 and codes[m, k] = round(z[m, k] / scale[m]), where z is x without the columns of
-// `mask` (nullptr: with all), rotated in blocks (1: not).
+// scale[m] = max(abs(z[m, k])) / 127 and codes[m, k] = round(z[m, k] / scale[m]), where z is x with zeros in the columns
+// of `mask` (nullptr: none), rotated in blocks of `block` (1: not rotated).
 template <typename scalar_t>
 void quantize_rows(
     const scalar_t* x, int64_t M, int64_t K, const bool* mask, int64_t block, int8_t* codes,

@@ -1,4 +1,4 @@
-// int8 products with AMX: one tdpbssd multiplies 16 rows of 64 codes by 16 channels of 64 codes.
+// int8 matmul with AMX: one tdpbssd multiplies 16 rows of 64 codes by 16 channels of 64 codes.
 //
 //   tiles 0..3  sums: rows 0-15 and 16-31 x channels 0-15 and 16-31, int32
 //   tiles 4, 5  x: [16 rows][64 codes]
@@ -7,8 +7,8 @@
 //   w panel: 32 channels                  x panel: 32 rows
 //   [k / 64][16][32][4] int8              [k / 64][32][64] int8
 //
-// Making a panel costs half as much as multiplying it by 96 rows would, so blocks are taller than for other tiles.
-// Without the instructions the same code runs on arrays in their place: slow and right, so it can be tested on other CPUs.
+// Packing a panel costs half as much as multiplying it by 96 rows, so blocks are taller than for other tiles.
+// Without the instructions the same code runs on arrays. That is slow, and lets other CPUs test it.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@
 
 #ifdef __AMX_INT8__
 #include <immintrin.h>
-// The number of a tile is part of the instruction: macros, since it has to be a literal.
+// Macros, since the number of a tile must be a literal: it is part of the instruction.
 #define INT8FX_TILE_ZERO(t) _tile_zero(t)
 #define INT8FX_TILE_LOAD(t, from, stride) _tile_loadd(t, from, stride)
 #define INT8FX_TILE_STORE(t, to, stride) _tile_stored(t, to, stride)
@@ -39,7 +39,7 @@ struct AmxTile {
   using W = int8_t;
 
 #ifdef __AMX_INT8__
-  // Gives this thread's tiles their shape, and the state back: other libraries shape them to their own needs.
+  // Sets the shape of this thread's tiles, and releases them: other libraries set other shapes.
   struct Setup {
     struct alignas(64) Shapes {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -99,7 +99,7 @@ struct AmxTile {
 
 #ifndef __AMX_INT8__
  private:
-  // What a tile register holds, and what the instructions make of it.
+  // A tile register, and the instructions on it.
   struct Array {
     int8_t bytes[16][64];
 

@@ -1,6 +1,6 @@
-// int8 products with AVX2: codes widened to int16, pairs of them multiplied and added by vpmaddwd.
+// int8 matmul with AVX2: codes are widened to int16, and vpmaddwd multiplies and adds pairs of them.
 //
-// vpmaddubsw would take int8 as it is, but saturates: 2 * 127 * 255 > 2**15. vpmaddwd is exact.
+// vpmaddubsw takes int8 directly, but saturates: 2 * 127 * 255 > 2**15. vpmaddwd is exact.
 //
 //   w panel: 16 channels          x panel: 6 rows
 //   [k / 2][16][2] int16          [k / 2][6][2] int16

@@ -1,10 +1,10 @@
-// int8 products in plain C++, for any CPU. `Tile` is what product.h asks of an instruction set:
+// int8 matmul in plain C++, for any CPU. product.h requires a `Tile` of each instruction set, which computes
 //
 //   y[MR, NR] += x[MR, k] @ w[NR, k].T in int32, over groups of KG neighbouring k, of operands packed as
 //   x  [k / KG][MR][KG]  of X: code ^ FLIP, 0 ^ FLIP where there is no k
 //   w  [k / KG][NR][KG]  of W: code, 0 where there is no channel or no k; `panel_size(k)` of them
 //
-// by a thread that holds a `Setup`. A panel of w serves at most BLOCK_M rows before it is made again.
+// in a thread that holds a `Setup`. A panel of w is packed again for every BLOCK_M rows.
 #pragma once
 
 #include <cstdint>

@@ -1,12 +1,13 @@
-// int8 products with AVX512-VNNI: vpdpbusd multiplies four unsigned by four signed bytes and adds them to an int32.
+// int8 matmul with AVX512-VNNI: vpdpbusd multiplies four unsigned by four signed bytes and adds them to an int32.
 //
-// The unsigned operand is x + 128 (the code with its sign bit flipped), so a channel's sum is 128 * sum_k(w) too large:
-// a panel of w starts with minus that, which is where its sums start. int32 wraps around, so only true sums must fit.
+// The unsigned operand is x + 128 (the code with its sign bit flipped), so a channel's sum is 128 * sum_k(w) too large.
+// A panel of w therefore begins with -128 * sum_k(w), and sums begin with that. int32 wraps around, so only the final
+// sums must fit.
 //
 //   w panel: 32 channels                   x panel: 12 rows
 //   [32] int32, then [k / 4][32][4] int8   [k / 4][12][4] uint8, each four broadcast to all channels
 //
-// Without the instruction (`dot` below) the same code is slow and right, so it can be tested on other CPUs.
+// Without the instruction, `dot` is a loop. That is slow, and lets other CPUs test the rest.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,199 @@
+"""What the ops refuse, in which words: kernels, fakes and meta tensors alike."""
+
+import math
+
+import pytest
+import torch
+from support.helpers import problem
+from support.samples import LIBRARY, SAMPLES, K, N, make_bias, make_weight, overload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from int8fx import ops
+from int8fx.schemes import reference
+from int8fx.schemes.quantize import MAX_K, MAX_THRESHOLD
+
+LINEARS = ("linear", "linear_quantized")
+MATMULS = (*LINEARS, "grouped_linear")
+EPILOGUE = {"activation": "none", "other": None, "binary": "none"}
+
+
+def arguments(weight) -> dict:
+    """An `Int8Weight` by the names of the ops' arguments."""
+    codes, scale, threshold, block, columns, columns_weight = weight
+    return {
+        "weight": codes, "weight_scale": scale, "threshold": threshold, "block": block, "columns": columns,
+        "columns_weight": columns_weight,
+    }  # fmt: skip
+
+
+def legal(name: str) -> dict:
+    p = problem(5, K, N, seed=1)
+    codes, x_scale, mask = ops.quantize_rowwise(*p.quantize_args)
+    quantized = {"codes": codes, "x_scale": x_scale, "outlier_mask": mask}
+    grouped = {"offsets": torch.tensor([2, 5]), **arguments(make_weight(experts=2)), "bias": make_bias(2, N)}
+    return {
+        "linear": {"x": p.x, **arguments(p.weight), "bias": p.bias, **EPILOGUE},
+        "linear_quantized": {"x": p.x, **quantized, **arguments(p.weight), "bias": p.bias, **EPILOGUE},
+        "grouped_linear": {"x": p.x, **grouped},
+        "quantize_rowwise": {"x": p.x, "threshold": 6.0},
+        "dequantize": {**arguments(p.weight), "dtype": torch.float32},
+    }[name]
+
+
+def refused_x():
+    for name in (*MATMULS, "quantize_rowwise"):
+        for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn, torch.bool):
+            x = torch.zeros(5, K).to(dtype)
+            yield name, {"x": x}, f"x has dtype {dtype}; legal: float16, bfloat16, float32 or float64"
+        yield name, {"x": torch.zeros(())}, "x has 0 dimensions; legal: [..., K]"
+    for name in MATMULS:
+        x = torch.zeros(5, K + 1)
+        yield name, {"x": x}, f"x has shape (5, {K + 1}); legal: [..., {K}] for K = {K}"
+    batched = {**arguments(make_weight(experts=2)), "bias": None}
+    for shape in ((5, K), (3, 5, K), (2, 5, 5, K), (K,)):
+        x = torch.zeros(shape)
+        yield "linear", {**batched, "x": x}, f"x has shape {shape}; legal: [2, M, K] for a 3-D weight"
+
+
+def refused_weights():
+    for name in (*MATMULS, "dequantize"):
+        weight = legal(name)["weight"]
+        yield name, {"weight": weight.float()}, "weight has dtype torch.float32; legal: int8 codes"
+        yield name, {"weight": weight.to(torch.uint8)}, "weight has dtype torch.uint8; legal: int8 codes"
+        message = f"weight_scale has shape (3,), dtype torch.float32 for a weight {tuple(weight.shape)}"
+        yield name, {"weight_scale": torch.ones(3)}, f"{message}; legal: one float scale per output channel"
+        yield name, {"weight_scale": torch.ones(weight.shape[:-1], dtype=torch.int32)}, "dtype torch.int32 for a weight"
+        yield name, {"weight_scale": torch.ones(*weight.shape[:-1], 1)}, "weight_scale has shape"
+    codes, experts = (legal(name)["weight"] for name in ("linear", "grouped_linear"))
+    long = {"x": torch.zeros(1, MAX_K + 1), "weight": torch.zeros(1, MAX_K + 1, dtype=torch.int8)}
+    too_long = f"K = {MAX_K + 1}; legal: K <= {MAX_K}, or int32 sums could overflow"
+    for name in LINEARS:
+        yield name, {**long, "weight_scale": torch.ones(1), "bias": None}, too_long
+    grouped = {"weight": long["weight"].expand(2, 1, -1), "weight_scale": torch.ones(2, 1), "bias": None}
+    yield "grouped_linear", {**long, **grouped}, too_long
+    for name, dims, weight in (
+        ("linear", "2 or 3", codes[0]),
+        ("linear", "2 or 3", codes[None, None]),
+        ("linear_quantized", "2", experts),
+        ("grouped_linear", "3", codes),
+    ):
+        scale = torch.ones(weight.shape[:-1])
+        yield name, {"weight": weight, "weight_scale": scale}, f"weight has {weight.dim()} dimensions; legal: {dims}"
+
+
+def refused_schemes():
+    for name in LIBRARY:
+        for threshold in (-1.0, -math.inf, math.nan, math.inf, 2 * MAX_THRESHOLD):
+            yield name, {"threshold": threshold}, f"threshold {threshold}; legal: None, or 0 to {MAX_THRESHOLD:.4g}"
+        for block in (0, -2, 3, 96):
+            yield name, {"threshold": None, "block": block}, f"block {block}; legal: a power of two"
+        for threshold in (6.0, 0.0):
+            message = f"threshold {threshold} and block 8; legal: a threshold or a rotation (block above 1), not both"
+            yield name, {"threshold": threshold, "block": 8}, message
+        for columns in (torch.tensor([1], dtype=torch.int32), torch.tensor([[1]]), torch.tensor(1)):
+            wrong = {"columns": columns}
+            if name != "quantize_rowwise":
+                wrong["columns_weight"] = torch.zeros(*legal(name)["weight"].shape[:-1], 1)
+            message = f"columns has shape {tuple(columns.shape)}, dtype {columns.dtype}"
+            yield name, wrong, f"{message}; legal: [C] int64 indices below K = {K}"
+        if name == "quantize_rowwise":
+            continue
+        columns, shape = torch.tensor([1, 2]), tuple(legal(name)["weight"].shape[:-1])
+        yield name, {"columns": columns}, "columns without columns_weight; legal: both or none"
+        yield name, {"columns_weight": torch.zeros(*shape, 2)}, "columns_weight without columns; legal: both or none"
+        for weight in (torch.zeros(*shape, 1), torch.zeros(2), torch.zeros(*shape, 2).to(torch.int8)):
+            message = f"columns_weight has shape {tuple(weight.shape)}, dtype {weight.dtype}"
+            message += f"; legal: the float weights of those columns, {(*shape, 2)}"
+            yield name, {"columns": columns, "columns_weight": weight}, message
+    for dtype in (torch.int8, torch.complex64, torch.float8_e4m3fn):
+        yield "dequantize", {"dtype": dtype}, f"dtype {dtype}; legal: float16, bfloat16, float32 or float64"
+
+
+def refused_epilogues():
+    for name in MATMULS:
+        shape = tuple(legal(name)["weight"].shape[:-1])
+        legal_bias = f"legal: one float value per output channel, {shape}"
+        for bias in (torch.zeros(N + 1), torch.zeros(1), torch.zeros(*shape, 1), torch.zeros(())):
+            yield name, {"bias": bias}, f"bias has shape {tuple(bias.shape)}, dtype torch.float32; {legal_bias}"
+        for dtype in (torch.int64, torch.complex64, torch.bool):
+            bias = torch.zeros(shape, dtype=dtype)
+            yield name, {"bias": bias}, f"bias has shape {shape}, dtype {dtype}; {legal_bias}"
+    other, legal_binary = torch.zeros(5, N), "legal: add or mul with other, none without"
+    for name in LINEARS:
+        yield name, {"activation": "tanh"}, f"activation 'tanh'; legal: {', '.join(reference.ACTIVATIONS)}"
+        yield name, {"binary": "add"}, f"binary 'add' without other; {legal_binary}"
+        yield name, {"other": other}, f"binary 'none' with other; {legal_binary}"
+        yield name, {"other": other, "binary": "sub"}, f"binary 'sub' with other; {legal_binary}"
+        for wrong in (other[:1], other[0], other.t(), other.long()):
+            message = f"other has shape {tuple(wrong.shape)}, dtype {wrong.dtype}"
+            message += f"; legal: float values in the shape of y, (5, {N})"
+            yield name, {"other": wrong, "binary": "add"}, message
+
+
+def refused_quantized():
+    quantized = legal("linear_quantized")
+    for key, wrong, good in (
+        ("codes", quantized["codes"][:1], "(5, 13), torch.int8"),
+        ("codes", quantized["codes"].float(), "(5, 13), torch.int8"),
+        ("x_scale", quantized["x_scale"][:1], "(5,), torch.float32"),
+        ("x_scale", quantized["x_scale"].double(), "(5,), torch.float32"),
+        ("outlier_mask", quantized["outlier_mask"][:1], "(13,), torch.bool"),
+        ("outlier_mask", quantized["outlier_mask"].int(), "(13,), torch.bool"),
+    ):
+        message = f"{key} has shape {tuple(wrong.shape)}, dtype {wrong.dtype}"
+        yield "linear_quantized", {key: wrong}, f"{message}; legal: {good}: what quantize_rowwise(x) returns"
+
+
+def refused_groups():
+    for shape, offsets in (
+        ((1, 5, K), torch.tensor([2, 5])),
+        ((5, K), torch.tensor([5])),
+        ((5, K), torch.tensor([2.0, 5.0])),
+    ):
+        message = f"x has shape {shape}, offsets {tuple(offsets.shape)}, dtype {offsets.dtype}"
+        message += "; legal: [S, K] and one integer end per group, [2]"
+        yield "grouped_linear", {"x": torch.zeros(shape), "offsets": offsets}, message
+
+
+REFUSED = [
+    case
+    for cases in (refused_x, refused_weights, refused_schemes, refused_epilogues, refused_quantized, refused_groups)
+    for case in cases()
+]
+
+
+@pytest.mark.parametrize(("name", "wrong", "message"), REFUSED)
+@pytest.mark.parametrize("kind", ["real", "fake", "meta"])
+def test_bad_arguments_are_refused(name, wrong, message, kind):
+    args = {**legal(name), **wrong}
+    mode = FakeTensorMode()
+    if kind == "fake":
+        args = tree_map_only(torch.Tensor, mode.from_tensor, args)
+    elif kind == "meta":
+        args = tree_map_only(torch.Tensor, lambda t: t.to("meta"), args)
+    with pytest.raises(ValueError) as refused:  # noqa: PT011  the message is compared below
+        overload(name)(**args)
+    assert f"int8fx::{name}: " in str(refused.value)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("name", list(SAMPLES))
+def test_what_the_refusals_start_from_is_legal(name):
+    overload(name)(**legal(name))
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, MAX_THRESHOLD])
+@pytest.mark.parametrize("name", LIBRARY)
+def test_the_limits_of_a_threshold_are_legal(name, threshold):
+    overload(name)(**{**legal(name), "threshold": threshold})
+
+
+@pytest.mark.parametrize("index", [-1, K, 2**40])
+@pytest.mark.parametrize("name", ["linear", "linear_quantized", "grouped_linear", "quantize_rowwise"])
+def test_the_cpp_kernels_refuse_columns_that_x_does_not_have(name, index):
+    wrong = {"columns": torch.tensor([0, index])}
+    if name != "quantize_rowwise":
+        wrong["columns_weight"] = torch.zeros(*legal(name)["weight"].shape[:-1], 2)
+    with pytest.raises(IndexError, match=rf"columns has {index}; legal: 0 to K - 1 for K = {K}"):
+        overload(name)(**{**legal(name), **wrong})
