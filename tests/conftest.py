@@ -29,8 +29,8 @@ settings.register_profile("thorough", deadline=None, max_examples=1500, suppress
 if hardware.DEVICE:
     hardware.install()
 
-SLOW_FILES: tuple[str, ...] = ()
-"""Files of which every test is slow; a file that is slow in parts marks its tests by itself."""
+SLOW_FILES = ("tests/test_examples.py", "tests/tools/test_demo.py")
+"""Ends of paths of files in which every test is slow. A file marks its slow tests itself where it can."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,3 +60,15 @@ def kernels(request):
     else:
         with torch_kernels(request.param):
             yield Kernels(request.param)
+
+
+@pytest.fixture(params=("cpu", pytest.param("triton", marks=pytest.mark.slow)), scope="module")
+def served_by(request):
+    """What serves the ops of CPU tensors: the CPU kernels, or the Triton kernels in the interpreter."""
+    if request.param == "cpu":
+        yield request.param
+        return
+    from support import interpreter
+
+    with interpreter.cpu_tensors_on_triton():
+        yield request.param
