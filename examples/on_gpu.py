@@ -1,6 +1,6 @@
-"""On a GPU the same two lines run on Triton kernels; without one, this runs on the CPU.
+"""Converts and compiles a model on a GPU, where Triton kernels run the matmuls. Without a GPU it runs on the CPU.
 
-`int8fx bench --device cuda` checks those kernels against the reference on your GPU, then times them.
+`int8fx bench --device cuda` checks the kernels against the reference on your GPU, then times them.
 """
 
 import torch
@@ -16,9 +16,9 @@ x = torch.randn(4, 512, device=device, dtype=dtype)
 
 with torch.no_grad():
     exact = model(x)
-    model = int8fx.convert(model, int8fx.rotated())  # a row's result does not depend on the rest of its batch
+    model = int8fx.convert(model, int8fx.rotated())  # a row's result does not depend on the other rows
     if device == "cuda":
-        model = torch.compile(model, mode="reduce-overhead", fullgraph=True)  # static shapes: CUDA graphs record it
+        model = torch.compile(model, mode="reduce-overhead", fullgraph=True)  # shapes are static: CUDA graphs work
     y = model(x)
 
 difference = (y - exact).norm() / exact.norm()

@@ -1,4 +1,4 @@
-"""Convert, compile, run: a small transformer before and after, its answer and its bytes."""
+"""Converts a small transformer to int8, compiles it, and compares its outputs and its bytes with float32."""
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ def megabytes(model: nn.Module) -> float:
 with torch.no_grad():
     y, before = model(x), megabytes(model)
 
-    model = int8fx.convert(model)  # weights become int8 here: memory drops at once
+    model = int8fx.convert(model)  # the weights are int8 from here on
     compiled = torch.compile(model, fullgraph=True)
 
     difference = (compiled(x) - y).norm() / y.norm()

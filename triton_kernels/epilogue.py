@@ -1,4 +1,4 @@
-"""What happens to a tile of sums before it is stored: scale, bias, activation, another tensor, one rounding."""
+"""What follows the sums of a tile: scale, bias, activation, a second tensor, one rounding, the store."""
 
 import triton
 import triton.language as tl
@@ -13,7 +13,7 @@ def _sigmoid(v):
 def activate(v, ACTIVATION: tl.constexpr):
     """The activations of `int8fx::linear`, in float32.
 
-    ``gelu_tanh``'s ``0.5 * v * (1 + tanh(z))`` is computed as ``v * sigmoid(2 * z)``, the same without cancellation.
+    ``gelu_tanh`` is ``0.5 * v * (1 + tanh(z))``, computed as ``v * sigmoid(2 * z)``: equal, and without cancellation.
     """
     if ACTIVATION == "relu":
         v = tl.where(v < 0, 0.0, v)  # keeps NaN, which maximum() would drop
@@ -40,7 +40,7 @@ def finish(
 ):  # fmt: skip
     """``y[rows, n] = binary(activation(acc + bias[e, n]), other[rows, n])``, rounded once.
 
-    ``acc [BLOCK_M, BLOCK_N]`` float32; ``rows`` int64, rows of y and other; y is contiguous; N its row length.
+    ``acc [BLOCK_M, BLOCK_N]`` is float32, ``rows`` int64, ``y [rows, N]`` contiguous; other has any strides.
     """
     n_mask = n < N
     if bias_ptr is not None:

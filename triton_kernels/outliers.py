@@ -1,4 +1,4 @@
-"""Which columns of x are outliers, and what they hold: found, counted and kept on the device."""
+"""The outlier columns of x: which they are, how many, and their values. All of it stays on the device."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import EXTRACT_OUTLIERS, GATHER_WEIGHT, OUTLIER_MASK
 from .groups import row_tiles, tile_rows
+from .tiles import BLOCK_O, EXTRACT_OUTLIERS, GATHER_WEIGHT, OUTLIER_MASK
 
 ALL_ROWS = 256
-"""Up to how many rows one program looks at all of a column, so that the mask need not be filled with zeros before."""
+"""Up to this many rows one program reads all rows of a column. Then the mask is not filled with zeros before."""
 
 
 @triton.jit
@@ -24,19 +24,19 @@ def _mask_kernel(
     x_ptr += e.to(tl.int64) * stride_xe
     mask_ptr += e.to(tl.int64) * K
     if ALL_ROWS:
-        found = tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
+        large = tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
         for start in range(0, M, BLOCK_M):
-            found |= _beyond(x_ptr, start, M, k, K, stride_xm, stride_xk, threshold, BLOCK_M)
-        tl.store(mask_ptr + k, tl.max(found, 0) > 0, mask=k < K)
+            large |= _is_large(x_ptr, start, M, k, K, stride_xm, stride_xk, threshold, BLOCK_M)
+        tl.store(mask_ptr + k, tl.max(large, 0) > 0, mask=k < K)
     else:
         end = tl.where(e < E, end, 0)
-        found = tl.max(_beyond(x_ptr, first, end, k, K, stride_xm, stride_xk, threshold, BLOCK_M), 0) > 0
+        outlier = tl.max(_is_large(x_ptr, first, end, k, K, stride_xm, stride_xk, threshold, BLOCK_M), 0) > 0
         # Programs of other rows may store the same true at the same place: no atomics are needed.
-        tl.store(mask_ptr + k, found, mask=found & (k < K))
+        tl.store(mask_ptr + k, outlier, mask=outlier & (k < K))
 
 
 @triton.jit
-def _beyond(x_ptr, first, end, k, K, stride_xm, stride_xk, threshold, BLOCK_M: tl.constexpr):
+def _is_large(x_ptr, first, end, k, K, stride_xm, stride_xk, threshold, BLOCK_M: tl.constexpr):
     """1 where ``abs(x[m, k]) >= threshold``, for rows ``first <= m < min(first + BLOCK_M, end)``; int32."""
     m = first + tl.arange(0, BLOCK_M)
     at = m.to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
@@ -46,35 +46,34 @@ def _beyond(x_ptr, first, end, k, K, stride_xm, stride_xk, threshold, BLOCK_M: t
 
 
 def _strides(x: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
-    """With groups the rows of all weights lie in one matrix."""
+    """x's strides; 0 between weights if the rows of all groups are in one matrix."""
     return 0 if offsets is not None else x.stride(0), x.stride(1), x.stride(2)
 
 
-def outlier_mask(x: Tensor, threshold: float, offsets: Tensor | None = None, experts: int = 1) -> Tensor:
+def outlier_mask(x: Tensor, threshold: float | None, offsets: Tensor | None = None, experts: int = 1) -> Tensor:
     """``mask[e, k] = any_m(abs(x[m, k]) >= threshold)`` over the rows m of weight e; NaN is no outlier.
 
-    Source: LLM.int8() (arXiv 2208.07339), section 3.2. ``threshold=inf`` marks no column and reads nothing. Exact.
+    Source: LLM.int8() (arXiv 2208.07339), section 3.2. Exact.
 
     Args:
         x: ``[E, M, K]`` float16, bfloat16 or float32, any strides; ``[1, S, K]`` with offsets.
-        threshold: >= 0.
+        threshold: >= 0; None marks no column and reads nothing.
         offsets: ``[experts]`` int32 or int64, the end of each group's rows; None without groups.
-        experts: how many groups there are.
+        experts: the number of groups.
 
     Returns:
         ``[E, K]`` bool, ``[experts, K]`` with offsets.
     """
     E, M, K = x.shape
     groups = experts if offsets is not None else E
-    nothing = threshold == float("inf") or 0 in (groups, M, K)
-    all_rows = offsets is None and M <= ALL_ROWS and not nothing
+    all_rows = offsets is None and M <= ALL_ROWS
+    if threshold is None or 0 in (groups, M, K):
+        return torch.zeros(groups, K, dtype=torch.bool, device=x.device)
     mask = (torch.empty if all_rows else torch.zeros)(groups, K, dtype=torch.bool, device=x.device)
-    if nothing:
-        return mask
     BLOCK_M, BLOCK_K = OUTLIER_MASK.BLOCK_M, OUTLIER_MASK.BLOCK_K
     tiles_m = 1 if all_rows else row_tiles(M, groups, BLOCK_M, offsets is not None)
     _mask_kernel[(tiles_m, triton.cdiv(K, BLOCK_K), E)](
-        x, mask, offsets, M, K, groups, *_strides(x, offsets), threshold,
+        x, mask, offsets, M, K, groups, *_strides(x, offsets), threshold=threshold,
         ALL_ROWS=all_rows, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_E=triton.next_power_of_2(groups),
         num_warps=OUTLIER_MASK.num_warps,
     )  # fmt: skip
@@ -95,47 +94,43 @@ def _extract_kernel(
     mask_ptr += e.to(tl.int64) * K
     columns_ptr += e.to(tl.int64) * pitch
     start = tl.program_id(1) * BLOCK_K
-    before = tl.zeros((BEFORE,), tl.int32)  # outliers in the columns of programs to the left
+    before = tl.zeros((BEFORE,), tl.int32)  # outliers in columns before start
     for part in range(0, start, BEFORE):
         i = part + tl.arange(0, BEFORE)
         before += tl.load(mask_ptr + i, mask=i < start, other=0).to(tl.int32)
     count = tl.sum(before, 0)
     k = start + tl.arange(0, BLOCK_K)
-    found = tl.load(mask_ptr + k, mask=k < K, other=0).to(tl.int32)
-    here = tl.sum(found, 0)
+    outlier = tl.load(mask_ptr + k, mask=k < K, other=0).to(tl.int32)
+    here = tl.sum(outlier, 0)
     if here > 0:
-        o = count + tl.cumsum(found, 0) - 1
-        tl.store(columns_ptr + o, k, mask=found > 0)  # the same from every program
-        outlying = (found > 0)[None, :] & (m < end)[:, None]
+        o = count + tl.cumsum(outlier, 0) - 1
+        tl.store(columns_ptr + o, k, mask=outlier > 0)  # every row tile stores the same
+        existing = (outlier > 0)[None, :] & (m < end)[:, None]
         at = m.to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
-        x = tl.load(x_ptr + e.to(tl.int64) * stride_xe + at, mask=outlying, other=0)
-        tl.store(panel_ptr + rows[:, None] * pitch + o[None, :], x, mask=outlying)
+        x = tl.load(x_ptr + e.to(tl.int64) * stride_xe + at, mask=existing, other=0)
+        tl.store(panel_ptr + rows[:, None] * pitch + o[None, :], x, mask=existing)
     if start + BLOCK_K >= K:
         count += here
         tl.store(count_ptr + e, count)
-        o = count + tl.arange(0, BLOCK_O)  # what a block of the residual reads beyond the last column
-        behind = o < (count + BLOCK_O - 1) // BLOCK_O * BLOCK_O
-        tl.store(columns_ptr + o, tl.zeros_like(o), mask=behind)
+        o = count + tl.arange(0, BLOCK_O)  # the last dot of the residual reads up to a multiple of BLOCK_O
+        padding = o < (count + BLOCK_O - 1) // BLOCK_O * BLOCK_O
+        tl.store(columns_ptr + o, tl.zeros_like(o), mask=padding)
         tl.store(
             panel_ptr + rows[:, None] * pitch + o[None, :],
             tl.zeros((BLOCK_M, BLOCK_O), panel_ptr.dtype.element_ty),
-            mask=behind[None, :] & (m < end)[:, None],
+            mask=padding[None, :] & (m < end)[:, None],
         )
 
 
-BLOCK_O = 16
-"""How many outlier columns the residual multiplies at a time; the panel is padded with zeros to a multiple."""
-
-
 def extract_outliers(x: Tensor, mask: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """``columns[e, :count[e]] = nonzero(mask[e])``, ``panel[m, o] = x[m, columns[e, o]]``: the outliers side by side.
+    """``columns[e, :count[e]] = nonzero(mask[e])``, ``panel[m, o] = x[m, columns[e, o]]``. Exact.
 
-    How many there are stays on the device, so the panel is as wide as x, but only ``count`` of its columns, and zeros
-    up to a multiple of `BLOCK_O`, are ever touched. Exact.
+    The count stays on the device, so the panel is as wide as x. Only ``count`` of its columns, and zeros up to a
+    multiple of `tiles.BLOCK_O`, are ever written or read.
 
     Args:
         x: ``[E, M, K]`` float16, bfloat16 or float32, any strides; ``[1, S, K]`` with offsets.
-        mask: ``[E, K]`` bool, one row per weight.
+        mask: ``[E, K]`` bool, of `outlier_mask`.
         offsets: as in `outlier_mask`.
 
     Returns:
@@ -146,14 +141,14 @@ def extract_outliers(x: Tensor, mask: Tensor, offsets: Tensor | None = None) -> 
     pitch = triton.cdiv(K, BLOCK_O) * BLOCK_O
     panel = torch.empty(E * M, pitch, dtype=x.dtype, device=x.device)
     columns = torch.empty(groups, pitch, dtype=torch.int32, device=x.device)
-    make = torch.empty if offsets is None else torch.zeros  # a group may have no rows, and so no program
-    count = make(groups, dtype=torch.int32, device=x.device)
+    new = torch.empty if offsets is None else torch.zeros  # a group without rows has no program
+    count = new(groups, dtype=torch.int32, device=x.device)
     BLOCK_M, BLOCK_K = EXTRACT_OUTLIERS.BLOCK_M, EXTRACT_OUTLIERS.BLOCK_K
     grid = (row_tiles(M, groups, BLOCK_M, offsets is not None), triton.cdiv(K, BLOCK_K), E)
     if 0 not in (groups, M, K):
         _extract_kernel[grid](
             x, mask, offsets, panel, columns, count, M, K, groups, pitch, *_strides(x, offsets),
-            M if offsets is None else 0,
+            rows_per_weight=M if offsets is None else 0,
             BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_O=BLOCK_O, BLOCK_E=triton.next_power_of_2(groups),
             BEFORE=min(triton.next_power_of_2(max(K, BLOCK_K)), 8192), num_warps=EXTRACT_OUTLIERS.num_warps,
         )  # fmt: skip
@@ -181,8 +176,8 @@ def _gather_kernel(
 def gather_weight(weight: Tensor, columns: Tensor, count: Tensor) -> Tensor:
     """``gathered[e, n, o] = weight[e, n, columns[e, o]]`` for the first P outliers, ``P = K / 16``.
 
-    For many rows: each row tile of the product would fetch 32 bytes for every single code of an outlier column; this
-    does so once. Outliers beyond P, should there be so many, the product fetches itself. Exact.
+    It serves many rows. Without it each row tile of the matmul would fetch 32 bytes for every single code of an outlier
+    column. Here this happens once. The matmul fetches outliers beyond the first P by itself. Exact.
 
     Args:
         weight: ``[E, N, K]`` int8, any strides.

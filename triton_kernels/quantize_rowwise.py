@@ -1,4 +1,4 @@
-"""Activations to int8 codes, rotated if asked to, one scale per row, without the columns that stay in 16 bits."""
+"""Activations to int8 codes with one scale per row, after an optional rotation, without the 16-bit columns."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
-from .kept import is_kept
+from . import tiles
+from .columns import is_listed
+from .groups import group_of_row
 from .rotate import rotate
+
+MARKED_ROWS = 256
+"""With this many rows or more, unquantised columns are marked once in a mask instead of looked up in every row."""
+
+MAX_BLOCK = 8192
+"""The largest block of a rotation: a program holds one in registers."""
 
 
 @triton.jit
 def to_codes(steps):
     """``round(steps)``, half to even, as int8; ``abs(steps) <= 127``.
 
-    Adding ``1.5 * 2**23`` leaves no room for a fraction: float32's own rounding is the rounding wanted, and the
-    integer stands in the low bits of the sum.
+    A float32 of ``1.5 * 2**23`` and more has no bits for a fraction. So the addition rounds to an integer, which stands
+    in the low bits of the sum.
     """
     return (steps + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
@@ -26,8 +33,8 @@ def to_codes(steps):
 def row_scale(absmax_bits, INT8_MAX: tl.constexpr, TINY: tl.constexpr):
     """``max(absmax / 127, TINY)``, NaN where absmax is NaN or inf, from the bits of ``absmax`` float32.
 
-    As integers the bits of non-negative floats are ordered like the floats, and NaN is above inf: so the maximum is
-    taken over them, and no NaN is lost.
+    Read as integers, the bits of non-negative floats are ordered like the floats, and NaN is above inf. So a maximum of
+    bits loses no NaN.
     """
     absmax = absmax_bits.to(tl.float32, bitcast=True)
     absmax = absmax + (absmax - absmax)  # inf becomes NaN, so that 0 * scale cannot hide it
@@ -40,13 +47,13 @@ def _part(
     x_ptr, mask_ptr, columns_ptr, start, K, C, stride_xk,
     BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Columns ``start <= k < start + BLOCK_K`` of a row as float32, 0 where they stay in 16 bits, rotated."""
+    """The columns ``start <= k < start + BLOCK_K`` of a row as float32, 0 in 16-bit columns, rotated."""
     k = start + tl.arange(0, BLOCK_K)
     x = tl.load(x_ptr + k.to(tl.int64) * stride_xk, mask=k < K, other=0).to(tl.float32)
     if mask_ptr is not None:  # a mask that differs from column to column would split the load of x
         x = tl.where(tl.load(mask_ptr + k, mask=k < K, other=1) == 0, x, 0.0)
     if columns_ptr is not None:
-        x = tl.where(is_kept(columns_ptr, C, start, BLOCK_K), 0.0, x)
+        x = tl.where(is_listed(columns_ptr, C, start, BLOCK_K), 0.0, x)
     return rotate(x, start, K, BLOCK, WHOLE_BLOCKS)
 
 
@@ -62,10 +69,8 @@ def _quantize_rowwise_kernel(
     codes_ptr += row * K
     if mask_ptr is not None:
         if offsets_ptr is not None:
-            i = tl.arange(0, BLOCK_E)
-            ends = tl.load(offsets_ptr + i, mask=i < E, other=0)
-            e = tl.sum(((ends <= m) & (i < E)).to(tl.int32), 0)
-        if e >= E:  # a row behind the last group
+            e = group_of_row(offsets_ptr, m, E, BLOCK_E)
+        if e >= E:  # a row after the last group
             return
         mask_ptr += e.to(tl.int64) * K
     k = tl.arange(0, BLOCK_K)
@@ -79,7 +84,7 @@ def _quantize_rowwise_kernel(
             x = _part(x_ptr, mask_ptr, columns_ptr, start, K, C, stride_xk, BLOCK_K, BLOCK, WHOLE_BLOCKS)
             absmax = tl.maximum(absmax, tl.abs(x).to(tl.int32, bitcast=True))
         scale = row_scale(tl.max(absmax, 0), INT8_MAX, TINY)
-        for start in range(0, K, BLOCK_K):  # x comes from the cache this time
+        for start in range(0, K, BLOCK_K):  # x comes from the cache now
             x = _part(x_ptr, mask_ptr, columns_ptr, start, K, C, stride_xk, BLOCK_K, BLOCK, WHOLE_BLOCKS)
             codes = to_codes(tl.div_rn(x, tl.broadcast_to(scale, x.shape)))
             tl.store(codes_ptr + start + k, codes, mask=start + k < K)
@@ -96,20 +101,22 @@ def quantize_rowwise(
     columns: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``scale[m] = max_k(abs(z[m, k])) / int8_max``, ``codes[m, k] = round(z[m, k] / scale[m])``, z = rotate(x_rest).
+    """``scale[m] = max_k(abs(z[m, k])) / int8_max``, ``codes[m, k] = round(z[m, k] / scale[m])``, ``z = rotate(x0)``.
 
-    ``x_rest`` is x with zeros in ``columns`` and where ``mask`` is true; see `rotate`. Codes and scales are the
-    reference's, bit for bit: sums in its order, IEEE division, half to even, no scale is below ``tiny``, a row whose z
-    holds NaN or inf gets scale NaN. A row depends on no other row. It is read once; twice, the second time from the
-    cache, where it has more than 16384 columns: the scale must be known before the first code.
+    ``x0`` is x with zeros in ``columns`` and where ``mask`` is true. Codes and scales are equal bit for bit to the
+    reference's: sums in its order, IEEE division, ties to even. No scale is below ``tiny``. A row whose z holds NaN or
+    inf gets scale NaN. A row depends on no other row.
+
+    A row is read once. A row of more than `tiles.MAX_ROW_PART` columns is read twice, the second time from the cache,
+    because the scale must be known before the first code.
 
     Args:
         x: ``[E, M, K]`` float16, bfloat16 or float32, any strides; ``[1, S, K]`` with offsets.
-        mask: ``[E, K]`` bool, the columns to leave out; None for none.
+        mask: ``[E, K]`` bool, the outlier columns of each weight; None for none.
         int8_max, tiny: the largest code and the smallest scale.
         block: of the rotation, a power of two up to `MAX_BLOCK`; 1 for none.
-        columns: ``[C]`` distinct integers, contiguous: columns to leave out in every row; None for none.
-        offsets: ``[E]``, the end of each group's rows; rows behind the last group are left as they are.
+        columns: ``[C]`` distinct integers, contiguous: the unquantised columns; None for none.
+        offsets: ``[E]``, the end of each group's rows. Rows after the last group keep arbitrary values.
 
     Returns:
         ``codes [E * M, K]`` int8 and ``scale [E * M]`` float32.
@@ -130,18 +137,13 @@ def quantize_rowwise(
             mask = mask.index_fill(1, columns, True)
         columns = None
     groups = E if mask is None else mask.shape[0]
-    config = configs.quantize_rowwise(K, block)
+    tile = tiles.for_quantize_rowwise(K, block)
     if E * M:
         _quantize_rowwise_kernel[(M, E)](
-            x, mask, columns, offsets, codes, scale, M, K, groups, 0 if columns is None else len(columns), *x.stride(),
-            int8_max, tiny, block, K % block == 0, K <= config.BLOCK_K, BLOCK_K=config.BLOCK_K,
-            BLOCK_E=triton.next_power_of_2(groups), num_warps=config.num_warps,
+            x_ptr=x, mask_ptr=mask, columns_ptr=columns, offsets_ptr=offsets, codes_ptr=codes, scale_ptr=scale,
+            M=M, K=K, E=groups, C=0 if columns is None else len(columns),
+            stride_xe=x.stride(0), stride_xm=x.stride(1), stride_xk=x.stride(2),
+            INT8_MAX=int8_max, TINY=tiny, BLOCK=block, WHOLE_BLOCKS=K % block == 0, ONE_PART=K <= tile.BLOCK_K,
+            BLOCK_K=tile.BLOCK_K, BLOCK_E=triton.next_power_of_2(groups), num_warps=tile.num_warps,
         )  # fmt: skip
     return codes, scale
-
-
-MARKED_ROWS = 256
-"""From how many rows on the columns to leave out are marked in a mask once, in place of in every row."""
-
-MAX_BLOCK = 8192
-"""The largest block of a rotation: a program holds one in registers."""

@@ -1,4 +1,4 @@
-"""Hadamard blocks along a row: the rotation of `int8fx.schemes.quantize.rotate`, in registers."""
+"""The rotation of a row by orthonormal Hadamard blocks, in registers."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def _butterfly(x, start, K, H: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):
-    """``(a + b, a - b)`` in place of the columns a and b that are H apart, in every group of ``2 * H`` within K."""
+    """Replaces columns a and b that are H apart by ``(a + b, a - b)``, in every group of ``2 * H`` within K."""
     SIZE: tl.constexpr = x.numel
     GROUPS: tl.constexpr = SIZE // (2 * H)
     pairs = tl.reshape(x, (GROUPS, 2, H))
@@ -22,18 +22,18 @@ def _butterfly(x, start, K, H: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):
 
 @triton.jit
 def rotate(x, start, K, BLOCK: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):
-    """Columns ``start <= k < start + len(x)`` of a row, rotated; bit for bit `int8fx.schemes.quantize.rotate`'s.
+    """The columns ``start <= k < start + len(x)`` of a row, rotated; equal bit for bit to the reference's ``rotate``.
 
     Butterflies of columns at distance 1, 2, 4, ..., BLOCK / 2, each rounded once, then one product with ``n ** -0.5``.
-    A column gets its partner as the integer ``(a + b) - a`` of their bits, which wraps around: the compiler sees
-    through it, so that a partner in the same thread costs nothing, and one in the same warp a shuffle.
+    A column reads its partner as the integer ``(a + b) - a`` of their bits, which wraps around. The compiler simplifies
+    this: a partner in the same thread costs nothing, one in the same warp a shuffle.
 
-    What K has left behind its last whole block is rotated in blocks of the powers of two that it adds up to, the
-    largest first. Each of those begins at a multiple of twice its size, so columns belong together at distance H
-    exactly where K holds their whole group of ``2 * H``: ``k // (2 * H) < K // (2 * H)``.
+    The columns after the last whole block are rotated in blocks of decreasing powers of two. Each of these begins at a
+    multiple of twice its size. So two columns at distance H are a pair exactly if K holds their whole group of
+    ``2 * H``: ``k // (2 * H) < K // (2 * H)``.
 
     Args:
-        x: float32, as many columns as a power of two says, at least BLOCK; 0 beyond K.
+        x: float32; its length is a power of two, at least BLOCK; 0 where k >= K.
         start: a multiple of BLOCK.
         BLOCK: a power of two; 1 for no rotation.
         WHOLE_BLOCKS: K is a multiple of BLOCK.

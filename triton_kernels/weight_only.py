@@ -1,4 +1,4 @@
-"""int8 weights, activations as they are: for few rows, where reading the weight is all the time there is."""
+"""int8 weights and activations in floating point: for few rows, where reading the weight takes all the time."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import tiles
 from .epilogue import finish, scale_channels
 from .groups import row_tiles, tile_rows
-from .split_k import arrive, collect, k_range
-from .tuning import fastest
+from .split_k import arrive, collect, k_range, workspace
+from .tiles import Tile, fastest
 from .widen import widen
 
 
@@ -31,8 +31,9 @@ def _weight_only_kernel(
     k = tl.arange(0, BLOCK_K)
     begin, stop = k_range(split, K, BLOCK_K, SPLIT_K)
     x_ptr += e.to(tl.int64) * stride_xe
-    inside = tl.minimum(m, end - 1).to(tl.int64)  # rows beyond the last are read as the last and never stored
-    x_ptrs = x_ptr + inside[:, None] * stride_xm + (begin + k).to(tl.int64)[None, :] * stride_xk
+    # Rows beyond the last are read as the last and never stored: the loop needs no mask for them.
+    existing = tl.minimum(m, end - 1).to(tl.int64)
+    x_ptrs = x_ptr + existing[:, None] * stride_xm + (begin + k).to(tl.int64)[None, :] * stride_xk
     weight_ptr += e.to(tl.int64) * stride_we
     channels = tl.minimum(n, N - 1).to(tl.int64)
     weight_ptrs = weight_ptr + channels[None, :] * stride_wn + (begin + k).to(tl.int64)[:, None] * stride_wk
@@ -68,13 +69,13 @@ def weight_only(
     binary: str = "none",
     *,
     offsets: Tensor | None = None,
-    config: configs.Config | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """``y = binary(activation(x @ weight.T * weight_scale + bias), other)``: only the weight is quantised.
 
-    x keeps its 16 bits, the codes are widened to them, both exactly, so products are exact and the float32 sums are all
-    that rounds: ``abs(error) <= (K + splits + 3) * 2**-24 * sum_k(abs(x * w)) + rounding of y``, which is
-    `reference.linear` with threshold 0. Row m of y depends on row m of x alone.
+    This is `reference.linear` with threshold 0. Codes are widened to x's 16 bits exactly, so all products are exact and
+    only the float32 sums round: ``abs(error) <= (K + splits + 3) * 2**-24 * sum_k(abs(x * w)) + rounding of y``. Row m
+    of y depends on row m of x alone.
 
     Args:
         x: ``[E, M, K]`` float16, bfloat16 or float32, any strides; ``[1, S, K]`` with offsets.
@@ -82,9 +83,9 @@ def weight_only(
         weight_scale: ``[E, N]`` float32, contiguous.
         bias: ``[E, N]``, any float dtype, contiguous, or None.
         activation, other, binary: as in `int8fx::linear`; other is ``[E * M, N]``, any strides.
-        offsets: ``[E]``, the end of each group's rows; groups without rows cost no read of their weight; rows behind
-            the last group get 0.
-        config: a tile; None for the table's.
+        offsets: ``[E]``, the end of each group's rows. The weight of a group without rows is not read. Rows after the
+            last group get 0.
+        tile: None for the fastest of the table.
 
     Returns:
         ``[E * M, N]`` (``[S, N]`` with offsets) of x's dtype.
@@ -94,23 +95,27 @@ def weight_only(
     y = (x.new_zeros if grouped else x.new_empty)((x.shape[0] * M, N))
     if 0 in (E, *y.shape):
         return y
-    if config is None:
-        candidates = configs.weight_only(
-            M, N, K, E, x.dtype, configs.target_of(x.device), configs.processors_of(x.device)
-        )
-        config = fastest(
-            "weight_only", (triton.next_power_of_2(M), N, K, E, x.dtype, grouped, configs.name_of(x.device)),
-            candidates, lambda c: weight_only(
-                x, weight, weight_scale, bias, activation, other, binary, offsets=offsets, config=c
+    if tile is None:
+        target, processors = tiles.target_of(x.device), tiles.processors_of(x.device)
+        candidates = tiles.for_weight_only(M, N, K, E, x.dtype, target, processors)
+        shape = (triton.next_power_of_2(M), N, K, E, x.dtype, grouped, tiles.name_of(x.device))
+        tile = fastest(
+            "weight_only", shape, candidates,
+            lambda tile: weight_only(
+                x, weight, weight_scale, bias, activation, other, binary, offsets=offsets, tile=tile
             ),
         )  # fmt: skip
-    tiles_m, weights = row_tiles(M, E, config.BLOCK_M, grouped), 1 if grouped else E
-    partial, counter = configs.workspace(config, N, tiles_m * weights, x.device)
-    _weight_only_kernel[(triton.cdiv(N, config.BLOCK_N) * tiles_m, config.SPLIT_K, weights)](
-        x, weight, weight_scale, bias, other, offsets, y, partial, counter,
-        M, N, K, E, 0 if grouped else x.stride(0), *x.stride()[1:], *weight.stride(),
-        *((0, 0) if other is None else other.stride()), 0 if grouped else M,
-        activation, binary, K % config.BLOCK_K == 0, config.SPLIT_K, triton.next_power_of_2(E),
-        **config.kernel_options(),
+    tiles_m, weights = row_tiles(M, E, tile.BLOCK_M, grouped), 1 if grouped else E
+    partial, counter = workspace(tile, N, tiles_m * weights, x.device)
+    stride_om, stride_on = (0, 0) if other is None else other.stride()
+    _weight_only_kernel[(triton.cdiv(N, tile.BLOCK_N) * tiles_m, tile.SPLIT_K, weights)](
+        x_ptr=x, weight_ptr=weight, weight_scale_ptr=weight_scale, bias_ptr=bias, other_ptr=other, offsets_ptr=offsets,
+        y_ptr=y, partial_ptr=partial, counter_ptr=counter,
+        M=M, N=N, K=K, E=E, rows_per_weight=0 if grouped else M,
+        stride_xe=0 if grouped else x.stride(0), stride_xm=x.stride(1), stride_xk=x.stride(2),
+        stride_we=weight.stride(0), stride_wn=weight.stride(1), stride_wk=weight.stride(2),
+        stride_om=stride_om, stride_on=stride_on,
+        ACTIVATION=activation, BINARY=binary, EVEN_K=K % tile.BLOCK_K == 0, SPLIT_K=tile.SPLIT_K,
+        BLOCK_E=triton.next_power_of_2(E), **tile.options(),
     )  # fmt: skip
     return y

@@ -1,1 +1,1 @@
-"""What data says of a model: calibration, and a scheme for each layer."""
+"""Statistics of a model's inputs on data, and plans: a scheme for each layer."""

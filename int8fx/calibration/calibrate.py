@@ -1,4 +1,4 @@
-"""``calibrate``: what the inputs of a model's products look like on data, and which columns to keep by it."""
+"""``calibrate``: the statistics of each layer's inputs on data, by which conversion chooses unquantised columns."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import torch
 from torch import nn
 
 from ..schemes.calibration import Calibration
+from ..terminal import show_progress
+from .observe import observe
 
 
 def calibrate(
     model: nn.Module, data: Iterable[Any], *, moments: bool = False, progress: bool | None = None
 ) -> Calibration:
-    """Runs ``model`` on ``data`` and notes ``absmax[k] = max_m(abs(x[m, k]))`` of every product's input.
+    """Runs ``model`` on ``data`` and records ``absmax[k] = max_m(abs(x[m, k]))`` of the input of every matmul.
 
-    A few batches of what the model is for are enough: outlier columns are the same for any text (Dettmers et al. 2022,
-    arXiv 2208.07339, section 4). `convert(..., calibration=...)` chooses static columns by it.
+    A few batches of typical data are enough: outlier columns are the same for any text (Dettmers et al. 2022,
+    arXiv 2208.07339, section 4). `convert(..., calibration=...)` chooses the unquantised columns by the result.
 
     Args:
-        model: not converted yet; any ``nn.Module``. It is run without gradients, in the mode that it is in.
+        model: not converted yet; any ``nn.Module``. It runs without gradients, in the mode that it is in.
         data: batches: a tensor (the first argument), a tuple or list (arguments) or a mapping (keyword arguments).
-        moments: whether to note ``x.T @ x`` too, for ``rotated(rounding="gptq")``: 4 K * K bytes for each layer. Some
-            thousand rows are enough; fewer rows than K leave directions without data.
+        moments: whether to record ``x.T @ x`` too, for ``rotated(rounding="gptq")``: 4 K * K bytes for each layer.
+            Some thousand rows are enough; with fewer rows than K, some directions have no data.
         progress: whether to show a bar on stderr; by default if that is a terminal.
 
     Raises:
-        ValueError: there are no batches, no product with a weight of the model was seen, x has NaN or inf, or its
-            moments overflow.
+        ValueError: there are no batches, no batch reached a matmul with a weight of the model, an input has NaN or inf,
+            or its moments overflow.
     """
-    from .observe import observe
-
     calibration, batches = Calibration(), list(data)
     bar = sys.stderr.isatty() if progress is None else progress
     with torch.no_grad(), observe(model, lambda name, x: calibration.see(name, x, moments)):
@@ -43,8 +43,8 @@ def calibrate(
     if bar:
         show_progress("calibrating", len(batches), len(batches))
     if not calibration.absmax:
-        found = "no batches" if not batches else "no product with a weight of the model in these batches"
-        raise ValueError(f"int8fx.calibrate: {found}; legal: data that the model runs on, before int8fx.convert")
+        reason = "no matmul with a weight of the model in these batches" if batches else "no batches"
+        raise ValueError(f"int8fx.calibrate: {reason}; legal: data that the model runs on, before int8fx.convert")
     for name, absmax in calibration.absmax.items():
         if not absmax.isfinite().all():
             raise ValueError(
@@ -63,10 +63,3 @@ def run_batch(model: Any, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
-def show_progress(what: str, done: int, total: int) -> None:
-    """A bar on stderr, over the one before."""
-    width = 32 * done // max(total, 1)
-    end = "\n" if done == total else ""
-    print(f"\r{what} [{'#' * width}{'.' * (32 - width)}] {done}/{total}", end=end, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Sees the inputs of a model's products while it runs, whichever way its code writes them."""
+"""``observe``: the inputs of a model's matmuls while it runs, in whatever way its code calls them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..conversion.layers import Layer, walk
 
 aten = torch.ops.aten
-_PRODUCTS = {  # op -> positions of its two operands
+_MATMULS = {  # op -> positions of its two operands
     aten.mm.default: (0, 1),
     aten.addmm.default: (1, 2),
     aten.bmm.default: (0, 1),
@@ -24,8 +24,8 @@ _PRODUCTS = {  # op -> positions of its two operands
 }
 
 
-class _Products(TorchDispatchMode):
-    """Calls ``see(name, x [M, K])`` for every product of an activation with (a view of) a known weight."""
+class _Matmuls(TorchDispatchMode):
+    """Calls ``see(name, x [M, K])`` for every matmul of an activation with the weight of a layer or a view of it."""
 
     def __init__(self, layers: list[Layer], see: Callable[[str, Tensor], None]) -> None:
         super().__init__()
@@ -35,8 +35,8 @@ class _Products(TorchDispatchMode):
             self.by_storage.setdefault(layer.weight.untyped_storage().data_ptr(), []).append(layer)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in _PRODUCTS:
-            a, b = (args[i] for i in _PRODUCTS[func])
+        if func in _MATMULS:
+            a, b = (args[i] for i in _MATMULS[func])
             for x, weight, on_the_left in ((a, b, False), (b, a, True)):
                 names = self._layers(weight)
                 if names:
@@ -45,22 +45,21 @@ class _Products(TorchDispatchMode):
                         self.see(name, rows)
                     break
         else:
-            with self:  # in inference mode composite ops come whole
+            with self:  # inference mode does not decompose composite ops before they get here
                 parts = func.decompose(*args, **(kwargs or {}))
             if parts is not NotImplemented:
                 return parts
         return func(*args, **(kwargs or {}))
 
     def _layers(self, weight: Tensor) -> list[str]:
-        """The layers with the Parameter that ``weight`` is a part of."""
-        found = self.by_storage.get(weight.untyped_storage().data_ptr(), ())
-        at = weight.storage_offset()
-        own = [layer for layer in found if 0 <= at - layer.weight.storage_offset() < max(1, layer.weight.numel())]
-        return [layer.name for layer in own]
+        """Names of the layers whose Parameter contains ``weight``."""
+        layers = self.by_storage.get(weight.untyped_storage().data_ptr(), ())
+        offset = weight.storage_offset()
+        return [w.name for w in layers if 0 <= offset - w.weight.storage_offset() < max(1, w.weight.numel())]
 
 
 def _rows(func: object, x: Tensor, on_the_left: bool) -> Tensor:
-    """The activation ``x`` of a product as ``[M, K]``."""
+    """The activation ``x`` of a matmul as ``[M, K]``."""
     if x.dim() == 1:
         return x[None]
     if func is aten.convolution.default:
@@ -72,16 +71,16 @@ def _rows(func: object, x: Tensor, on_the_left: bool) -> Tensor:
 
 @contextmanager
 def observe(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """In this context, products of ``model`` with its float weights call ``see(layer name, x [M, K])`` before they run.
+    """In this context, matmuls of ``model`` with its float weights call ``see(layer name, x [M, K])`` before they run.
 
-    Layers that share a weight all see the inputs of each. Fused inference paths of ``nn.TransformerEncoder`` and
-    ``nn.MultiheadAttention``, which hide their products, are left while it lasts.
+    If layers share a weight, each of them sees the inputs of all. The fused inference paths of
+    ``nn.TransformerEncoder`` and ``nn.MultiheadAttention`` hide their matmuls, so the context disables them.
     """
     layers = [layer for layer in walk(model) if layer.layout is not None]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with _Products(layers, see):
+        with _Matmuls(layers, see):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -1,4 +1,4 @@
-"""``plan``: a scheme for each layer, or 16 bits, by what the model loses through it."""
+"""``plan``: a scheme or 16 bits for each layer, by the loss that each scheme would cause."""
 
 from __future__ import annotations
 
@@ -12,37 +12,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion.convert import Pack, convert
 from ..conversion.layers import Layer
-from ..conversion.layers import plan as plan_layers
-from ..conversion.recipes import linear_forward
+from ..conversion.recipes import Kind
 from ..ops import linear
 from ..schemes import Rotated, Scheme
+from ..schemes.calibration import Calibration
 from ..schemes.weight import Int8Weight
-from ..terminal import table
-from .calibrate import Calibration, calibrate, run_batch, show_progress
+from ..terminal import show_progress, table
+from .calibrate import calibrate, run_batch
+from .variants import Variants, convertible
 
 SCHEMES = (Rotated(columns=0.0), Rotated(), Rotated(columns=0.05))
 
 
 @dataclass(frozen=True)
 class Option:
-    """One thing that can be done with a layer: a scheme, or None for 16 bits; its bytes, and the KL that it costs."""
+    """One choice for a layer: a scheme, or None for 16 bits; the bytes of its weight, and the KL that it costs."""
 
     scheme: Scheme | None
     bytes: int
     kl: float
 
+    def __str__(self) -> str:
+        return "16 bits" if self.scheme is None else str(self.scheme)
+
 
 @dataclass
 class Plan:
-    """What `plan` chose; prints as a table.
+    """The result of `plan`, for ``int8fx.convert(model, plan)``; prints as a table.
 
-    chosen: layer name -> `Option`.
-    kl: the estimate for the whole model: the sum over its layers.
-    bytes: of the weights of these layers, as they are in a model of 16 bits.
-    smallest: the bytes of the smallest plan.
-    options: layer name -> what it could have had.
+    chosen: layer name -> the `Option` of this plan.
+    options: layer name -> all of its options.
+    calibration: what unquantised columns are chosen by.
     """
 
     chosen: dict[str, Option]
@@ -50,44 +51,40 @@ class Plan:
     calibration: Calibration = field(repr=False)
 
     @property
+    def schemes(self) -> dict[str, Scheme]:
+        """Layer name -> scheme. Layers that stay in 16 bits are not in it."""
+        return {name: option.scheme for name, option in self.chosen.items() if option.scheme is not None}
+
+    @property
     def smallest(self) -> int:
-        return sum(min(option.bytes for option in own) for own in self.options.values())
+        """The bytes of the smallest plan for these layers."""
+        return sum(min(option.bytes for option in options) for options in self.options.values())
 
     @property
     def kl(self) -> float:
+        """The estimate for the model: the sum over its layers."""
         return sum(option.kl for option in self.chosen.values())
 
     @property
     def bytes(self) -> int:
+        """Of the weights of these layers, as they are in a model of 16 bits."""
         return sum(option.bytes for option in self.chosen.values())
 
     def within(self, *, budget_bytes: int | None = None, max_kl: float | None = None) -> Plan:
         """The plan for another budget, by the same measurements; arguments and errors are those of `plan`."""
         return _choose(self.options, budget_bytes, max_kl, self.calibration)
 
-    def convert(self, model: nn.Module) -> nn.Module:
-        """`int8fx.convert` of each layer to its scheme, in place; layers without a plan stay as they are."""
-        for scheme in dict.fromkeys(option.scheme for option in self.chosen.values()):
-            if scheme is not None:
-                names = {name for name, option in self.chosen.items() if option.scheme == scheme}
-                convert(model, scheme, select=lambda name, _, names=names: name in names, calibration=self.calibration)
-        return model
-
     def __str__(self) -> str:
         rows = [["layer", "scheme", "KB", "KL"]]
         for name, option in self.chosen.items():
-            rows.append([name, _name(option), f"{option.bytes / 1e3:,.0f}", f"{option.kl:.2e}"])
-        return f"{table(rows)}\n{self.summary()}"
+            rows.append([name, str(option), f"{option.bytes / 1e3:,.0f}", f"{option.kl:.2e}"])
+        return f"{table(rows, left=2)}\n{self.summary()}"
 
     def summary(self) -> str:
-        """How many layers have what, bytes and estimated loss, in a line."""
-        counts = Counter(_name(option) for option in self.chosen.values())
-        layers = ", ".join(f"{count} x {name}" for name, count in counts.most_common())
+        """How many layers have which scheme, bytes and estimated loss, in a line."""
+        counts = Counter(str(option) for option in self.chosen.values())
+        layers = ", ".join(f"{count} x {scheme}" for scheme, count in counts.most_common())
         return f"{layers}; {self.bytes:,} bytes, estimated KL {self.kl:.3g}"
-
-
-def _name(option: Option) -> str:
-    return "16 bits" if option.scheme is None else repr(option.scheme)
 
 
 def plan(
@@ -101,45 +98,43 @@ def plan(
     calibration: Calibration | None = None,
     progress: bool = False,
 ) -> Plan:
-    """Chooses a scheme, or 16 bits, for each linear layer: the least loss within ``budget_bytes``, or the least bytes.
+    """Chooses a scheme or 16 bits for each linear layer: the least loss within ``budget_bytes``, or the least bytes.
 
-    The loss of a layer's option is estimated to second order, from the error ``delta[m]`` that it makes in the layer's
-    output and the gradient ``g[m]`` of the log-likelihood of tokens that the model itself draws::
+    The loss of an option is estimated to second order, from the error ``delta[m]`` that it causes in the layer's output
+    and the gradient ``g[m]`` of the log-likelihood of tokens that are drawn from the model's output::
 
         KL(model || changed) = 1/2 * E[sum_m((g[m] . delta[m]) ** 2)] per token
 
-    which is the Fisher information of the output distribution (Kunstner et al. 2019, arXiv 1905.12558, section 2) with
-    the errors of different rows taken as independent; layers' losses are added, as Dong et al. 2020 (arXiv 1911.03852)
-    do. Where the model's output is no ``logits``, it is read as the mean of unit normals: half the squared distance.
-    From each layer's cheapest option on, the step with the most KL per byte is taken next.
+    This is the Fisher information of the output distribution (Kunstner et al. 2019, arXiv 1905.12558, section 2), with
+    the errors of different rows taken as independent. The losses of layers are added, as in Dong et al. 2020 (arXiv
+    1911.03852). An output without ``logits`` is read as the mean of unit normals, so its loss is half the squared
+    distance. The choice starts with the smallest option of every layer. It then makes the upgrade that lowers the KL
+    most per byte, until the budget is spent.
 
     Args:
-        model: float, in eval mode; it stays as it is. Gradients pass through it: it needs memory as in training.
+        model: float, in eval mode; it stays as it is. Gradients pass through it, so it needs memory as in training.
         data: batches, as `calibrate` takes them; a few hundred tokens are enough.
-        budget_bytes: what the weights of these layers may take, counted as in a model of 16 bits.
-        max_kl: the estimated KL per token that the plan may cost. One of the two must be given.
-        schemes: what a layer can have, beside 16 bits.
+        budget_bytes: a limit for the bytes of these layers' weights, counted as in a model of 16 bits.
+        max_kl: a limit for the estimated KL per token. Give one of the two limits.
+        schemes: the options of a layer, in addition to 16 bits.
         samples: how often outputs are drawn for each batch.
-        calibration: what static columns are chosen by; by default what `calibrate` finds in ``data``.
+        calibration: what unquantised columns are chosen by; by default `calibrate` of ``data``.
         progress: whether to show a bar on stderr.
 
     Raises:
-        ValueError: not one of the budgets is given, it cannot be met (the message says what can), there are no samples,
-            no layer was seen, or a loss is not finite.
+        ValueError: not exactly one limit is given, it cannot be met (the message says which can), there are no samples,
+            no batch reached a layer, or a loss is not finite.
     """
     _check(budget_bytes, max_kl)
     if samples < 1:
         raise ValueError(f"int8fx.plan: samples is {samples}; legal: 1 or more")
     schemes = list(schemes)
-    layers = {
-        layer.name: layer
-        for layer in plan_layers(model)
-        if layer.reason is None and layer.recipe.forward is linear_forward
-    }
+    layers = {name: layer for name, layer in convertible(model).items() if layer.recipe.kind is Kind.LINEAR}
     batches = list(data)
     if calibration is None:
-        moments = any(scheme.needs_moments for scheme in schemes)
-        calibration = calibrate(model, batches, moments=moments, progress=progress)
+        calibration = calibrate(
+            model, batches, moments=any(scheme.needs_moments for scheme in schemes), progress=progress
+        )
     options = _measure(model, batches, layers, schemes, calibration, samples, progress)
     if not options:
         raise ValueError("int8fx.plan: no linear layer of the model in these batches; legal: data that it runs on")
@@ -158,37 +153,38 @@ def _measure(
     samples: int,
     progress: bool,
 ) -> dict[str, list[Option]]:
-    """The options of each layer that took part; 16 bits is the last of them."""
-    packs = [Pack(scheme, calibration, layers.values()) for scheme in schemes]
-    owners = {id(layer.module): layer for layer in layers.values()}
-    packed: dict[str, list[tuple[Tensor, ...]]] = {}
+    """The options of each layer that a batch reached; the last of them is 16 bits."""
+    variants = Variants(schemes, calibration, layers.values())
+    by_module = {id(layer.module): layer for layer in layers.values()}
+    weights: dict[str, list[Int8Weight]] = {}
     losses: dict[str, list[float]] = {}
     generator = torch.Generator().manual_seed(0)
     calls: list[tuple[Layer, Tensor, Tensor]] = []
 
     def hook(module: nn.Module, inputs: tuple, y: Tensor) -> None:
-        calls.append((owners[id(module)], inputs[0].detach(), y if y.requires_grad else y.requires_grad_()))
+        calls.append((by_module[id(module)], inputs[0].detach(), y if y.requires_grad else y.requires_grad_()))
 
-    handles = [layer.module.register_forward_hook(hook) for layer in owners.values()]
+    handles = [layer.module.register_forward_hook(hook) for layer in by_module.values()]
     rows = 0
     try:
         for i, batch in enumerate(batches):
             if progress:
                 show_progress("measuring", i, len(batches))
             with torch.enable_grad():
-                y, tokens = _output(run_batch(model, batch))
+                y, is_logits = _output(run_batch(model, batch))
                 if not calls:
                     continue
-                scores = [_score(y, tokens, generator) for _ in range(samples)]
+                scores = [_score(y, is_logits, generator) for _ in range(samples)]
                 outputs = [output for _, _, output in calls]
                 grads = [torch.autograd.grad(s, outputs, retain_graph=True, allow_unused=True) for s in scores]
             rows += y.shape[:-1].numel()
             for (layer, x, _), *g in zip(calls, *grads, strict=True):
-                if layer.name not in packed:
-                    packed[layer.name], losses[layer.name] = [pack([layer]) for pack in packs], [0.0] * len(packs)
-                for j, delta in enumerate(_errors(layer, packs, packed[layer.name], x)):
-                    products = ((t.float() * delta).sum(-1).double() for t in g if t is not None)
-                    losses[layer.name][j] += sum(float(p.square().sum()) / 2 for p in products)
+                if layer.name not in weights:
+                    weights[layer.name] = variants.of(layer)
+                    losses[layer.name] = [0.0] * len(schemes)
+                for j, delta in enumerate(_errors(layer, weights[layer.name], x)):
+                    dots = ((t.float() * delta).sum(-1).double() for t in g if t is not None)
+                    losses[layer.name][j] += sum(float(dot.square().sum()) / 2 for dot in dots)
             calls.clear()
     finally:
         for handle in handles:
@@ -197,19 +193,19 @@ def _measure(
         show_progress("measuring", len(batches), len(batches))
     options = {}
     for name in (name for name in layers if name in losses):
-        size = [sum(map(_bytes16, buffers)) for buffers in packed[name]]
+        sizes = [sum(_bytes16(t) for t in weight if isinstance(t, Tensor)) for weight in weights[name]]
         kl = [loss / (samples * rows) for loss in losses[name]]
         if not all(map(math.isfinite, kl)):
             raise ValueError(
                 f"int8fx.plan: layer {name!r} has a loss of NaN or inf; legal: data that gives finite outputs"
             )
-        options[name] = [Option(*o) for o in zip(schemes, size, kl, strict=True)]
+        options[name] = [Option(*o) for o in zip(schemes, sizes, kl, strict=True)]
         options[name].append(Option(None, _bytes16(layers[name].weight), 0.0))
     return options
 
 
 def _output(output: Any) -> tuple[Tensor, bool]:
-    """The tensor that a model gives, and whether it is logits."""
+    """The tensor of a model's output, and whether it is logits."""
     if hasattr(output, "logits"):
         return output.logits, True
     while not isinstance(output, Tensor):
@@ -217,9 +213,9 @@ def _output(output: Any) -> tuple[Tensor, bool]:
     return output, False
 
 
-def _score(y: Tensor, tokens: bool, generator: torch.Generator) -> Tensor:
-    """``log p`` of an output that is drawn from the model's own distribution, as far as it depends on y."""
-    if not tokens:
+def _score(y: Tensor, is_logits: bool, generator: torch.Generator) -> Tensor:
+    """The terms of ``log p`` that depend on y, for an output drawn from the distribution that y stands for."""
+    if not is_logits:
         return (y * torch.randn(y.shape, generator=generator).to(y)).sum()
     logs = y.float().log_softmax(-1).flatten(0, -2)
     drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(y.device)
@@ -227,18 +223,16 @@ def _score(y: Tensor, tokens: bool, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def _errors(layer: Layer, packs: list[Pack], packed: list[tuple[Tensor, ...]], x: Tensor) -> Iterator[Tensor]:
-    """What each scheme adds to the layer's product with x, float32."""
+def _errors(layer: Layer, weights: list[Int8Weight], x: Tensor) -> Iterator[Tensor]:
+    """The error of each of ``weights`` in the layer's matmul with x, float32."""
     x = x.float()
     exact = x @ layer.oriented().float().T
-    for pack, (codes, scale, *kept) in zip(packs, packed, strict=True):
-        described = pack.describe(layer)
-        weight = Int8Weight(codes, scale, described.threshold, described.block, *kept)
+    for weight in weights:
         yield linear(x, *weight) - exact
 
 
 def _bytes16(tensor: Tensor) -> int:
-    """Bytes of a tensor in a model of 16 bits; scales stay float32, codes and columns what they are."""
+    """Bytes of a tensor in a model of 16 bits. Float matrices take 2 bytes a value; scales, codes and columns stay."""
     return tensor.numel() * (2 if tensor.is_floating_point() and tensor.dim() > 1 else tensor.itemsize)
 
 
@@ -258,27 +252,27 @@ def _choose(
     options: dict[str, list[Option]], budget_bytes: int | None, max_kl: float | None, calibration: Calibration
 ) -> Plan:
     _check(budget_bytes, max_kl)
-    chosen, steps = {}, []
-    for name, own in options.items():
-        path = _hull(own)
+    chosen, upgrades = {}, []
+    for name, choices in options.items():
+        path = _hull(choices)
         chosen[name] = path[0]
-        steps += [(_gain(a, b), name, b) for a, b in pairwise(path)]
-    found = Plan(chosen, options, calibration)
-    if budget_bytes is not None and found.smallest > budget_bytes:
-        raise ValueError(f"int8fx.plan: budget_bytes is {budget_bytes:,}; legal: {found.smallest:,} or more")
-    full: set[str] = set()  # layers whose next step was too large: their later ones would skip it
-    for _, name, option in sorted(steps, key=lambda step: -step[0]):
-        if max_kl is not None and found.kl <= max_kl:
+        upgrades += [(_gain(a, b), name, b) for a, b in pairwise(path)]
+    plan = Plan(chosen, options, calibration)
+    if budget_bytes is not None and plan.smallest > budget_bytes:
+        raise ValueError(f"int8fx.plan: budget_bytes is {budget_bytes:,}; legal: {plan.smallest:,} or more")
+    full: set[str] = set()  # layers with an upgrade that was too large: a later one would skip it
+    for _, name, option in sorted(upgrades, key=lambda upgrade: -upgrade[0]):
+        if max_kl is not None and plan.kl <= max_kl:
             break
-        if budget_bytes is not None and found.bytes - chosen[name].bytes + option.bytes > budget_bytes:
+        if budget_bytes is not None and plan.bytes - chosen[name].bytes + option.bytes > budget_bytes:
             full.add(name)
         if name not in full:
             chosen[name] = option
-    return found
+    return plan
 
 
 def _hull(options: list[Option]) -> list[Option]:
-    """From the smallest option on, those that are worth it: each step gains less per byte than the one before."""
+    """The lower convex hull of ``options`` from the smallest on: each upgrade gains less per byte than the last one."""
     path: list[Option] = []
     for option in sorted(options, key=lambda o: (o.bytes, o.kl)):
         if path and option.kl >= path[-1].kl:
@@ -290,4 +284,5 @@ def _hull(options: list[Option]) -> list[Option]:
 
 
 def _gain(a: Option, b: Option) -> float:
+    """How much KL the upgrade from ``a`` to ``b`` saves per byte."""
     return (a.kl - b.kl) / (b.bytes - a.bytes)

@@ -1,210 +1,210 @@
-"""``convert``: packs the weights of a model to int8 and has the rewriting passes run at compile time."""
+"""``convert``: quantises the weights of a model, in place."""
 
 from __future__ import annotations
 
+import logging
+import sys
 import warnings
-from collections.abc import Iterable
-from contextlib import nullcontext
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch._guards import detect_fake_mode
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from ..schemes import LLMInt8, Rotated, Scheme, llm_int8
 from ..schemes.calibration import Calibration
-from ..schemes.gptq import round_weight
-from ..schemes.quantize import quantize_weight
-from .layers import Layer, check_modules, choose, grouped, plan
-from .packed import PackedWeight, Packing, pack_modules
-from .recipes import Recipe, attention_forward
-from .selection import Selection
+from ..terminal import show_progress
+from . import modules
+from .layers import Layer, PackedLayer, check_modules, choose, decide, grouped, refuse_converted
+from .quantizer import Columns, Quantizer
+from .selection import Choice, Selection
 
 LEFT = "int8fx_left"  # attribute of a converted model: layer name -> why it was left
+LARGE = 1 << 30  # bytes of weights from which on a conversion shows its progress
+
+log = logging.getLogger("int8fx")
+
+
+class SchemePerLayer(Protocol):
+    """A scheme for each layer, as `int8fx.plan` chooses them."""
+
+    @property
+    def schemes(self) -> Mapping[str, Scheme]:
+        """Layer name -> scheme. Layers without an entry are left."""
+
+    @property
+    def calibration(self) -> Calibration | None: ...
+
+
+class ModelKind(Protocol):
+    """What `convert` and `summary` need to know of one kind of model: implemented by three modules of this package."""
+
+    def root_of(self, model: Any) -> nn.Module:
+        """The module that notes on the model are kept in."""
+
+    def layers_of(self, model: Any) -> list[Layer]:
+        """The float weights of the model."""
+
+    def packed_of(self, model: Any) -> list[PackedLayer]:
+        """The packed weights of the model."""
+
+    def pack(self, model: Any, chosen: list[Layer], quantizer: Quantizer) -> None:
+        """Packs the weights of ``chosen``, in place."""
+
+
+def kind_of(model: Any, function: str) -> ModelKind:
+    """The kind of ``model``.
+
+    Raises:
+        TypeError: it is of no kind that int8fx takes; the message names ``function``.
+    """
+    if isinstance(model, (GraphModule, ExportedProgram)):
+        from . import exported, graph_module  # they load the passes, which `import int8fx` does not
+
+        return exported if isinstance(model, ExportedProgram) else graph_module
+    if isinstance(model, nn.Module):
+        return modules
+    raise TypeError(
+        f"int8fx.{function}: found {type(model).__name__}; legal: nn.Module, torch.fx.GraphModule, "
+        "torch.export.ExportedProgram"
+    )
 
 
 def convert(
     model: Any,
-    scheme: Scheme | None = None,
+    scheme: Scheme | SchemePerLayer | None = None,
     *,
     select: Selection | None = None,
     skip: Selection = (),
     calibration: Calibration | None = None,
+    progress: bool | None = None,
 ) -> Any:
-    """Packs ``model``'s weights to int8, in place, and returns ``model``.
+    """Quantises the weights of ``model`` to int8, in place, and returns ``model``.
 
-    Weights of linear layers, attention, fused experts and bare Parameters used in products become int8 codes and a
-    float32 scale per output channel. ``torch.compile(model)`` then rewrites what is left of dequantised products: the
-    passes are appended to Inductor's list (`int8fx.uninstall` takes them out).
+    The weights of linear layers, attention, fused experts and of bare Parameters used in matmuls become int8 codes and
+    a float32 scale per output channel. ``torch.compile(model)`` rewrites the matmuls with dequantised weights that are
+    left: the passes are appended to Inductor's list (`int8fx.uninstall` takes them out).
+
+    One line at level INFO of the logger ``int8fx`` counts what was converted, and what was left and why.
 
     Args:
         model: an ``nn.Module``, a ``torch.fx.GraphModule`` or a ``torch.export.ExportedProgram``.
-        scheme: `llm_int8()` by default, or `rotated()`.
+        scheme: `llm_int8()` by default; `rotated()`, or a scheme for each layer as `plan` returns it.
         select: the layers to convert: names or patterns as in ``model.layers.*.q_proj`` or ``lm_head``, or a function
-            (name, module) -> bool. By default all but output embeddings and 1x1 convolutions; both can be selected.
+            (name, module) -> bool. By default all but output embeddings, routers and 1x1 convolutions; these can be
+            selected. Not with a plan, which names its layers.
         skip: the layers to leave, in the same form.
-        calibration: what `calibrate` found of this model: schemes with static columns choose them by it. Layers that it
-            knows nothing of keep the columns of largest weight, the same in all weights beside each other.
+        calibration: what `calibrate` returned for this model: schemes choose their unquantised columns by it. A layer
+            that it has no data of keeps the columns of largest weight, the same as the other such weights of its
+            module. By default that of the plan.
+        progress: whether to show a bar on stderr; by default if that is a terminal and the weights have over 1 GB.
 
     Raises:
         TypeError: ``model`` or an argument is of the wrong kind.
         ValueError: a layer cannot be converted (already quantised, on meta, integer, complex or non-finite weights, K >
-            133,144), a pattern matches nothing, or the scheme needs more of the calibration. The message names it; the
-            model is as it was.
+            133,144), a pattern matches nothing, a plan names a layer that the model does not have, or the scheme needs
+            more of the calibration. The message names it; the model is as it was.
 
-    If it is interrupted, or memory runs out, some layers are converted and the others are not, each of them whole: the
-    model still works. ``convert(model, select=...)`` of the rest goes on.
+    If it is interrupted, or memory runs out, some layers are converted and the others are not, and none is in between:
+    the model still works. A second ``convert(model, select=...)`` converts the others.
     """
-    scheme = llm_int8() if scheme is None else scheme
-    if not isinstance(scheme, (LLMInt8, Rotated)):
-        raise TypeError(
-            f"int8fx.convert: scheme is {scheme!r}; legal: int8fx.llm_int8(threshold=...), int8fx.rotated(...)"
-        )
+    schemes = _schemes(llm_int8() if scheme is None else scheme)
+    if isinstance(schemes, Mapping):
+        if select is not None:
+            raise TypeError("int8fx.convert: select with a plan, which names its layers; legal: skip")
+        select = _is_in(schemes)
+        calibration = scheme.calibration if calibration is None else calibration  # type: ignore[union-attr]  # a plan
     if calibration is not None and not isinstance(calibration, Calibration):
         raise TypeError(f"int8fx.convert: calibration is {calibration!r}; legal: what int8fx.calibrate returns")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("int8fx.convert: the model is a ScriptModule; legal: the eager model it was made from")
-    if isinstance(model, (torch.fx.GraphModule, torch.export.ExportedProgram)):
-        from .graph_module import convert_graph
-
-        converted = convert_graph(model, scheme, calibration, select, skip)
-    elif isinstance(model, nn.Module):
-        converted = _convert_module(model, scheme, calibration, select, skip)
-    else:
-        raise TypeError(
-            f"int8fx.convert: found {type(model).__name__}; legal: nn.Module, torch.fx.GraphModule, "
-            "torch.export.ExportedProgram"
-        )
-    if not converted:
+    kind, choice = kind_of(model, "convert"), Choice(select, skip)
+    root = kind.root_of(model)
+    check_modules(root)
+    layers, packed = decide(root, kind.layers_of(model), choice), kind.packed_of(model)
+    refuse_converted(packed, choice)
+    names = [name for layer in layers for name in (layer.name, *layer.aliases)] + [layer.name for layer in packed]
+    choice.check_all_used(names)
+    if isinstance(schemes, Mapping):
+        schemes = _assign(schemes, layers, names)
+    chosen = choose(layers)
+    columns, show = Columns(calibration, chosen), _progress(chosen, progress)
+    quantizer = Quantizer(schemes, calibration, columns, show)
+    quantizer.check(chosen)
+    reasons = {layer.name: layer.reason for layer in layers if layer.reason is not None}
+    count = len(chosen)
+    del layers  # where they hold float weights, nothing else is to hold them
+    setattr(root, LEFT, reasons)
+    kind.pack(model, chosen, quantizer)
+    log.info("convert: %d weights to int8; left: %s", count, _counts(reasons) or "none")
+    if not count:
         warnings.warn("int8fx.convert: no layer was converted; int8fx.summary(model) says why", stacklevel=2)
-    from ..passes.inductor import install
+    from ..passes.inductor import install  # it loads Inductor, which `import int8fx` does not
 
     install()
     return model
 
 
-def _convert_module(
-    model: nn.Module, scheme: Scheme, calibration: Calibration | None, select: Selection | None, skip: Selection
-) -> int:
-    check_modules(model)
-    layers = plan(model, select, skip)
-    chosen = choose(layers)
-    pack = Pack(scheme, calibration, chosen)
-    leave_reasons(model, layers)
-    _leave_fast_paths(model, {id(layer.module) for layer in chosen})
-    pack_layers(chosen, pack)
-    return len(chosen)
-
-
-def leave_reasons(model: nn.Module, layers: list[Layer]) -> None:
-    """Notes on the model, for `summary`, why layers were left."""
-    setattr(model, LEFT, {layer.name: layer.reason for layer in layers if layer.reason is not None})
-
-
-def pack_layers(chosen: list[Layer], pack: Pack) -> None:
-    """Packs the weights of ``chosen``, module by module; float weights are freed as it goes.
-
-    Modules that share a weight are packed together: an interruption does not come between them.
-    """
-    for group in _together(chosen):
-        packed: dict[int, tuple[Tensor, ...]] = {}
-        for tied in grouped(group, lambda layer: id(layer.weight)):
-            packed[id(tied[0].weight)] = pack(tied)
-        ready = []
-        for own in grouped(group, lambda layer: id(layer.module)):
-            weights = {}
-            for layer in own:
-                assert layer.layout is not None
-                weights[layer.parameter] = (*packed[id(layer.weight)], pack.describe(layer))
-            recipe = own[0].recipe
-            forward = recipe.forward if set(recipe.layouts) == set(weights) else _own_forward(recipe)
-            ready.append(Packing(own[0].module, weights, forward))
-        pack_modules(ready)
-
-
-class Pack:
-    """Packs ``layers`` for a scheme: ``pack([layer, ...])`` the one weight that these of them share.
-
-    Equal columns of several weights are one tensor: products that read the same x then can share its quantisation.
+def _schemes(scheme: Any) -> Scheme | Mapping[str, Scheme]:
+    """``scheme`` itself if it is one, the scheme of each layer if it is a plan.
 
     Raises:
-        ValueError: the scheme needs moments, and the calibration has none of a layer.
+        TypeError: ``scheme`` is neither.
     """
-
-    def __init__(self, scheme: Scheme, calibration: Calibration | None, layers: Iterable[Layer]) -> None:
-        self.scheme, self.calibration = scheme, calibration or Calibration()
-        self._columns: dict[tuple, Tensor] = {}
-        self._sizes: dict[tuple[str, int], Tensor] = {}  # of columns without data
-        for layer in layers:
-            if scheme.rounding == "gptq" and layer.name not in self.calibration.moments:
-                raise ValueError(
-                    f"int8fx.convert: rounding='gptq' knows nothing of the inputs of layer {layer.name!r}; legal: "
-                    "calibration=int8fx.calibrate(model, data, moments=True), with data that reaches it, or skip it"
-                )
-            if scheme.static_columns(layer.oriented().shape[-1]) and layer.name not in self.calibration.absmax:
-                size = layer.oriented().float().square().flatten(0, -2).sum(0)
-                self._sizes[_beside(layer)] = self._sizes.get(_beside(layer), 0) + size
-
-    def __call__(self, tied: list[Layer]) -> tuple[Tensor, ...]:
-        """Buffers by `packing.SUFFIXES`: ordinary tensors in any grad mode, fake ones of a fake weight."""
-        weight, block = tied[0].oriented(), self.scheme.block
-        with torch.inference_mode(False), torch.no_grad(), detect_fake_mode(weight) or nullcontext() as fake:
-            columns, kept = None, None
-            if count := self.scheme.static_columns(weight.shape[-1]):
-                columns = self._choose_columns(tied, count)
-                if fake is None:
-                    columns = self._columns.setdefault((columns.device, *columns.tolist()), columns)
-                kept = weight.index_select(-1, columns).clone()
-            if self.scheme.rounding == "gptq" and fake is None:
-                codes, scale, _, kept = round_weight(weight, self.calibration.moments[tied[0].name], block, columns)
-            else:
-                codes, scale = quantize_weight(weight, block, columns)
-            return (codes, scale) if columns is None or kept is None else (codes, scale, columns, kept)
-
-    def _choose_columns(self, tied: list[Layer], count: int) -> Tensor:
-        """The columns to keep, ascending: those with the largest absmax in the calibration data of these layers.
-
-        Without data, those that are largest in Euclidean norm, whose rounding would cost most for inputs that are all
-        alike: norms over the weights of all layers beside each other, which often read the same x.
-        """
-        found = [self.calibration.absmax[t.name] for t in tied if t.name in self.calibration.absmax]
-        size = torch.stack(found).amax(0) if found else self._sizes[_beside(tied[0])]
-        return size.to(tied[0].weight.device).topk(count).indices.sort().values
-
-    def describe(self, layer: Layer) -> PackedWeight:
-        assert layer.layout is not None
-        scheme = self.scheme
-        return PackedWeight(layer.layout, layer.weight.dtype, scheme.threshold, layer.recipe.kernel_dims, scheme.block)
+    if isinstance(scheme, (LLMInt8, Rotated)):
+        return scheme
+    schemes = getattr(scheme, "schemes", None)
+    if not isinstance(schemes, Mapping) or not hasattr(scheme, "calibration"):
+        raise TypeError(
+            f"int8fx.convert: scheme is {scheme!r}; legal: int8fx.llm_int8(threshold=...), int8fx.rotated(...), "
+            "int8fx.plan(...)"
+        )
+    for name, value in schemes.items():
+        if not isinstance(value, (LLMInt8, Rotated)):
+            raise TypeError(f"int8fx.convert: the plan has {value!r} for layer {name!r}; legal: a scheme")
+    return schemes
 
 
-def _beside(layer: Layer) -> tuple[str, int]:
-    """What layers have in common that are in one module and have inputs of one width."""
-    return layer.name.rpartition(".")[0], layer.oriented().shape[-1]
+def _is_in(schemes: Mapping[str, Scheme]) -> Callable[[str, nn.Module], bool]:
+    return lambda name, _: name in schemes
 
 
-def _own_forward(recipe: Recipe):
-    """Attention leaves its fused path even if only some of its weights are packed; others run their own forward."""
-    return attention_forward if recipe.forward is attention_forward else None
+def _assign(schemes: Mapping[str, Scheme], layers: list[Layer], names: list[str]) -> dict[str, Scheme]:
+    """The scheme of each layer that a plan converts. Layers that share a weight and have different ones are left.
+
+    Raises:
+        ValueError: the plan names a layer that is not among ``names``.
+    """
+    unknown = sorted(schemes.keys() - set(names))
+    if unknown:
+        raise ValueError(
+            f"int8fx.convert: the plan has a scheme for layer {unknown[0]!r}, which this model does not have; "
+            "legal: a plan of this model"
+        )
+    assigned = {}
+    for tied in grouped(layers, lambda layer: id(layer.weight)):
+        planned = {name: schemes[name] for layer in tied for name in (layer.name, *layer.aliases) if name in schemes}
+        for layer in tied:
+            if layer.reason == "not selected":
+                layer.reason = "not in the plan"
+            elif layer.reason is None and len(set(planned.values())) > 1:
+                layer.reason = f"the plan has different schemes for its weight: as {' and as '.join(planned)}"
+            elif layer.reason is None:
+                assigned[layer.name] = next(iter(planned.values()))
+    return assigned
 
 
-def _together(chosen: list[Layer]) -> list[list[Layer]]:
-    """``chosen`` in groups: layers of one module, and of modules that share a weight, are in one."""
-    group_of: dict[int, list[Layer]] = {}  # by the id of a module or a weight
-    for layer in chosen:
-        found = [group_of.get(key, []) for key in (id(layer.module), id(layer.weight))]
-        merged = [*found[0], *(found[1] if found[1] is not found[0] else []), layer]
-        for member in merged:
-            group_of[id(member.module)] = group_of[id(member.weight)] = merged
-    return list({id(group): group for group in group_of.values()}.values())
+def _progress(chosen: list[Layer], progress: bool | None) -> Callable[[int], None] | None:
+    """What shows how many of the weights are done; None if nothing is to be shown."""
+    sizes = {id(layer.weight): layer.weight.nbytes for layer in chosen}
+    if progress is None:
+        progress = sys.stderr.isatty() and sum(sizes.values()) >= LARGE
+    return (lambda done: show_progress("converting", done, len(sizes))) if progress else None
 
 
-def _leave_fast_paths(model: nn.Module, converted: set[int]) -> None:
-    """Turns off the fused inference paths of ``nn.TransformerEncoder(Layer)``, which know float weights only."""
-    for module in model.modules():
-        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and any(
-            id(m) in converted for m in module.modules()
-        ):
-            if isinstance(module, nn.TransformerEncoderLayer):
-                module.activation_relu_or_gelu = 0
-            else:
-                module.use_nested_tensor = False
+def _counts(reasons: Mapping[str, str]) -> str:
+    """``2 (skipped), 1 (the output embeddings: ...)``: how many layers each reason left, the most frequent first."""
+    return ", ".join(f"{count} ({reason})" for reason, count in Counter(reasons.values()).most_common())

@@ -1,4 +1,4 @@
-"""``select`` and ``skip``: which layers of a model a conversion is about."""
+"""``select`` and ``skip``: which layers of a model are to be converted."""
 
 from __future__ import annotations
 
@@ -44,6 +44,36 @@ class Names:
             close = difflib.get_close_matches(pattern, _runs(names, pattern.count(".") + 1), n=3, cutoff=0.4)
             hint = f"; close: {', '.join(close)}" if close else ""
             raise ValueError(f"{self.argument}: {pattern!r} matches no layer of this model{hint}")
+
+
+class Choice:
+    """``select`` and ``skip`` together."""
+
+    def __init__(self, select: Selection | None = None, skip: Selection = ()) -> None:
+        self._select = None if select is None else Names(select, "select")
+        self._skip = Names(skip, "skip")
+
+    @property
+    def by_default(self) -> bool:
+        """Whether nothing was selected, so that `convert`'s own choice applies."""
+        return self._select is None
+
+    def selects(self, names: Iterable[str], module: nn.Module) -> bool:
+        return self._select is not None and _matches(self._select, names, module)
+
+    def skips(self, names: Iterable[str], module: nn.Module) -> bool:
+        return _matches(self._skip, names, module)
+
+    def check_all_used(self, names: list[str]) -> None:
+        """Raises ValueError for patterns that matched none of ``names``."""
+        for selection in (self._select, self._skip):
+            if selection is not None:
+                selection.check_all_used(names)
+
+
+def _matches(selection: Names, names: Iterable[str], module: nn.Module) -> bool:
+    hits = [selection(name, module) for name in names]  # all of them: each pattern that matches counts as used
+    return any(hits)
 
 
 def _runs(names: Iterable[str], length: int) -> list[str]:

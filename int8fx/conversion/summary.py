@@ -8,33 +8,48 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torch.fx import GraphModule
 
+from ..schemes.weight import PackedTensors
 from ..terminal import table
-from .convert import LEFT
-from .layers import Layer, packed_layers, plan
-from .packed import SUFFIXES
+from .convert import LEFT, kind_of
+from .layers import Layer, PackedLayer, decide
+from .packed import PackedModule, float_class
+from .selection import Choice
 
 
 @dataclass(frozen=True)
 class Row:
-    """One weight: ``converted`` or the ``reason`` why not, its shape as stored and its bytes before and after."""
+    """One weight.
+
+    shape: as stored.
+    scheme: that it was quantised for; empty if it was not converted.
+    reason: why it was not converted; empty if it was.
+    """
 
     name: str
     kind: str
     shape: tuple[int, ...]
-    converted: bool
+    scheme: str
     reason: str
     bytes_before: int
     bytes_after: int
 
+    @property
+    def converted(self) -> bool:
+        return not self.reason
+
 
 @dataclass(frozen=True)
 class Summary:
-    """The rows of `summary`; prints as a table."""
+    """What `summary` returns; prints as a table.
+
+    parameters: how many the model had before it was converted, those of other shapes than weights included.
+    int8_parameters: how many of them are int8 codes now.
+    """
 
     rows: tuple[Row, ...]
+    parameters: int = 0
+    int8_parameters: int = 0
 
     @property
     def converted(self) -> tuple[Row, ...]:
@@ -52,32 +67,19 @@ class Summary:
     def bytes_after(self) -> int:
         return sum(row.bytes_after for row in self.rows)
 
+    def __str__(self) -> str:
+        head = ("layer", "module", "shape", "scheme, or why not", "bytes before", "after")
+        total = (
+            f"{len(self.converted)} of {len(self.rows)} weights converted, "
+            f"{self.int8_parameters:,} of {self.parameters:,} parameters; "
+            f"weights: {self.bytes_before:,} -> {self.bytes_after:,} bytes"
+        )
+        return "\n".join([table([head, *self._cells()], left=4), total])
+
     def _cells(self) -> Iterator[tuple[str, ...]]:
         for row in self.rows:
             shape = "x".join(map(str, row.shape))
-            outcome = "int8" if row.converted else row.reason
-            yield row.name, row.kind, shape, outcome, f"{row.bytes_before:,}", f"{row.bytes_after:,}"
-
-    def _total(self) -> str:
-        return (
-            f"{len(self.converted)} of {len(self.rows)} weights converted, "
-            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
-        )
-
-    _HEAD = ("layer", "module", "shape", "int8, or why not", "bytes before", "after")
-
-    def __str__(self) -> str:
-        return "\n".join([table([self._HEAD, *self._cells()]), self._total()])
-
-    def __rich__(self) -> Any:
-        from rich.table import Table
-
-        rich = Table(caption=self._total())
-        for i, title in enumerate(self._HEAD):
-            rich.add_column(title, justify="right" if i > 3 else "left")
-        for cells in self._cells():
-            rich.add_row(*cells)
-        return rich
+            yield row.name, row.kind, shape, row.scheme or row.reason, f"{row.bytes_before:,}", f"{row.bytes_after:,}"
 
 
 def summary(model: Any) -> Summary:
@@ -87,47 +89,43 @@ def summary(model: Any) -> Summary:
         model: what `convert` takes; also a model that is quantised already, or on meta.
 
     Returns:
-        A `Summary`: ``print`` gives text, ``rich.print`` a table; ``rows`` has the numbers (bytes, shapes as stored).
+        A `Summary`: ``print`` gives a table; ``rows`` has the numbers (bytes, shapes as stored).
 
     Raises:
         TypeError: ``model`` is none of these.
     """
-    if isinstance(model, (GraphModule, ExportedProgram)):
-        from .graph_module import DTYPES, graph_layers, packed_in_graph
-
-        root = model.graph_module if isinstance(model, ExportedProgram) else model
-        in_graph = packed_in_graph(model)
-        layers = plan(root, candidates=graph_layers(model), packed=())
-    elif isinstance(model, nn.Module):
-        root, in_graph, layers = model, [], plan(model, packed=())
-    else:
-        raise TypeError(
-            f"int8fx.summary: found {type(model).__name__}; legal: nn.Module, torch.fx.GraphModule, "
-            "torch.export.ExportedProgram"
-        )
-    seen: set[int] = set()
-    rows = []
-    for name, module, parameter in packed_layers(root):
-        kind, dtype = type(module).__mro__[2].__name__, module.packed_weights[parameter].dtype
-        rows.append(_converted(name, kind, module, parameter, dtype, seen))
-    for name, owner, parameter in in_graph:
-        dtype = root.meta.get(DTYPES, {}).get(name, torch.float32)
-        rows.append(_converted(name, "graph", owner, parameter, dtype, seen))
+    kind = kind_of(model, "summary")
+    root, packed = kind.root_of(model), kind.packed_of(model)
+    layers = decide(root, kind.layers_of(model), Choice())
     reasons = getattr(root, LEFT, {})
-    is_converted = bool(rows)
-    for layer in layers:
-        rows.append(_left(layer, reasons.get(layer.name) or layer.reason, is_converted, seen))
-    return Summary(tuple(rows))
+    seen: set[int] = set()
+    rows = [_converted(layer, seen) for layer in packed]
+    rows += [_left(layer, reasons.get(layer.name) or layer.reason, bool(packed), seen) for layer in layers]
+    codes = {id(t): t for t in (_tensors(layer).codes for layer in packed)}
+    floats = {id(p): p for p in model.parameters()}
+    int8_parameters = sum(t.numel() for t in codes.values())
+    float_parameters = sum(p.numel() for p in floats.values() if not _shapeless(p))
+    return Summary(tuple(rows), float_parameters + int8_parameters, int8_parameters)
 
 
-def _converted(name: str, kind: str, module: nn.Module, parameter: str, dtype: torch.dtype, seen: set[int]) -> Row:
-    codes: Tensor = module._buffers[parameter]  # type: ignore[assignment]
-    after = sum(t.nbytes for s in SUFFIXES if (t := module._buffers.get(parameter + s)) is not None)
-    shape = tuple(codes.shape)
-    if id(codes) in seen:
-        return Row(name, kind, shape, True, "", 0, 0)
-    seen.add(id(codes))
-    return Row(name, kind, shape, True, "", codes.numel() * dtype.itemsize, after)
+def _tensors(layer: PackedLayer) -> PackedTensors:
+    return PackedTensors.of(layer.module._buffers, layer.parameter)
+
+
+def _shapeless(p: Tensor) -> bool:
+    return isinstance(p, nn.UninitializedParameter)
+
+
+def _converted(layer: PackedLayer, seen: set[int]) -> Row:
+    tensors, module, reading = _tensors(layer), layer.module, layer.reading
+    kind = float_class(module).__name__ if isinstance(module, PackedModule) else "graph"
+    dtype, scheme = (torch.float32, "int8") if reading is None else (reading.dtype, str(reading.scheme))
+    before = tensors.codes.numel() * dtype.itemsize
+    after = sum(t.nbytes for t in tensors if t is not None)
+    if id(tensors.codes) in seen:
+        before = after = 0
+    seen.add(id(tensors.codes))
+    return Row(layer.name, kind, tuple(tensors.codes.shape), scheme, "", before, after)
 
 
 def _left(layer: Layer, reason: str | None, is_converted: bool, seen: set[int]) -> Row:
@@ -135,7 +133,7 @@ def _left(layer: Layer, reason: str | None, is_converted: bool, seen: set[int]) 
     size = weight.numel() * weight.element_size() if id(weight) not in seen else 0
     seen.add(id(weight))
     if reason is not None or is_converted:
-        return Row(layer.name, kind, tuple(weight.shape), False, reason or "not converted", size, size)
+        return Row(layer.name, kind, tuple(weight.shape), "", reason or "not converted", size, size)
     oriented = layer.oriented().shape
     after = (oriented.numel() + oriented[:-1].numel() * torch.float32.itemsize) if size else 0
-    return Row(layer.name, kind, tuple(oriented), False, "float (not converted yet)", size, after)
+    return Row(layer.name, kind, tuple(oriented), "", "float (not converted yet)", size, after)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from ..schemes.weight import Epilogue, Int8Weight
 from .products import Product
+from .values import value
 
 aten = torch.ops.aten
 
@@ -21,13 +23,11 @@ def call(graph: Graph, target: Callable, *args: Any, **kwargs: Any) -> Node:
     inputs = node.all_input_nodes
     if inputs and all("val" in i.meta for i in inputs):
         with torch.no_grad():
-            node.meta["val"] = target(
-                *torch.fx.map_arg(args, lambda n: n.meta["val"]), **torch.fx.map_arg(kwargs, lambda n: n.meta["val"])
-            )
+            node.meta["val"] = target(*torch.fx.map_arg(args, value), **torch.fx.map_arg(kwargs, value))
     return node
 
 
-def call_int8(graph: Graph, op: Any, *args: Any, **kwargs: Any) -> Node:
+def call_int8(graph: Graph, op: OpOverload, *args: Any, **kwargs: Any) -> Node:
     """`call` of an int8fx op without the trailing arguments that are its defaults, as AOTAutograd writes calls."""
     defaults = [a.default_value if a.has_default_value() else ... for a in op._schema.arguments if not a.kwarg_only]
     n = len(args)
@@ -36,10 +36,14 @@ def call_int8(graph: Graph, op: Any, *args: Any, **kwargs: Any) -> Node:
     return call(graph, op, *args[:n], **kwargs)
 
 
+# ---- reading a call of an op -----------------------------------------------------------------------------------------
+
+
 def _arguments(node: Node) -> dict[str, Any]:
     """Argument name -> value of an op's call, defaults included."""
-    values = {a.name: a.default_value if a.has_default_value() else None for a in node.target._schema.arguments}
-    return values | dict(zip(values, node.args, strict=False)) | node.kwargs
+    schema = cast(OpOverload, node.target)._schema
+    defaults = {a.name: a.default_value if a.has_default_value() else None for a in schema.arguments}
+    return defaults | dict(zip(defaults, node.args, strict=False)) | node.kwargs
 
 
 def read_weight(node: Node) -> Int8Weight:
@@ -55,60 +59,91 @@ def read_epilogue(node: Node) -> Epilogue:
     return Epilogue(*(arguments[name] for name in Epilogue._fields))
 
 
+# ---- writing calls of ops --------------------------------------------------------------------------------------------
+
+
 def with_epilogue(graph: Graph, node: Node, epilogue: Epilogue) -> Node:
     """A call of ``node``'s op on its arguments and ``epilogue``, at the graph's insertion point."""
     arguments = _arguments(node) | epilogue._asdict()
-    return call_int8(graph, node.target, *arguments.values())
+    return call_int8(graph, cast(OpOverload, node.target), *arguments.values())
 
 
 def emit(graph: Graph, product: Product) -> Node:
     """int8fx ops for ``product``, whose source is an ``int8fx::dequantize``, at the graph's insertion point."""
-    ops = torch.ops.int8fx
+    weight = _selected(graph, product)
+    write = {"right": _right, "left": _left, "einsum": _einsum, "grouped": _grouped}[product.form]
+    return write(graph, product, weight)
+
+
+def _selected(graph: Graph, product: Product) -> Int8Weight:
+    """The packed weight, with the selections applied to its tensors."""
     weight = read_weight(product.w.source)
     for op, dim, *args in product.w.selections:
         selection = args if op is aten.index.Tensor else (dim, *args)
-        codes, scale = (call(graph, op, t, *selection) for t in (weight.codes, weight.scale))
-        weight = weight._replace(codes=codes, scale=scale)
-        if weight.columns_weight is not None:
-            weight = weight._replace(columns_weight=call(graph, op, weight.columns_weight, *selection))
-    if product.form == "grouped":
-        return call_int8(graph, ops.grouped_linear.default, product.x, product.offsets, *weight)
-    x = product.x
-    if product.form == "left":
-        x = _swap_last(graph, x)
-    elif product.form == "einsum" and product.x_order != tuple(range(len(product.x_order))):
-        x = call(graph, aten.permute.default, x, list(product.x_order))
+        selected: dict[str, Any] = {
+            field: call(graph, op, tensor, *selection)
+            for field in ("codes", "scale", "columns_weight")
+            if (tensor := getattr(weight, field)) is not None
+        }
+        weight = weight._replace(**selected)
+    return weight
+
+
+def _right(graph: Graph, product: Product, weight: Int8Weight) -> Node:
+    return _linear(graph, product, product.x, weight)
+
+
+def _left(graph: Graph, product: Product, weight: Int8Weight) -> Node:
+    y = _linear(graph, product, _swap_last(graph, product.x), weight)
+    return _contiguous(graph, _swap_last(graph, y))
+
+
+def _einsum(graph: Graph, product: Product, weight: Int8Weight) -> Node:
+    y = _linear(graph, product, _permuted(graph, product.x, product.x_order), weight)
+    permuted = _permuted(graph, y, product.y_order)
+    return y if permuted is y else _contiguous(graph, permuted)
+
+
+def _grouped(graph: Graph, product: Product, weight: Int8Weight) -> Node:
+    return call_int8(graph, torch.ops.int8fx.grouped_linear.default, product.x, product.offsets, *weight)
+
+
+def _linear(graph: Graph, product: Product, x: Node, weight: Int8Weight) -> Node:
+    """``int8fx::linear`` with the bias. A bias that is a matrix (addmm's may be) becomes an add, for `fold` to take."""
     bias = product.bias
     per_channel = bias is None or _is_vector(bias, product)
-    y = call_int8(graph, ops.linear.default, x, *weight, bias if per_channel else None)
-    if not per_channel:  # addmm with a matrix: as an add, which `fold` takes into the epilogue
-        y = call(graph, aten.add.Tensor, y, bias)
-    swapped = product.form == "left"
-    if swapped:
-        y = _swap_last(graph, y)
-    elif product.form == "einsum" and product.y_order != tuple(range(len(product.y_order))):
-        y, swapped = call(graph, aten.permute.default, y, list(product.y_order)), True
-    if swapped:  # views of the product, in this graph or in later code, count on its strides
-        y = call(graph, aten.clone.default, y, memory_format=torch.contiguous_format)
-    return y
-
-
-def _swap_last(graph: Graph, x: Node) -> Node:
-    val = x.meta.get("val")
-    if val is None:
-        return call(graph, aten.transpose.int, x, -1, -2)
-    order = list(range(val.dim()))  # Inductor has no lowering for transpose: AOTAutograd writes permute
-    order[-2:] = order[:-3:-1]
-    return call(graph, aten.permute.default, x, order)
+    y = call_int8(graph, torch.ops.int8fx.linear.default, x, *weight, bias if per_channel else None)
+    return y if per_channel else call(graph, aten.add.Tensor, y, bias)
 
 
 def _is_vector(bias: Node, product: Product) -> bool:
     """Whether ``bias`` is known to be ``[N]``, for one weight: what `int8fx::linear` takes."""
-    val = bias.meta.get("val")
+    val = value(bias)
     if val is None and bias.op == "get_attr" and bias.graph.owning_module is not None:
-        val = operator.attrgetter(bias.target)(bias.graph.owning_module)
+        val = operator.attrgetter(str(bias.target))(bias.graph.owning_module)
     n = product.w.sizes[product.w.dims.index(product.n)]
     return val is not None and product.batch is None and val.dim() == 1 and str(val.shape[0]) == str(n)
+
+
+def _permuted(graph: Graph, node: Node, order: tuple[int, ...]) -> Node:
+    return node if order == tuple(range(len(order))) else call(graph, aten.permute.default, node, list(order))
+
+
+def _swap_last(graph: Graph, node: Node) -> Node:
+    val = value(node)
+    if val is None:
+        return call(graph, aten.transpose.int, node, -1, -2)
+    order = list(range(val.dim()))  # Inductor has no lowering for transpose: AOTAutograd writes permute
+    order[-2:] = order[:-3:-1]
+    return call(graph, aten.permute.default, node, order)
+
+
+def _contiguous(graph: Graph, y: Node) -> Node:
+    """y in the memory format of the matmul that it replaces: views of that one, here or in later code, rely on it."""
+    return call(graph, aten.clone.default, y, memory_format=torch.contiguous_format)
+
+
+# ---- removing what is dead -------------------------------------------------------------------------------------------
 
 
 def erase_dead(node: object) -> None:

@@ -1,14 +1,22 @@
-"""``torch.compile(model, backend="int8fx")``: Inductor with the passes in place, whatever its configuration holds."""
+"""``torch.compile(model, backend="int8fx")``: Inductor with the passes, whatever its configuration holds."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
+from ..graph.count import count_ops
+from .inductor import PASSES, installed_passes
 
-def int8fx(gm: GraphModule, example_inputs: list, *, mode: str | None = None, options: dict[str, Any] | None = None):
+
+def int8fx(
+    gm: GraphModule, example_inputs: list, *, mode: str | None = None, options: dict[str, Any] | None = None
+) -> Callable:
     """Compiles ``gm`` by Inductor with `inductor.PASSES` after the joint-graph passes of others, for this graph only.
 
     Args:
@@ -17,15 +25,11 @@ def int8fx(gm: GraphModule, example_inputs: list, *, mode: str | None = None, op
 
     Warns if the graph has no packed weight: most likely its model was not converted.
     """
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    from ..graph.count import count_ops
-    from .inductor import PASSES, installed_passes
-
     if not count_ops(gm.graph):
         warnings.warn("int8fx: no packed weight in this graph; call int8fx.convert(model) first", stacklevel=2)
     passes = installed_passes()
     patches: dict[str, Any] = {**list_mode_options(mode or "default"), **(options or {})}
     patches["joint_custom_pre_pass"] = passes if PASSES in passes else [*passes, PASSES]
-    return compile_fx(gm, example_inputs, config_patches=patches)
+    compiled = compile_fx(gm, example_inputs, config_patches=patches)
+    assert callable(compiled)  # AOTInductor alone gives files
+    return compiled

@@ -10,8 +10,10 @@ import logging
 from collections import deque
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
 from torch.fx import Graph
 
 from ..graph.count import count_ops
@@ -21,7 +23,7 @@ log = logging.getLogger("int8fx")
 
 
 def sources() -> list[Path]:
-    """The files that a rewrite depends on: passes, the graph reader, ops and their form, the types of arguments."""
+    """The files that a rewrite depends on: the passes, the reader of graphs, the ops, `ops.rows`, argument types."""
     package = Path(__file__).parents[1]
     return sorted(path for folder in ("schemes", "ops", "graph", "passes") for path in (package / folder).glob("*.py"))
 
@@ -63,8 +65,6 @@ def install() -> None:
 
     `int8fx.convert` calls this, so that plain ``torch.compile(model)`` runs the passes. `uninstall` removes it.
     """
-    import torch._inductor.config as config
-
     present = installed_passes()
     if PASSES not in present:
         config.joint_custom_pre_pass = [*present, PASSES]
@@ -72,18 +72,13 @@ def install() -> None:
 
 def uninstall() -> None:
     """Removes `PASSES` from Inductor's list; the passes of others stay."""
-    import torch._inductor.config as config
-
     if PASSES in installed_passes():
         others = [p for p in installed_passes() if p is not PASSES]
         config.joint_custom_pre_pass = others or None
 
 
-def installed_passes() -> list:
+def installed_passes() -> list[Any]:
     """Inductor's ``joint_custom_pre_pass`` as a list."""
-    import torch._inductor.config as config
-    from torch._inductor.custom_graph_pass import get_custom_graph_passes
-
     return list(get_custom_graph_passes(config.joint_custom_pre_pass))
 
 

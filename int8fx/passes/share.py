@@ -11,9 +11,10 @@ After::
     q = int8fx.linear_quantized(x, codes, x_scale, outlier_mask, wq, sq, 6.0)
     k = int8fx.linear_quantized(x, codes, x_scale, outlier_mask, wk, sk, 6.0)
 
-x itself stays an input: the residual multiplies its outlier columns in 16 bits. Layers with unquantised columns share
-if these are one tensor: `convert` ties equal ones. Nothing is shared where a layer of so few rows does not quantise x
-in advance (`ops.rows.form`).
+x stays an argument: its outlier columns are multiplied in 16 bits. Layers with unquantised columns share if their
+columns are one tensor: `convert` ties equal ones. Where a linear layer on so few rows does not quantise x in advance
+(`ops.rows.form`), nothing is shared. If the number of rows is a symbol, ``for_linear`` lets quantize_rowwise decide
+that when it runs.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ import math
 import operator
 import sys
 from collections import defaultdict
+from typing import NamedTuple, cast
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from ..graph.emit import call, call_int8, erase_dead, read_epilogue, read_weight
+from ..graph.values import value
 from ..graph.verify import verify
 from ..ops.rows import Form, form
 
@@ -46,44 +50,64 @@ _SAME_VALUE = (  # of equal arguments, these give equal tensors: autocast casts 
 )
 
 
+class _Quantization(NamedTuple):
+    """What `quantize_rowwise` computes, as a key: calls of equal keys give equal results."""
+
+    x: object
+    threshold: float | None
+    block: int
+    columns: Tensor | None  # a Node
+
+
 def share(graph: Graph) -> int:
     """Rewrites ``graph`` in place; returns how many quantisations it saved."""
-    groups: dict[tuple, list[Node]] = defaultdict(list)
+    groups: dict[_Quantization, list[Node]] = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=torch.ops.int8fx.linear.default):
-        weight = read_weight(node)
-        val = weight.codes.meta.get("val")
-        if val is not None and val.dim() == 2 and "val" in node.args[0].meta:
-            groups[_value(node.args[0]), weight.threshold, weight.block, weight.columns].append(node)
+        if _quantizes(node):
+            weight = read_weight(node)
+            groups[_Quantization(_value_key(_x(node)), *weight[2:5])].append(node)
     saved = 0
-    for (_, threshold, block, columns), nodes in groups.items():
-        x = nodes[0].args[0]
-        if len(nodes) < 2 or not _reads_codes(x.meta["val"], threshold, block, columns):
-            continue
-        with graph.inserting_before(nodes[0]):
-            quantize_rowwise = torch.ops.int8fx.quantize_rowwise.default
-            quantized = call_int8(graph, quantize_rowwise, x, threshold, block, columns, for_linear=True)
-            parts = [call(graph, operator.getitem, quantized, i) for i in range(3)]
-        for node in nodes:
-            with graph.inserting_before(node):
-                linear_quantized = torch.ops.int8fx.linear_quantized.default
-                new = call_int8(graph, linear_quantized, x, *parts, *read_weight(node), *read_epilogue(node))
-            verify(node, new)
-            node.replace_all_uses_with(new)
-            erase_dead(node)
-        saved += len(nodes) - 1
+    for quantization, nodes in groups.items():
+        if len(nodes) > 1:
+            _share(graph, quantization, nodes)
+            saved += len(nodes) - 1
     return saved
 
 
-def _reads_codes(x: torch.Tensor, threshold: float | None, block: int, columns: Node | None) -> bool:
-    """Whether a linear layer on x reads codes that are made in advance; a symbolic number of rows may be large."""
+def _x(node: Node) -> Node:
+    return cast(Node, node.args[0])
+
+
+def _quantizes(node: Node) -> bool:
+    """Whether this ``linear`` quantises x as `quantize_rowwise` does. A symbolic number of rows may be large.
+
+    Experts do not: the outlier columns of each are those of its rows.
+    """
+    weight, x = read_weight(node), value(_x(node))
+    if x is None or value(weight.codes) is None or value(weight.codes).dim() != 2:
+        return False
     rows = math.prod(x.shape[:-1])
-    if not isinstance(rows, int):
-        rows = sys.maxsize
-    return form(rows, x.device.type, threshold, block, columns is not None) is Form.QUANTIZED
+    rows = rows if isinstance(rows, int) else sys.maxsize
+    return form(rows, x.device.type, weight.threshold, weight.block, weight.columns is not None) is Form.QUANTIZED
 
 
-def _value(x: Node) -> object:
+def _value_key(x: Node) -> object:
     """A key that is equal for nodes that hold equal tensors in a functional graph."""
     if x.op == "call_function" and x.target in _SAME_VALUE and not any(isinstance(a, Node) for a in x.args[1:]):
-        return x.target, _value(x.args[0]), str(x.args[1:]), str(x.kwargs)
+        return x.target, _value_key(_x(x)), str(x.args[1:]), str(x.kwargs)
     return x
+
+
+def _share(graph: Graph, quantization: _Quantization, nodes: list[Node]) -> None:
+    x = _x(nodes[0])
+    with graph.inserting_before(nodes[0]):
+        quantize_rowwise = torch.ops.int8fx.quantize_rowwise.default
+        quantized = call_int8(graph, quantize_rowwise, x, *quantization[1:], for_linear=True)
+        parts = [call(graph, operator.getitem, quantized, i) for i in range(3)]
+    for node in nodes:
+        with graph.inserting_before(node):
+            linear_quantized = torch.ops.int8fx.linear_quantized.default
+            new = call_int8(graph, linear_quantized, x, *parts, *read_weight(node), *read_epilogue(node))
+        verify(node, new)
+        node.replace_all_uses_with(new)
+        erase_dead(node)

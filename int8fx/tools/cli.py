@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -10,26 +11,23 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__, llm_int8
-from ..schemes import Scheme, need_moments, parse_scheme
+from ..schemes import Scheme, parse_scheme
+from ..schemes.quantize import DEFAULT_THRESHOLD
+from .bench.settings import Settings
+from .bench.suites import SUITES
+
+if TYPE_CHECKING:
+    from .evaluate import Evaluation
+    from .inspection import Inspection
 
 PROMPT = "Photosynthesis is the process by which"
-DEMO_NEEDS = ("accelerate", "gguf", "platformdirs", "rich", "transformers")
-BENCH_NEEDS = (*DEMO_NEEDS, "matplotlib", "numpy")
-MODEL_NEEDS = ("platformdirs", "transformers")
-SCHEMES = ("llm_int8", "llm_int8(0)", "llm_int8(inf)", "rotated", "rotated(budget=0)")
-SUITES = {
-    "products": "single products, against every peer that is installed and the machine's own limits",
-    "outliers": "what outlier columns cost",
-    "schemes": "what rotation and kept columns cost",
-    "overhead": "what a call costs beyond F.linear",
-    "scaling": "time against M, N, K and threads",
-    "models": "language models: forwards, decoding, generate()",
-    "profile": "their forwards by kind of kernel",
-    "memory": "bytes of a converted model, peak of a forward",
-}
+DEMO_NEEDS = ("accelerate", "gguf", "platformdirs", "transformers")
+EVAL_NEEDS = ("platformdirs", "transformers")
+BENCH_NEEDS = (*DEMO_NEEDS, "matplotlib", "numpy", "rich")
+SCHEMES = ("llm_int8", "weight_only", "plain", "rotated", "rotated(columns=0)")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except ValueError as error:
-        if not str(error).startswith("int8fx."):  # what int8fx refuses is explained; anything else is a bug
+        if not str(error).startswith("int8fx."):  # int8fx explains what it refuses; any other error is a bug
             raise
         print(error, file=sys.stderr)
         return 1
@@ -73,14 +71,17 @@ def _lacks(command: str, extra: str, needs: tuple[str, ...]) -> bool:
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser(
         "demo",
-        help="convert a real model to int8, compile it, and compare it with its 16-bit self",
+        help="convert a real model to int8, compile it, and compare it with bfloat16",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--model", default="smollm2", help="smollm2, minilm, a directory, or a name of the hub")
     demo.add_argument(
-        "--scheme-threshold", type=float, default=6.0, help="input columns from this size on stay in 16 bits"
+        "--scheme-threshold",
+        type=float,
+        default=DEFAULT_THRESHOLD,
+        help="llm_int8 computes input columns with values of at least this size in 16 bits",
     )
-    demo.add_argument("--prompt", default=PROMPT, help="what to continue")
+    demo.add_argument("--prompt", default=PROMPT, help="the text to continue")
     demo.add_argument("--tokens", type=int, default=32, help="how many tokens to generate")
     demo.add_argument("--quick", action="store_true", help="shorter text, fewer rounds, less to compile")
     demo.set_defaults(run=_demo, error=demo.error)
@@ -112,14 +113,12 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _add_measured(parser: argparse.ArgumentParser, windows: int, width: int) -> None:
-    parser.add_argument(
-        "--model", default="smollm2", help="smollm2, minilm, whisper, a directory, or a name of the hub"
-    )
+    parser.add_argument("--model", default="smollm2", help="smollm2, minilm, a directory, or a name of the hub")
     parser.add_argument(
         "--scheme",
         action="append",
         metavar="SCHEME",
-        help=f"as in Python: rotated(block=64, budget=0.01); may be repeated (default: {', '.join(SCHEMES)})",
+        help=f"as in Python: rotated(block=64, columns=0.01); may be repeated (default: {', '.join(SCHEMES)})",
     )
     parser.add_argument(
         "--text",
@@ -128,22 +127,17 @@ def _add_measured(parser: argparse.ArgumentParser, windows: int, width: int) -> 
         help="pydoc (Python's documentation) or a text file; may be repeated; the last tenth of each calibrates "
         "(default: pydoc)",
     )
-    parser.add_argument(
-        "--audio",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="WAV files, for speech models in place of text; the last tenth of them, at least one, calibrates",
-    )
     parser.add_argument("--windows", type=int, default=windows, help=f"how many windows to read (default: {windows})")
     parser.add_argument("--width", type=int, default=width, help=f"tokens in a window (default: {width})")
     parser.add_argument("--calibration", type=int, default=8, help="windows to calibrate with; 0: none (default: 8)")
     parser.add_argument("--json", type=Path, help="a file to write every figure to")
-    parser.add_argument("--png", type=Path, help="a file to draw a picture in")
+    parser.add_argument("--png", type=Path, help="a file to draw a picture to")
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("eval", help="compare a model's outputs under several schemes with its own in float32")
+    parser = commands.add_parser(
+        "eval", help="compare a model's outputs under several schemes with its float32 outputs"
+    )
     _add_measured(parser, 16, 256)
     parser.add_argument(
         "--plan",
@@ -151,30 +145,31 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         type=float,
         default=[],
         metavar="SIZE",
-        help="beside the schemes, one chosen for each layer (int8fx.plan) by the calibration windows, in SIZE times "
-        "the bytes of all layers in int8; may be repeated",
+        help="also compare a plan (int8fx.plan): a scheme for each layer, chosen by the calibration windows, within "
+        "SIZE times the bytes of all layers in int8; may be repeated",
     )
     parser.set_defaults(run=_eval, error=parser.error)
 
 
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "inspect", help="show each layer's outliers, what is kept in 16 bits and where, and its error under each scheme"
+        "inspect", help="show each layer's outliers, its unquantised columns and its error under each scheme"
     )
     _add_measured(parser, 2, 256)
-    parser.add_argument("--threshold", type=float, default=6.0, help="from which size on a value is an outlier")
+    parser.add_argument(
+        "--threshold", type=float, default=DEFAULT_THRESHOLD, help="values of at least this size are outliers"
+    )
     parser.set_defaults(run=_inspect, error=parser.error)
 
 
 @dataclass
 class _Loaded:
-    """A model, its kind, arguments for it to measure on and to calibrate on, how it writes words, the schemes."""
+    """What `eval` and `inspect` work on: a model, its kind, windows to measure and to calibrate on, the schemes."""
 
     model: Any
     kind: str
     samples: list[dict[str, Any]]
     calibration: list[dict[str, Any]]
-    decode: Callable[[Any], str]
     schemes: dict[str, Scheme]
 
 
@@ -185,26 +180,26 @@ def _eval(args: argparse.Namespace) -> int:
     loaded = _load(args)
     if loaded is None:
         return 1
-    from ..calibration.plan import Plan
     from .evaluate import evaluate
+    from .plots import draw_evaluation
 
-    show = sys.stderr.isatty()
-    schemes: dict[str, Scheme | Plan] = dict(loaded.schemes)
-    if args.plan:
-        schemes |= _plans(loaded, args.plan, show)
-    options = {"calibration": loaded.calibration, "decode": loaded.decode, "name": args.model, "progress": show}
-    found = evaluate(loaded.model, loaded.kind, loaded.samples, schemes, **options)
-    return _show(args, found, "draw_evaluation")
+    progress = sys.stderr.isatty()
+    schemes = {**loaded.schemes, **_plans(loaded, args.plan, progress)}
+    options: dict[str, Any] = {"calibration": loaded.calibration, "name": args.model, "progress": progress}
+    evaluation = evaluate(loaded.model, loaded.kind, loaded.samples, schemes, **options)
+    return _finish(args, evaluation, draw_evaluation)
 
 
-def _plans(loaded: _Loaded, sizes: list[float], show: bool) -> dict[str, Any]:
-    """A plan for each size, measured once."""
+def _plans(loaded: _Loaded, sizes: list[float], progress: bool) -> dict[str, Any]:
+    """A plan for each size; all are chosen by the same measurements."""
+    if not sizes:
+        return {}
     from ..calibration.plan import plan
 
-    least = plan(loaded.model, loaded.calibration, max_kl=float("inf"), progress=show)
-    plans = {f"plan {size:g}": least.within(budget_bytes=int(size * least.smallest)) for size in sizes}
-    for label, found in plans.items():
-        print(f"{label}: {found.summary()}")
+    smallest = plan(loaded.model, loaded.calibration, max_kl=float("inf"), progress=progress)
+    plans = {f"plan {size:g}": smallest.within(budget_bytes=int(size * smallest.smallest)) for size in sizes}
+    for label, chosen in plans.items():
+        print(f"{label}: {chosen.summary()}")
     return plans
 
 
@@ -216,17 +211,19 @@ def _inspect(args: argparse.Namespace) -> int:
         return 1
     from ..calibration.calibrate import calibrate
     from .inspection import inspect
+    from .plots import draw_inspection
 
-    show = sys.stderr.isatty()
-    moments = need_moments(loaded.schemes.values())
-    known = calibrate(loaded.model, loaded.calibration, moments=moments, progress=show) if loaded.calibration else None
-    options = {"calibration": known, "threshold": args.threshold, "progress": show}
-    found = inspect(loaded.model, loaded.samples, loaded.schemes, **options)
-    return _show(args, found, "draw_inspection")
+    progress, calibration = sys.stderr.isatty(), None
+    if loaded.calibration:
+        moments = any(scheme.needs_moments for scheme in loaded.schemes.values())
+        calibration = calibrate(loaded.model, loaded.calibration, moments=moments, progress=progress)
+    options: dict[str, Any] = {"calibration": calibration, "threshold": args.threshold, "progress": progress}
+    inspection = inspect(loaded.model, loaded.samples, loaded.schemes, **options)
+    return _finish(args, inspection, draw_inspection)
 
 
 def _load(args: argparse.Namespace) -> _Loaded | None:
-    """What the options name; None if there is an error, which is printed."""
+    """Loads what the options name; prints the error and returns None if it cannot."""
     for name, least in (("windows", 2), ("width", 2), ("calibration", 0)):
         if getattr(args, name) < least:
             args.error(f"--{name} is {getattr(args, name)}; legal: {least} or more")
@@ -238,44 +235,34 @@ def _load(args: argparse.Namespace) -> _Loaded | None:
         schemes = {text: parse_scheme(text) for text in args.scheme or SCHEMES}
     except ValueError as error:
         args.error(str(error))
-    if _lacks(args.command, "eval", (*MODEL_NEEDS, "matplotlib") if args.png else MODEL_NEEDS):
+    if _lacks(args.command, "eval", (*EVAL_NEEDS, "matplotlib") if args.png else EVAL_NEEDS):
         return None
-    from .data.audio import clips
     from .data.models import ModelError, load
     from .data.texts import TextError, windows
 
     try:
         model, tokenizer, kind = load(args.model)
-        if (kind == "speech") != bool(args.audio) or (args.audio and args.text):
-            legal = "--audio FILE ..., no --text" if kind == "speech" else "--text FILE, no --audio"
-            raise TextError(f"{args.model!r} is a model of kind {kind}; legal: {legal}")
         limit = getattr(model.config, "max_position_embeddings", args.width)
-        if kind != "speech" and args.width > limit:
+        if args.width > limit:
             raise TextError(f"--width is {args.width}; {args.model!r} reads {limit} tokens at most")
-        if kind == "speech":
-            read, apart = clips(model, tokenizer.features, args.audio, args.calibration)
-            tokenizer = tokenizer.tokenizer
-        else:
-            texts = windows(tokenizer, args.text or ["pydoc"], args.windows, args.width, args.calibration)
-            read, apart = ([{"input_ids": ids} for ids in found.split(1) if len(ids)] for found in texts)
+        texts = windows(tokenizer, args.text or ["pydoc"], args.windows, args.width, args.calibration)
     except (ModelError, TextError) as error:
         print(f"int8fx {args.command}: {error}", file=sys.stderr)
         return None
-    return _Loaded(model, kind, read, apart, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), schemes)
+    samples, calibration = ([{"input_ids": row[None]} for row in ids] for ids in texts)
+    return _Loaded(model, kind, samples, calibration, schemes)
 
 
-def _show(args: argparse.Namespace, found: Any, draw: str) -> int:
-    """Prints what was found, and writes and draws it where that is asked for."""
+def _finish(args: argparse.Namespace, report: Evaluation | Inspection, draw: Callable[[Any, Path], None]) -> int:
+    """Prints ``report``; writes it and draws it to the files that the options name."""
     from .machine import machine
 
-    found.about = {"machine": machine(), "command": args.typed}
-    print(f"{found.about['machine']}\n{found}")
+    report.about = {"machine": machine(), "command": args.typed}
+    print(f"{report.about['machine']}\n{report}")
     if args.json:
-        args.json.write_text(found.to_json() + "\n")
+        args.json.write_text(json.dumps(report, default=vars, indent=1) + "\n")
     if args.png:
-        from . import plots
-
-        getattr(plots, draw)(found, args.png)
+        draw(report, args.png)
     return 0
 
 
@@ -288,8 +275,8 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         help="measure int8fx against its peers and against this machine's limits",
         description="Without a suite, all of them run. Best and median of interleaved rounds; tables, CSV, PNG plots.",
     )
-    for name, what in SUITES.items():
-        parser.add_argument(f"--{name}", action="append_const", dest="suites", const=name, help=what)
+    for name, suite in SUITES.items():
+        parser.add_argument(f"--{name}", action="append_const", dest="suites", const=name, help=suite.help)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds, models of two layers")
     parser.add_argument("--rounds", type=int, help="of each case, at most (10; 3 with --quick)")
     parser.add_argument("--threads", type=int, help="of torch and its peers (torch's default)")
@@ -311,11 +298,11 @@ def _bench(args: argparse.Namespace) -> int:
         args.error(f"--threads is {args.threads} with --device {args.device}; legal: with cpu")
     if _lacks("bench", "bench", BENCH_NEEDS):
         return 1
-    from .bench.command import Options, run
+    from .bench.command import run
 
     try:
         suites = tuple(args.suites or ())
-        return run(Options(suites, args.quick, args.rounds, args.threads, args.output, args.device))
+        return run(Settings(suites, args.quick, args.rounds, args.threads, args.output, args.device))
     except OSError as error:
         print(f"int8fx bench: {error}", file=sys.stderr)
         return 1

@@ -1,245 +1,213 @@
-"""The demo: one model in float32, in bfloat16 and in int8, side by side."""
+"""The demo: one model in float32, in bfloat16 and in int8 under two schemes."""
 
 from __future__ import annotations
 
+import logging
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import cycle
-from statistics import mean, median
+from functools import partial
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import int8fx
 
-from ..passes import PASSES
-from . import metrics
+from ..conversion.summary import Summary
+from ..terminal import table
+from .bench.timing import Measured, interleave
 from .data.models import ModelError, load
-from .evaluate import count_bytes
+from .data.texts import windows
+from .decoding import StaticDecoder, greedy
+from .evaluate import Result, compare, float_copy
 from .machine import machine
 
-FLOAT32, BFLOAT16, INT8 = "float32", "bfloat16", "int8fx"
-COMPILED = (BFLOAT16, INT8)  # float32 is there for fidelity; compiling it as well takes a minute or more
+FLOAT32, BFLOAT16, LLM_INT8, ROTATED = "float32", "bfloat16", "llm_int8", "rotated"
+INT8 = (LLM_INT8, ROTATED)
+COMPILED = (BFLOAT16, *INT8)  # not float32, the reference of the outputs: to compile it takes a minute or more
+LABELS = (FLOAT32, *COMPILED)
+_FIDELITY = {  # `evaluate`'s metrics -> the demo's titles and formats
+    "KL mean": ("KL to float32, nats", ".5f"),
+    "top-1 agreement": ("top-1 as in float32", ".1%"),
+    "1 - cosine": ("1 - cosine to float32", ".5f"),
+}
 
 
 @dataclass
-class Result:
-    """What was measured of one model.
+class Comparison:
+    """The measurements of `Demo.run`, by label.
 
-    nbytes: of its parameters and buffers, tied ones once.
-    seconds: what was timed -> one entry per round.
-    fidelity: metric -> its mean over each window of text; empty for float32, the reference.
-    text: what it generated.
+    results: bytes, fidelity, and the eager forward (`evaluate.Result`).
+    times: what was timed -> seconds a call.
+    texts: what the model generated.
     """
 
-    nbytes: int
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    fidelity: dict[str, list[float]] = field(default_factory=dict)
-    text: str = ""
+    results: dict[str, Result]
+    times: dict[str, dict[str, Measured]] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 class Demo:
-    """One run over the model ``name``: `run` prints what it does, and a table at the end.
+    """One run over the model ``name``: `run` prints each step, and a table at the end.
 
-    The models take turns, round by round, so that all of them meet the same state of the machine. ``quick`` reads
-    shorter windows, takes fewer rounds and, of a language model, compiles the decode step only.
+    The models take turns in every measurement, so the machine's state is the same for all. ``quick`` reads shorter
+    windows and takes fewer rounds. Of a language model it compiles the decode step only.
     """
 
     def __init__(self, name: str, threshold: float, prompt: str, tokens: int, quick: bool) -> None:
         self.name, self.threshold, self.prompt, self.tokens, self.quick = name, threshold, prompt, tokens, quick
-        self.budget = 1.0 if quick else 10.0  # seconds of rounds, beyond the first two
-        self.console = Console(highlight=False, markup=False)
+        self.rounds = 3 if quick else 10
+        self.compiled: tuple[str, ...] = COMPILED
         self.begin = time.perf_counter()
 
-    def run(self) -> dict[str, Result]:
-        """The results of float32, bfloat16 and int8fx.
+    def run(self) -> Comparison:
+        """Runs the demo.
 
         Raises:
-            ModelError: the model cannot be had, or ``torch.compile`` refuses it.
+            ModelError: the model cannot be loaded, or ``torch.compile`` refuses it.
         """
-        self.console.print(machine(), soft_wrap=True)
-        self.load()
-        config = self.models[FLOAT32].config
-        width = min(
-            512 if self.kind == "lm" and not self.quick else 128, getattr(config, "max_position_embeddings", 512)
-        )
-        windows = real_text(self.tokenizer, 1 if self.kind == "lm" else 4, width, 2)
+        print(machine(), flush=True)
         try:
-            with torch.no_grad(), self.console.status("working", refresh_per_second=2):
-                self.forwards(windows)
-                if self.kind == "lm":
-                    self.decodes()
+            with torch.no_grad(), _quiet():
+                return self._run()
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().split("\n")[0]
             raise ModelError(f"torch.compile(fullgraph=True) fails on {self.name!r}: {reason}") from error
-        self.report(windows[0].numel())
-        return self.results
 
-    def say(self, text: str) -> None:
-        self.console.print(f"{time.perf_counter() - self.begin:5.0f} s  {text}", soft_wrap=True)
+    def _run(self) -> Comparison:
+        self._say(f"loading {self.name} in float32 and in bfloat16")
+        reference, tokenizer, kind = load(self.name)
+        bfloat16 = load(self.name, torch.bfloat16)[0]
+        samples, calibration = self._windows(tokenizer, kind, reference.config)
+        self._say(f"converting to int8; {ROTATED} chooses its 16-bit columns by {len(calibration)} windows of text")
+        models = {
+            BFLOAT16: bfloat16,
+            LLM_INT8: int8fx.convert(float_copy(bfloat16), int8fx.llm_int8(self.threshold)),
+            ROTATED: int8fx.convert(
+                float_copy(bfloat16),
+                int8fx.rotated(),
+                calibration=int8fx.calibrate(reference, calibration, progress=False),
+            ),
+        }
+        self._say(_converted(int8fx.summary(models[LLM_INT8])))
+        width = samples[0].shape[1]
+        self._say(f"eager: {len(samples)} x {width} tokens of Python's documentation with each model")
+        first, others = compare(reference, models, kind, [{"input_ids": ids} for ids in samples])
+        comparison = Comparison({FLOAT32: first, **others})
+        compiled = {label: torch.compile(models[label], fullgraph=True, dynamic=False) for label in self.compiled}
+        if not self.quick or kind != "lm":
+            cache = {"use_cache": False} if kind == "lm" else {}
+            forwards = {label: partial(model, input_ids=samples[0], **cache) for label, model in compiled.items()}
+            self._compile("forward", forwards)
+            comparison.times["forward, compiled"] = self._time(forwards)
+        if kind == "lm":
+            self._decode(tokenizer, {FLOAT32: reference, **models}, compiled, comparison)
+        self._report(comparison, width)
+        return comparison
 
-    def load(self) -> None:
-        self.models: dict[str, Any] = {}
-        for label in (FLOAT32, BFLOAT16, INT8):
-            dtype = torch.float32 if label == FLOAT32 else torch.bfloat16
-            self.say(
-                f"loading {self.name} in {str(dtype).removeprefix('torch.')}"
-                + (" to convert it to int8" if label == INT8 else "")
-            )
-            self.models[label], self.tokenizer, self.kind = load(self.name, dtype)
-            if self.kind == "speech":
-                raise ModelError(f"{self.name!r} writes speech; the demo takes language models and text encoders")
-        int8fx.convert(self.models[INT8], int8fx.llm_int8(self.threshold))
-        summary = int8fx.summary(self.models[INT8])
-        left = "; ".join(f"{n} x {reason}" for reason, n in Counter(row.reason for row in summary.left).items())
-        self.say(f"int8: {len(summary.converted)} of {len(summary.rows)} weights; left as they were: {left or 'none'}")
-        self.results = {label: Result(count_bytes(model)) for label, model in self.models.items()}
+    def _windows(self, tokenizer: Any, kind: str, config: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Windows of text, to measure on and to calibrate on."""
+        width = 512 if kind == "lm" and not self.quick else 128
+        width = min(width, getattr(config, "max_position_embeddings", width))
+        count = 8 if kind != "lm" else 2 if self.quick else 4
+        measured, calibrating = windows(tokenizer, ["pydoc"], count, width, 4)
+        return list(measured.split(1)), list(calibrating.split(1))
 
-    def forwards(self, windows: list[Tensor]) -> None:
-        """Forwards over windows of text: eager ones of every model, compared with float32's, then compiled ones."""
+    def _decode(
+        self, tokenizer: Any, models: dict[str, Any], compiled: dict[str, Callable[..., Any]], comparison: Comparison
+    ) -> None:
+        """Times steps of one token with a static cache: eager, then compiled. The compiled models generate a text."""
+        prompt = tokenizer(self.prompt, return_tensors="pt").input_ids
+        token = torch.full((1, 1), int(prompt[0, -1]))  # a slice of the prompt has other strides: one more compilation
 
-        def outputs(forward: Callable[..., Any]) -> Iterator[Tensor]:
-            for window in cycle(windows):
-                if self.kind == "lm":
-                    yield forward(input_ids=window, use_cache=False).logits
-                else:
-                    yield forward(input_ids=window).last_hidden_state.mean(1)
+        def decoders(steps: dict[str, Callable[..., Any]]) -> dict[str, StaticDecoder]:
+            return {label: StaticDecoder(models[label], step, prompt, self.tokens) for label, step in steps.items()}
 
-        self.say(
-            f"eager: reading {len(windows)} x {windows[0].numel()} tokens of Python's documentation with each model"
+        self._say("eager: decoding token by token with each model")
+        eager = {label: partial(decoder, token) for label, decoder in decoders(models).items()}
+        comparison.times["decode, eager"] = self._time(eager)
+        by_label = decoders(compiled)
+        steps = {label: partial(decoder, token) for label, decoder in by_label.items()}
+        self._compile("decode step", steps)
+        comparison.times["decode, compiled"] = self._time(steps)
+        self._say(f"compiled: generating {self.tokens} tokens with each model")
+        for label, decoder in by_label.items():
+            ids = greedy(decoder)
+            end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+            comparison.texts[label] = tokenizer.decode(ids[:end])
+
+    def _compile(self, what: str, calls: dict[str, Callable[[], object]]) -> None:
+        """Calls each once, which compiles it."""
+        for label, call in calls.items():
+            self._say(f"compiling the {what} of {label}: minutes at first, seconds from torch's compile cache")
+            before = len(int8fx.reports())
+            call()
+            for report in int8fx.reports()[before:]:
+                self._say(
+                    f"{label}: {report.linears} int8 linears, {report.shared} quantisations shared, {report.folded} "
+                    "operations fused"
+                )
+        self._say("compiled without a graph break")
+
+    def _time(self, calls: dict[str, Callable[[], object]]) -> dict[str, Measured]:
+        return interleave({label: [call] for label, call in calls.items()}, self.rounds)
+
+    def _say(self, text: str) -> None:
+        print(f"{time.perf_counter() - self.begin:5.0f} s  {text}", flush=True)
+
+    def _report(self, comparison: Comparison, width: int) -> None:
+        results = comparison.results
+        rows = [["", *LABELS, *(f"{label} / {BFLOAT16}" for label in INT8)]]
+        rows.append(_row("memory, MB", {label: result.bytes / 1e6 for label, result in results.items()}))
+        rows.append(_row("forward, eager, ms", {label: 1e3 * result.seconds for label, result in results.items()}))
+        for what, times in comparison.times.items():
+            rows.append(_row(f"{what}, ms", {label: 1e3 * measured.best for label, measured in times.items()}))
+        for metric, (title, form) in _FIDELITY.items():
+            if metric in results[BFLOAT16].metrics:
+                values = {label: results[label].metrics[metric].value for label in COMPILED}
+                rows.append(_row(title, values, form, ratios=False))
+        noise = max(
+            measured.median / measured.best for times in comparison.times.values() for measured in times.values()
         )
-        work = {label: outputs(model) for label, model in self.models.items()}
-        for i, found in enumerate(self.interleave("forward, eager", work)):
-            for label in COMPILED if i < len(windows) else ():
-                self.compare(label, found[FLOAT32], found[label])
-        if self.quick and self.kind == "lm":
-            return
-        work = {label: outputs(self.compiled(label)) for label in COMPILED}
-        self.first_steps("forward", work)
-        for _ in self.interleave("forward, compiled", work):
-            pass
-
-    def compare(self, label: str, reference: Tensor, y: Tensor) -> None:
-        if self.kind == "lm":
-            found = {
-                "KL to float32, nats": metrics.kl_divergence(reference, y),
-                "top-1 as in float32": metrics.top1_agreement(reference, y),
-            }
-        else:
-            found = {"1 - cosine to float32": metrics.cosine_distance(reference, y)}
-        for metric, values in found.items():
-            self.results[label].fidelity.setdefault(metric, []).append(values.double().mean().item())
-
-    def decodes(self) -> None:
-        """Greedy generation with a static cache, a token at a time: eager, then compiled, which is the text to show."""
-        prompt = self.tokenizer(self.prompt, return_tensors="pt").input_ids
-
-        self.say("eager: generating token by token with each model")
-        work = {label: greedy(model, model, prompt, self.tokens) for label, model in self.models.items()}
-        for steps in work.values():
-            next(steps)
-        for _ in self.interleave("decode, eager", work):
-            pass
-
-        work = {label: greedy(self.models[label], self.compiled(label), prompt, self.tokens) for label in COMPILED}
-        rounds = [{label: next(steps) for label, steps in work.items()}, self.first_steps("decode step", work)]
-        self.say(f"compiled: generating {self.tokens} tokens with each model")
-        rounds += self.interleave("decode, compiled", work, seconds=float("inf"))
-        for label in COMPILED:
-            ids = [tokens[label] for tokens in rounds]
-            if self.tokenizer.eos_token_id in ids:
-                ids = ids[: ids.index(self.tokenizer.eos_token_id)]
-            self.results[label].text = self.tokenizer.decode(ids)
-
-    def compiled(self, label: str) -> Callable[..., Any]:
-        return torch.compile(self.models[label], fullgraph=True, dynamic=False)
-
-    def first_steps(self, what: str, work: dict[str, Iterator[Any]]) -> dict[str, Any]:
-        """One step of each, which compiles it."""
-        found, known = {}, len(PASSES.reports)
-        for label, steps in work.items():
-            self.say(f"compiling the {what} of {label} (takes a minute or two when torch's compile cache is cold)")
-            found[label] = next(steps)
-        report = PASSES.reports[-1] if len(PASSES.reports) > known else None
-        rewrite = "rewritten in an earlier run: torch's compile cache had it"
-        if report is not None:
-            rewrite = (
-                f"rewritten to {report.linears} int8 products, {report.shared} quantisations shared, "
-                f"{report.folded} operations folded in"
-            )
-        self.say(f"compiled whole, without a graph break; int8fx's graph was {rewrite}")
-        return found
-
-    def interleave(
-        self, what: str, work: dict[str, Iterator[Any]], seconds: float | None = None
-    ) -> Iterator[dict[str, Any]]:
-        """Rounds of one timed step each, at least two, until ``seconds`` have passed or the steps end."""
-        seconds = self.budget if seconds is None else seconds
-        begin, rounds = time.perf_counter(), 0
-        while rounds < 2 or time.perf_counter() - begin < seconds:
-            found = {}
-            for label, steps in work.items():
-                start = time.perf_counter()
-                try:
-                    found[label] = next(steps)
-                except StopIteration:
-                    return
-                self.results[label].seconds.setdefault(what, []).append(time.perf_counter() - start)
-            rounds += 1
-            yield found
-
-    def report(self, tokens: int) -> None:
-        base, ours = self.results[BFLOAT16], self.results[INT8]
-        decode = ", a decode step is 1" if self.kind == "lm" else ""
-        table = Table(title=f"{self.name}: a forward is {tokens} tokens{decode}", box=box.SIMPLE)
-        table.add_column(no_wrap=True)
-        for label in (*self.results, f"{INT8} / {BFLOAT16}"):
-            table.add_column(label, justify="right")
-        megabytes = [f"{r.nbytes / 1e6:,.1f}" for r in self.results.values()]
-        table.add_row("memory, MB", *megabytes, f"{ours.nbytes / base.nbytes:.2f}")
-        for what, times in ours.seconds.items():
-            row = [f"{min(r.seconds[what]) * 1e3:,.1f}" if what in r.seconds else "" for r in self.results.values()]
-            table.add_row(f"{what}, ms", *row, f"{min(times) / min(base.seconds[what]):.2f}")
-        for metric in ours.fidelity:
-            form = ".1%" if metric.startswith("top-1") else ".5f"
-            row = [f"{mean(self.results[label].fidelity[metric]):{form}}" for label in COMPILED]
-            table.add_row(metric, "", *row, "")
-        noise = max(median(times) / min(times) for r in self.results.values() for times in r.seconds.values())
-        self.console.print()
-        self.console.print(table)
-        self.say(f"times are the best of interleaved rounds; medians are up to {noise:.1f} times as long")
-        for label in COMPILED if ours.text else ():
-            self.console.print(f"\n{label}: {self.prompt} ->{self.results[label].text}")
+        decode = ", a decode step is 1" if comparison.texts else ""
+        print(f"\n{self.name}: a forward is {width} tokens{decode}\n\n{table(rows, left=1)}")
+        print(f"\nTimes are the best of interleaved rounds; medians are up to {noise:.1f} times as long.")
+        for label, text in comparison.texts.items():
+            print(f"\n{label}: {self.prompt} ->{text}")
 
 
-def greedy(model: Any, step: Callable[..., Any], prompt: Tensor, tokens: int) -> Iterator[int]:
-    """The ``tokens`` likeliest tokens after ``prompt [1, P]``: one from ``model(prompt)``, the rest from ``step``.
-
-    ``step`` is ``model`` or its compiled form; it reads one token at a time beside a static cache.
-    """
-    from transformers import StaticCache
-
-    cache: Any = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + tokens)
-    forward: Callable[..., Any] = model
-    token = prompt
-    for _ in range(tokens):
-        token = forward(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1)
-        yield token.item()
-        forward = step
+def _row(title: str, values: dict[str, float], form: str = ",.1f", ratios: bool = True) -> list[str]:
+    """A row of the table: a value of each model, then the ratios of the int8 ones to bfloat16."""
+    cells = [f"{values[label]:{form}}" if label in values else "" for label in LABELS]
+    for label in INT8:
+        has_ratio = ratios and label in values and BFLOAT16 in values
+        cells.append(f"{values[label] / values[BFLOAT16]:.2f}" if has_ratio else "")
+    return [title, *cells]
 
 
-def real_text(tokenizer: Any, batch: int, width: int, count: int) -> list[Tensor]:
-    """``count`` tensors ``[batch, width]`` of tokens from Python's own documentation, the same ones each time."""
-    from pydoc_data.topics import topics
+def _converted(summary: Summary) -> str:
+    reasons = Counter(row.reason for row in summary.left)
+    left = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
+    return f"int8: {len(summary.converted)} of {len(summary.rows)} weights; not converted: {left or 'none'}"
 
-    text = "\n".join(topics[key] for key in sorted(topics))
-    stride = len(text) // (batch * count)
-    pieces = [text[i * stride :][: 16 * width] for i in range(batch * count)]
-    ids = tokenizer(pieces, truncation=True, max_length=width, return_tensors="pt").input_ids
-    return list(ids.view(count, batch, width))
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings and progress bars of transformers and of packages that it loads; errors are shown."""
+    from transformers.utils import logging as transformers_logging
+
+    disabled, bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
+    logging.disable(max(disabled, logging.WARNING))
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        if bars:
+            transformers_logging.enable_progress_bar()

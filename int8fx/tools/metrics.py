@@ -1,4 +1,4 @@
-"""How far a model's outputs are from a reference's, and how sure of it one can be."""
+"""How far a model's outputs are from a reference's, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def negative_log_likelihood(logits: Tensor, ids: Tensor) -> Tensor:
 
     Args:
         logits: ``[T, V]``, any float dtype; computed in float32.
-        ids: ``[T]``, what was read.
+        ids: ``[T]``, the tokens that the model read.
 
     Returns:
         ``[T - 1]`` float32.
@@ -47,38 +47,27 @@ def negative_log_likelihood(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def retrieval_agreement(reference: Tensor, y: Tensor, k: int = 10) -> tuple[Tensor, Tensor]:
-    """Whether each row finds the same other rows as in the reference, by cosine similarity.
+    """Whether each row has the same nearest rows as in the reference, by cosine similarity.
 
     Args:
         reference: ``[M, H]``, one vector per text.
-        y: ``[M, H]``, those of another model.
+        y: ``[M, H]``, the vectors of the same texts from another model.
         k: how many neighbours count, at most M - 1.
 
     Returns:
-        ``[M]`` float64 each: 1 where the nearest neighbour is the same, else 0; the share of the k nearest that are.
+        ``[M]`` float64 each: 1 where the nearest neighbour is the same, else 0; the share of the k nearest neighbours
+        that both have.
     """
     k = min(k, reference.shape[0] - 1)
-    found = []
-    for vectors in (reference, y):
-        unit = F.normalize(vectors.double(), dim=-1)
-        similarity = (unit @ unit.T).fill_diagonal_(-torch.inf)
-        found.append(similarity.topk(k, -1).indices)
-    theirs, ours = found
-    shared = (theirs.unsqueeze(2) == ours.unsqueeze(1)).any(2).double().mean(1)
-    return (theirs[:, 0] == ours[:, 0]).double(), shared
+    expected, neighbours = _nearest(reference, k), _nearest(y, k)
+    shared = (expected.unsqueeze(2) == neighbours.unsqueeze(1)).any(2).double().mean(1)
+    return (expected[:, 0] == neighbours[:, 0]).double(), shared
 
 
-def word_errors(reference: list[str], words: list[str]) -> int:
-    """The least number of words to insert, delete or replace that makes ``reference`` of ``words``.
-
-    Over the number of words in ``reference`` this is the word error rate (Levenshtein 1966, Soviet Physics Doklady 10).
-    """
-    row = list(range(len(words) + 1))
-    for i, expected in enumerate(reference, 1):
-        last, row[0] = row[0], i
-        for j, word in enumerate(words, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (word != expected))
-    return row[-1]
+def _nearest(vectors: Tensor, k: int) -> Tensor:
+    """``[M, H]`` to ``[M, k]``: the other rows of largest cosine similarity, the largest first."""
+    unit = F.normalize(vectors.double(), dim=-1)
+    return (unit @ unit.T).fill_diagonal_(-torch.inf).topk(k, -1).indices
 
 
 def bootstrap(
@@ -86,14 +75,17 @@ def bootstrap(
 ) -> tuple[float, float, float]:
     """``statistic`` of all values, and the bounds of its percentile bootstrap interval over whole groups.
 
-    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, sections 13.3 and 8.6: what hangs together (the
-    tokens of a window) is drawn together. The same groups give the same interval.
+    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, sections 13.3 and 8.6. Values that depend on one
+    another (the tokens of a window) form a group and are drawn together. The same groups give the same interval.
 
     Args:
         groups: values, one tensor ``[T, ...]`` per group.
         statistic: ``[n, ...]`` to a number.
-        resamples: how many times groups are drawn, with replacement, as many as there are.
-        level: of confidence.
+        resamples: how many times ``len(groups)`` groups are drawn, with replacement.
+        level: the confidence level.
+
+    Returns:
+        The statistic and the interval's lower and upper bound.
     """
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(groups), (resamples, len(groups)), generator=generator).tolist()

@@ -2,20 +2,12 @@
 
 import pytest
 from support import models
+from support.conversion import converted_names, reasons
 from torch import nn
 
 import int8fx
 from int8fx.conversion.packed import PackedModule
 from int8fx.conversion.selection import Names
-
-
-def packed_names(model: nn.Module) -> set[str]:
-    return {row.name for row in int8fx.summary(model).converted}
-
-
-def linears(model: nn.Module) -> set[str]:
-    return {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-
 
 LAYER = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 ALL = {
@@ -52,7 +44,7 @@ ALL = {
 )
 def test_what_is_converted(select, skip, expected):
     model, _ = models.llama()
-    assert packed_names(int8fx.convert(model, select=select, skip=skip)) == expected
+    assert converted_names(int8fx.convert(model, select=select, skip=skip)) == expected
     assert {n for n, m in model.named_modules() if isinstance(m, PackedModule)} == expected
 
 
@@ -92,7 +84,7 @@ def test_a_typing_error_raises_and_names_what_is_close(argument, typo, close):
     model, _ = models.llama()
     with pytest.raises(ValueError, match=f"{argument}: '{typo}' matches no layer of this model; close: .*{close}"):
         int8fx.convert(model, **{argument: ["up_proj", typo]})
-    assert not packed_names(model)
+    assert not converted_names(model)
 
 
 def test_nothing_close():
@@ -107,7 +99,7 @@ def test_patterns_are_strings(selection, argument):
     model, _ = models.llama()
     with pytest.raises(TypeError, match=f"{argument} takes name patterns or a function"):
         int8fx.convert(model, **{argument: selection})
-    assert not packed_names(model)
+    assert not converted_names(model)
 
 
 @pytest.mark.parametrize("argument", ["select", "skip"])
@@ -125,39 +117,39 @@ def test_a_function_that_raises_leaves_the_model():
 
     with pytest.raises(KeyError):
         int8fx.convert(model, select=broken)
-    assert not packed_names(model)
+    assert not converted_names(model)
 
 
 def test_an_empty_selection_converts_nothing_and_says_so():
     model, _ = models.llama()
     with pytest.warns(UserWarning, match=r"no layer was converted; int8fx.summary\(model\) says why"):
         assert int8fx.convert(model, select=[]) is model
-    assert not packed_names(model)
-    assert {row.reason for row in int8fx.summary(model).left if row.name in ALL} == {"not selected"}
+    assert not converted_names(model)
+    assert {reasons(model)[name] for name in ALL} == {"not selected"}
 
 
 def test_reasons():
     model, _ = models.llama()
     int8fx.convert(model, skip="q_proj")
-    reasons = {row.name: row.reason for row in int8fx.summary(model).left}
-    assert reasons["model.layers.0.self_attn.q_proj"] == "skipped"
-    assert reasons["lm_head"] == "the output embeddings: left in 16 bits unless selected"
-    assert reasons["model.embed_tokens"] == "an embedding: a table of rows, not a product"
+    left = reasons(model)
+    assert left["model.layers.0.self_attn.q_proj"] == "skipped"
+    assert left["lm_head"] == "the output embeddings: left in 16 bits unless selected"
+    assert left["model.embed_tokens"] == "an embedding: a table of rows, not a product"
 
 
 def test_parameters_of_other_names_are_selected_by_them():
     model, _ = models.bare_products()
     int8fx.convert(model, select=["linear", "einsum*"], skip="einsum_t")
-    assert packed_names(model) == {"linear", "einsum", "einsum_experts", "einsum_experts_t"}
+    assert converted_names(model) == {"linear", "einsum", "einsum_experts", "einsum_experts_t"}
     model, _ = models.transformer()
     int8fx.convert(model, select="self_attn.in_proj_weight", skip="decoder")
-    assert packed_names(model) == {f"encoder.layers.{i}.self_attn.in_proj_weight" for i in (0, 1)}
+    assert converted_names(model) == {f"encoder.layers.{i}.self_attn.in_proj_weight" for i in (0, 1)}
 
 
-def test_a_shared_module_is_known_by_every_name():
+def test_a_shared_module_may_be_called_by_any_of_its_names():
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"first": shared, "second": shared, "other": nn.Linear(8, 8)})
-    assert packed_names(int8fx.convert(model, select="second")) == {"first"}
+    assert converted_names(int8fx.convert(model, select="second")) == {"first"}
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"first": shared, "second": shared, "other": nn.Linear(8, 8)})
-    assert packed_names(int8fx.convert(model, skip="second")) == {"other"}
+    assert converted_names(int8fx.convert(model, skip="second")) == {"other"}

@@ -1,12 +1,11 @@
-"""``int8fx.summary``: every weight, what became of it, and the bytes."""
+"""``int8fx.summary``: every weight, its scheme or why it was left, bytes and parameters."""
 
 import copy
-import io
 
 import pytest
 import torch
-from rich.console import Console
 from support import models
+from support.conversion import SCHEMES
 from torch import nn
 
 import int8fx
@@ -31,12 +30,12 @@ def test_rows_of_a_converted_model():
     model = small()
     int8fx.convert(model)
     assert int8fx.summary(model).rows == (
-        Row("up", "Linear", (6, 8), True, "", 96, 48 + 24),
-        Row("embed", "Embedding", (10, 8), False, "an embedding: a table of rows, not a product", 160, 160),
-        Row("conv", "Conv2d", (4, 8, 1, 1), False, "a 1x1 convolution: converted if selected", 64, 64),
-        Row("wide", "Conv2d", (4, 8, 3, 3), False,
+        Row("up", "Linear", (6, 8), "llm_int8", "", 96, 48 + 24),
+        Row("embed", "Embedding", (10, 8), "", "an embedding: a table of rows, not a product", 160, 160),
+        Row("conv", "Conv2d", (4, 8, 1, 1), "", "a 1x1 convolution: converted if selected", 64, 64),
+        Row("wide", "Conv2d", (4, 8, 3, 3), "",
             "a convolution; only 1x1 convolutions without groups or padding are products", 576, 576),
-        Row("lm_head", "Linear", (10, 8), False, "the output embeddings: left in 16 bits unless selected", 160, 160),
+        Row("lm_head", "Linear", (10, 8), "", "the output embeddings: left in 16 bits unless selected", 160, 160),
     )  # fmt: skip
 
 
@@ -69,18 +68,22 @@ def test_reasons_after_a_selection():
 
 @pytest.mark.parametrize("name", models.ALL)
 @pytest.mark.parametrize("select", [None, lambda name, module: True])
-def test_bytes_are_those_of_the_tensors(name, select):
+@pytest.mark.parametrize("scheme", ["llm_int8", "rotated"])
+def test_bytes_and_parameters_are_those_of_the_tensors(name, select, scheme):
     model, _ = models.ALL[name]()
     floats = {id(p): p.nbytes for p in model.parameters() if p.dim() >= 2}
     small_ones = sum(p.nbytes for p in model.parameters() if p.dim() < 2)
-    own_buffers = sum(b.nbytes for b in model.buffers())
-    int8fx.convert(model, select=select)
+    float_buffers, parameters = sum(b.nbytes for b in model.buffers()), sum(p.numel() for p in model.parameters())
+    assert (int8fx.summary(model).parameters, int8fx.summary(model).int8_parameters) == (parameters, 0)
+    int8fx.convert(model, SCHEMES[scheme], select=select)
     summary = int8fx.summary(model)
     assert summary.bytes_before == sum(floats.values())
     after = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    assert summary.bytes_after == after - small_ones - own_buffers
+    assert summary.bytes_after == after - small_ones - float_buffers
     assert len(summary.converted) + len(summary.left) == len(summary.rows)
-    assert all(row.converted == (row.reason == "") for row in summary.rows)
+    assert all(row.converted == (row.reason == "") == bool(row.scheme) for row in summary.rows)
+    assert summary.parameters == parameters
+    assert summary.int8_parameters == sum(b.numel() for b in model.buffers() if b.dtype == torch.int8)
 
 
 def test_tied_weights_count_once():
@@ -96,33 +99,34 @@ def test_tied_weights_count_once():
 
 def test_text():
     model = nn.ModuleDict({"up": nn.Linear(8, 6), "embed": nn.Embedding(1000, 8)})
-    int8fx.convert(model)
+    int8fx.convert(model, int8fx.rotated(columns=0))
     assert str(int8fx.summary(model)) == (
-        "layer  module     shape   int8, or why not                              bytes before  after\n"
-        "up     Linear     6x8     int8                                          192           72\n"
-        "embed  Embedding  1000x8  an embedding: a table of rows, not a product  32,000        32,000\n"
-        "1 of 2 weights converted, 32,192 -> 32,072 bytes"
+        "layer  module     shape   scheme, or why not                            bytes before   after\n"
+        "up     Linear     6x8     rotated(columns=0.0)                                   192      72\n"
+        "embed  Embedding  1000x8  an embedding: a table of rows, not a product        32,000  32,000\n"
+        "1 of 2 weights converted, 48 of 8,054 parameters; weights: 32,192 -> 32,072 bytes"
     )
 
 
-def test_rich_table():
-    model, _ = models.llama()
-    int8fx.convert(model)
-    summary, out = int8fx.summary(model), io.StringIO()
-    console = Console(file=out, width=200)
-    console.print(summary)
-    text = out.getvalue()
-    assert "┃" in text  # a table, not the text of str()
-    for row in summary.rows:
-        assert row.name in text
-        assert f"{row.bytes_before:,}" in text
-    assert "14 of 16 weights converted" in text
+def test_every_layer_names_its_scheme():
+    model = nn.ModuleDict({"a": nn.Linear(8, 6), "b": nn.Linear(8, 6), "c": nn.Linear(8, 6)})
+    for name, scheme in {"a": int8fx.weight_only(), "b": int8fx.rotated(32), "c": int8fx.llm_int8(3.0, 0.5)}.items():
+        int8fx.convert(model, scheme, select=name)
+    schemes = {row.name: row.scheme for row in int8fx.summary(model).rows}
+    assert schemes == {"a": "weight_only", "b": "rotated(block=32)", "c": "llm_int8(threshold=3.0, columns=0.5)"}
+
+
+def test_unquantised_columns_count():
+    model = nn.Sequential(nn.Linear(60, 24, bias=False))
+    int8fx.convert(model, int8fx.rotated(columns=0.05))
+    (row,) = int8fx.summary(model).rows
+    assert row.bytes_after == 24 * 60 + 24 * 4 + 3 * 8 + 24 * 3 * 4
 
 
 def test_a_model_without_weights():
     summary = int8fx.summary(nn.ReLU())
     assert summary == Summary(())
-    assert str(summary).endswith("0 of 0 weights converted, 0 -> 0 bytes")
+    assert str(summary).endswith("0 of 0 weights converted, 0 of 0 parameters; weights: 0 -> 0 bytes")
 
 
 def test_the_model_is_left_alone():
@@ -136,7 +140,7 @@ def test_meta_and_lazy_models():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(8, 4))
     assert by_name(model)["0"].bytes_before == 128
-    assert int8fx.summary(nn.Sequential(nn.LazyLinear(4))).rows == ()
+    assert int8fx.summary(nn.Sequential(nn.LazyLinear(4))) == Summary(())
 
 
 def test_other_objects_are_refused():
@@ -163,8 +167,9 @@ def test_graphs(kind):
         "up": "float (not converted yet)", "w": "float (not converted yet)", "gain": "not the weight of a product",
     }  # fmt: skip
     int8fx.convert(program)
-    for found in (program, copy.deepcopy(program)):
-        rows = by_name(found)
+    for converted in (program, copy.deepcopy(program)):
+        rows = by_name(converted)
+        assert (int8fx.summary(converted).parameters, int8fx.summary(converted).int8_parameters) == (82, 72)
         assert {n for n, r in rows.items() if r.converted} == {"up", "w"}
         assert {n: (r.shape, r.bytes_before, r.bytes_after) for n, r in rows.items()} == {
             "up": ((6, 8), 96, 72), "w": ((4, 6), 48, 40), "gain": ((1, 4), 8, 8),

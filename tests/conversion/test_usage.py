@@ -34,7 +34,7 @@ class Module(nn.Module):
         return x @ alias.t()
 
 
-def usage_of(forward) -> dict[str, str]:
+def usage_of(forward) -> dict[str, str | None]:
     return read_usage(type("Module", (Module,), {"forward": forward})())
 
 
@@ -88,7 +88,6 @@ UNUSED = {
     "elementwise": lambda self, x: x * self.w + self.e[0],
     "a table of rows": lambda self, ids: F.embedding(ids, self.w),
     "rows by ids": lambda self, ids: self.w[ids],
-    "both ways": lambda self, x: F.linear(x, self.w) @ self.w,
     "changed first": lambda self, x: F.linear(x, self.w * 2),
     "normalised first": lambda self, x: F.linear(x, F.normalize(self.w)),
     "changed in place": lambda self, x: F.linear(x, self.w.mul_(2)),
@@ -105,6 +104,18 @@ UNUSED = {
 @pytest.mark.parametrize("name", UNUSED)
 def test_near_miss_has_no_entry(name):
     assert usage_of(UNUSED[name]) == {}
+
+
+DIFFERENT = {
+    "both ways": lambda self, x: F.linear(x, self.w) @ self.w,
+    "both ways, the other first": lambda self, x: F.linear(x @ self.w, self.w),
+    "whole and merged": lambda self, x: torch.bmm(x, self.e) + torch.bmm(x, self.e.permute(1, 2, 0)),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_a_parameter_that_is_read_in_different_ways_has_no_layout(name):
+    assert list(usage_of(DIFFERENT[name]).values()) == [None]
 
 
 def _loops(self, x):
@@ -303,7 +314,7 @@ def test_a_parameter_under_two_names():
     assert read_usage(module) == {"w": "NK", "second": "NK"}
     module = type("Module", (Module,), {"forward": lambda self, x: F.linear(x, self.second) @ self.w})()
     module.second = module.w
-    assert read_usage(module) == {}
+    assert read_usage(module) == {"w": None, "second": None}
 
 
 def test_a_parameter_that_is_none():
@@ -359,12 +370,12 @@ def test_other_threads_are_not_disturbed():
         return F.linear(x, self.w)
 
     module, other = type("Module", (Module,), {"forward": forward})(), nn.Linear(6, 6)
-    found: list = []
-    reading = threading.Thread(target=lambda: found.append(read_usage(module)))
+    usages: list = []
+    reading = threading.Thread(target=lambda: usages.append(read_usage(module)))
     reading.start()
     assert entered.wait(60)
     y = other(random(2, 6))
     finished.set()
     reading.join()
     assert type(y) is torch.Tensor
-    assert found == [NK]
+    assert usages == [NK]

@@ -1,13 +1,27 @@
-"""`lower` on AOTAutograd's graphs: same answer, count, old product gone, int8 product there; and its near misses."""
+"""`lower` on AOTAutograd's graphs: same answer, count, old matmul gone, int8 matmul there; and its near misses."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graphs import INT8_PRODUCTS, PRODUCTS, Case, compiled, count_nodes, ops, random, weight
+from support.graphs import (
+    INT8_PRODUCTS,
+    PRODUCTS,
+    Case,
+    compiled,
+    count_nodes,
+    dequantized,
+    exact,
+    ops,
+    random,
+    weight,
+)
 
+from int8fx.graph.emit import read_epilogue
 from int8fx.passes import lower
+
+pytestmark = pytest.mark.usefixtures("served_by")
 
 aten = torch.ops.aten
 IDS = torch.tensor([2, 0, 2, 1])
@@ -84,7 +98,7 @@ def test_is_lowered(name):
     [
         (torch.float64, 2.0),
         (torch.float32, 6.0),
-        (torch.float32, float("inf")),
+        (torch.float32, None),
         (torch.bfloat16, 0.0),
         (torch.bfloat16, 2.0),
         (torch.float16, 2.0),
@@ -96,7 +110,7 @@ def test_every_dtype_and_threshold(dtype, threshold):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 2.0])
-def test_every_expert_has_outliers_of_its_own(threshold):
+def test_every_expert_has_its_outliers(threshold):
     x = random(3, 5, 24)
     x[0, :, 4] = 40.0
     x[2, 3, 7] = -60.0
@@ -105,14 +119,14 @@ def test_every_expert_has_outliers_of_its_own(threshold):
     c.check_lowered()
     run, _ = c.compile(lower)
     for e in range(3):
-        assert torch.equal(run(x)[e], ops.linear(x[e], w.codes[e], w.scale[e], None, threshold))
+        assert torch.equal(run(x)[e], ops.linear(x[e], w[0][e], w[1][e], threshold))
 
 
 def test_experts_with_a_bias_each():
     """As a bias ``[E, 1, N]`` is added after the product, not by it."""
     after = case(*LOWERED["baddbmm"]).check_lowered()
     (product,) = after.find_nodes(op="call_function", target=ops.linear.default)
-    assert product.args[3] is None
+    assert read_epilogue(product).bias is None
     assert count_nodes(after, aten.add.Tensor) == 1
 
 
@@ -120,7 +134,7 @@ def test_experts_with_a_bias_each():
 def test_addmm_with_a_bias_of_another_shape_keeps_an_add(shape):
     after = case(lambda x, w, b: torch.addmm(b, x, w.t()), (5, 24), [(6, 24)], shape).check_lowered()
     (product,) = after.find_nodes(op="call_function", target=ops.linear.default)
-    assert product.args[3] is None
+    assert read_epilogue(product).bias is None
     assert count_nodes(after, aten.add.Tensor) == 1
 
 
@@ -163,15 +177,16 @@ def test_cast_between_weight_and_product(stored):
 
 @pytest.mark.parametrize("cast", [torch.float8_e4m3fn, torch.int32], ids=str)
 def test_near_miss_cast_that_loses_the_weight(cast):
-    x, w = random(5, 24), weight(6, 24)
-    w = type(w)(w.codes, torch.full((6,), 0.25))
+    x, (codes, _) = random(5, 24), weight(6, 24)
+    w = codes, torch.full((6,), 0.25)  # so that a cast to integers loses something
 
     def f(x, codes, scale):
-        return F.linear(x, ops.dequantize(codes, scale, torch.float32).to(cast).float())
+        return F.linear(x, dequantized((codes, scale)).to(cast).float())
 
     run, backend = compiled(f, lower)
-    assert torch.allclose(run(x, *w), f(x, *w), atol=1e-4)
-    assert not torch.allclose(run(x, *w), ops.linear(x, *w, None, 0.0), atol=0.1)
+    y = run(x, *w)
+    assert torch.equal(y, f(x, *w))
+    assert (y - ops.linear(x, *w, 0.0)).abs().max() > 0.1
     assert backend.counts == [(0,)]
     assert count_nodes(backend.after[0], *INT8_PRODUCTS) == 0
 
@@ -200,14 +215,14 @@ def test_autocast_around_a_product_that_stays_in_float32():
     x, w, v = random(5, 24), weight(6, 24), weight(4, 24, seed=9)
 
     def with_dequantized(x, w, v):
-        return f(x, ops.dequantize(*w, torch.float32), ops.dequantize(*v, torch.float32))
+        return f(x, dequantized(w), dequantized(v))
 
     run, backend = compiled(with_dequantized, lower)
     with torch.autocast("cpu", torch.bfloat16):
-        a, b = run(x, tuple(w), tuple(v))
+        a, b = run(x, w, v)
     assert (a.dtype, b.dtype) == (torch.float32, torch.bfloat16)
-    assert torch.equal(a, ops.linear(x, *w, None, 6.0))
-    assert torch.equal(b, ops.linear(x.bfloat16(), *v, None, 6.0))
+    assert torch.equal(a, ops.linear(x, *w, 6.0))
+    assert torch.equal(b, ops.linear(x.bfloat16(), *v, 6.0))
     assert backend.counts == [(2,)]
     assert count_nodes(backend.after[0], *PRODUCTS, ops.dequantize.default) == 0
 
@@ -277,15 +292,15 @@ def test_training_lowers_the_forward_and_not_the_gradient():
     x, w = random(5, 24), weight(6, 24)
 
     def f(x, codes, scale):
-        return F.linear(x, ops.dequantize(codes, scale, torch.float32, 0.0)).sin().sum()
+        return F.linear(x, dequantized((codes, scale), threshold=0.0)).sin().sum()
 
     run, backend = compiled(f, lower)
     for _ in range(2):
         x.grad = None
         run(x.requires_grad_(), *w).backward()
     x64 = x.detach().double().requires_grad_()
-    F.linear(x64, w.exact()).sin().sum().backward()
-    assert (x.grad - x64.grad).abs().max() <= 40 * 2**-24 * 24 * w.exact().abs().max() * 6
+    F.linear(x64, exact(w)).sin().sum().backward()
+    assert (x.grad - x64.grad).abs().max() <= 40 * 2**-24 * 24 * exact(w).abs().max() * 6
     (before,), (after,) = backend.before, backend.after
     assert backend.counts == [(1,)]
     assert count_nodes(before, aten.mm.default) == 2
@@ -298,13 +313,13 @@ def test_dequantised_weight_that_is_also_returned():
     x, w = random(5, 24), weight(6, 24)
 
     def f(x, codes, scale):
-        w = ops.dequantize(codes, scale, torch.float32)
+        w = dequantized((codes, scale))
         return F.linear(x, w), w
 
     run, backend = compiled(f, lower)
     y, returned = run(x, *w)
-    assert torch.equal(y, ops.linear(x, *w, None, 6.0))
-    assert torch.equal(returned, ops.dequantize(*w, torch.float32))
+    assert torch.equal(y, ops.linear(x, *w, 6.0))
+    assert torch.equal(returned, dequantized(w))
     (after,) = backend.after
     assert backend.counts == [(1,)]
     assert count_nodes(after, *PRODUCTS) == 0
@@ -315,7 +330,7 @@ def test_weight_used_both_ways_is_lowered_one_way():
     c = case(lambda x, w: x @ w.t() @ w, (5, 24), [(6, 24)])
     run, backend = c.compile(lower)
     y, (w,) = run(c.x), c.weights
-    assert torch.allclose(y, ops.linear(c.x, *w, None, 0.0) @ ops.dequantize(*w, torch.float32), rtol=0, atol=1e-5)
+    assert torch.equal(y, ops.linear(c.x, *w, 0.0) @ dequantized(w))
     assert backend.counts == [(1,)]
     assert count_nodes(backend.after[0], aten.mm.default) == count_nodes(backend.after[0], ops.linear.default) == 1
 

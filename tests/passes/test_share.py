@@ -1,14 +1,25 @@
-"""`share`: one quantisation for all the products of one activation, bit-equal to one for each; and its near misses."""
+"""`share`: one quantisation for all the matmuls of one activation, bit-equal to one for each; and its near misses."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graphs import Packed, compiled, count_nodes, ops, random, weight
+from support.graphs import GraphBackend, compiled, count_nodes, dequantized, ops, random, weight
+from torch import nn
 from torch.fx import Graph
 
-from int8fx.passes import lower, share
+import int8fx
+from int8fx.graph.count import count_ops
+from int8fx.graph.emit import read_weight
+from int8fx.ops import fallback, native
+from int8fx.ops.rows import WEIGHT_ONLY_ROWS_CPU
+from int8fx.passes import lower, run_passes, share
+
+pytestmark = pytest.mark.usefixtures("served_by")
 
 LINEAR, SHARED, QUANTIZE = ops.linear.default, ops.linear_quantized.default, ops.quantize_rowwise.default
 
@@ -36,12 +47,8 @@ def check(f, *args, count: int, quantizations: int | None = None, dynamic: bool 
     return after
 
 
-def read(w: Packed | tuple, dtype: torch.dtype = torch.float32, threshold: float = 6.0) -> torch.Tensor:
-    return ops.dequantize(*w, dtype, threshold)
-
-
 def weights(n: int, N: int = 6) -> list[tuple]:
-    return [tuple(weight(N, 24, seed=i)) for i in range(n)]
+    return [weight(N, 24, seed=i) for i in range(n)]
 
 
 def outliers(*lead: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -51,53 +58,78 @@ def outliers(*lead: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lead", [(2, 5), (5,), (1,)], ids=str)
+@pytest.mark.parametrize("lead", [(2, 5), (5,)], ids=str)
 def test_q_k_v(lead, dtype):
     def f(x, q, k, v, bias):
-        return F.linear(x, read(q, dtype)), F.linear(x, read(k, dtype), bias), x @ read(v, dtype).t()
+        return (
+            F.linear(x, dequantized(q, dtype)),
+            F.linear(x, dequantized(k, dtype), bias),
+            x @ dequantized(v, dtype).t(),
+        )
 
     check(f, outliers(*lead, dtype=dtype), *weights(3), random(6, dtype=dtype), count=2)
 
 
-def test_a_vector():
-    check(lambda x, q, k: (F.linear(x, read(q)), F.linear(x, read(k))), outliers(), *weights(2), count=1)
+@pytest.mark.parametrize("lead", [(), (1,), (5,)], ids=str)
+def test_rotated_weights_share_for_any_number_of_rows(lead):
+    def f(x, q, k):
+        return tuple(F.linear(x, ops.dequantize(*w, None, 16, dtype=torch.float32)) for w in (q, k))
+
+    after = check(f, outliers(*lead), *weights(2), count=1)
+    assert {read_weight(node).block for node in after.find_nodes(op="call_function", target=SHARED)} == {16}
+
+
+def test_weights_with_the_same_unquantised_columns():
+    def f(x, q, k, columns, q_columns, k_columns):
+        pairs = ((q, q_columns), (k, k_columns))
+        return tuple(ops.linear(x, *w, 6.0, 1, columns, columns_weight) for w, columns_weight in pairs)
+
+    columns = torch.tensor([2, 3])
+    after = check(f, outliers(5), *weights(2), columns, random(6, 2, seed=3), random(6, 2, seed=4), count=1)
+    (quantized,) = after.find_nodes(op="call_function", target=QUANTIZE)
+    assert quantized.args[3] is read_weight(next(iter(after.find_nodes(op="call_function", target=SHARED)))).columns
 
 
 def test_gate_and_up():
     def f(x, gate, up, down):
-        return (F.linear(F.silu(F.linear(x, read(gate))) * F.linear(x, read(up)), read(down)),)
+        return (F.linear(F.silu(F.linear(x, dequantized(gate))) * F.linear(x, dequantized(up)), dequantized(down)),)
 
-    down = tuple(weight(24, 20))
+    down = weight(24, 20)
     after = check(f, outliers(2, 5), *weights(2, 20), down, count=1)
     assert count_nodes(after, LINEAR) == 1
 
 
 def test_dynamic_shapes():
     def f(x, q, k):
-        return F.linear(x, read(q)), F.linear(x, read(k))
+        return F.linear(x, dequantized(q)), F.linear(x, dequantized(k))
 
     check(f, outliers(3, 5), *weights(2), count=1, dynamic=True)
 
 
 def test_two_groups():
     def f(x, z, q, k, v, o):
-        return F.linear(x, read(q)), F.linear(z, read(k)), F.linear(x, read(v)), F.linear(z, read(o))
+        return (
+            F.linear(x, dequantized(q)),
+            F.linear(z, dequantized(k)),
+            F.linear(x, dequantized(v)),
+            F.linear(z, dequantized(o)),
+        )
 
     check(f, outliers(5), outliers(5).flip(0), *weights(4), count=2, quantizations=2)
 
 
 def test_the_same_weight_twice():
     def f(x, q):
-        return F.linear(x, read(q)), F.linear(x, read(q))
+        return F.linear(x, dequantized(q)), F.linear(x, dequantized(q))
 
     check(f, outliers(5), *weights(1), count=1)
 
 
 def test_different_sizes_of_weights():
     def f(x, q, k):
-        return F.linear(x, read(q)), F.linear(x, read(k))
+        return F.linear(x, dequantized(q)), F.linear(x, dequantized(k))
 
-    check(f, outliers(5), tuple(weight(6, 24)), tuple(weight(2, 24)), count=1)
+    check(f, outliers(5), weight(6, 24), weight(2, 24), count=1)
 
 
 def test_equal_casts_of_one_activation():
@@ -105,28 +137,28 @@ def test_equal_casts_of_one_activation():
 
     def f(x, q, k):
         with torch.autocast("cpu", torch.bfloat16):
-            return F.linear(x, read(q)), F.linear(x, read(k))
+            return F.linear(x, dequantized(q)), F.linear(x, dequantized(k))
 
     check(f, outliers(2, 5), *weights(2), count=1)
 
 
 def test_equal_views_of_one_activation():
     def f(x, q, k):
-        return F.linear(x[:, -1], read(q)), F.linear(x[:, -1], read(k))
+        return F.linear(x[:, -1], dequantized(q)), F.linear(x[:, -1], dequantized(k))
 
-    check(f, outliers(2, 5), *weights(2), count=1)
+    check(f, outliers(5, 5), *weights(2), count=1)
 
     def f(x, q, k):
-        views = [x.transpose(0, 1).reshape(10, 24).clone() for _ in range(2)]
-        return F.linear(views[0], read(q)), F.linear(views[1], read(k))
+        views = [x.transpose(0, 1).reshape(25, 24).clone() for _ in range(2)]
+        return F.linear(views[0], dequantized(q)), F.linear(views[1], dequantized(k))
 
-    check(f, outliers(2, 5), *weights(2), count=1)
+    check(f, outliers(5, 5), *weights(2), count=1)
 
 
 def test_the_saved_quantisation_stands_before_its_first_use():
     def f(x, q, k):
-        first = F.linear(x, read(q))
-        return first, F.linear(x, read(k)) + first
+        first = F.linear(x, dequantized(q))
+        return first, F.linear(x, dequantized(k)) + first
 
     after = check(f, outliers(5), *weights(2), count=1)
     after.lint()
@@ -136,14 +168,14 @@ def test_epilogues_stay():
     """A graph that `fold` saw first."""
 
     def f(x, q, k, other):
-        return ops.linear(x, *q, None, 6.0, "silu", other, "mul"), ops.linear(x, *k, None, 6.0)
+        return ops.linear(x, *q, 6.0, activation="silu", other=other, binary="mul"), ops.linear(x, *k, 6.0)
 
     check(f, outliers(5), *weights(2), random(5, 6), count=1)
 
 
 def test_training():
     def f(x, q, k):
-        return (F.linear(x, read(q)) * F.linear(x, read(k))).sin().sum()
+        return (F.linear(x, dequantized(q)) * F.linear(x, dequantized(k))).sin().sum()
 
     x, gradients = outliers(5), []
     for passes in ([lower], [lower, share]):
@@ -156,24 +188,117 @@ def test_training():
     assert count_nodes(backend.after[0], SHARED) == 2
 
 
+# ---- where nobody reads the codes ------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """A decoder layer: q, k, v, o and a gated MLP."""
+
+    def __init__(self, hidden: int = 32, ffn: int = 48) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(hidden, hidden, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(hidden, ffn, bias=False) for _ in range(2))
+        self.down = nn.Linear(ffn, hidden, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.rms_norm(x, x.shape[-1:])
+        x = x + self.o(F.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h)))
+        h = F.rms_norm(x, x.shape[-1:])
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def compiled_layer(scheme: int8fx.Scheme, dynamic: bool = False) -> tuple[Callable, GraphBackend]:
+    model = int8fx.convert(Layer().eval(), scheme)
+    return compiled(torch.no_grad()(model), lambda graph: run_passes(graph).shared, dynamic=dynamic)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5])
+@pytest.mark.parametrize("scheme", [int8fx.llm_int8(), int8fx.rotated(block=16)], ids=["llm_int8", "rotated"])
+def test_a_decode_step_quantises_only_what_its_matmuls_read(scheme, rows):
+    run, backend = compiled_layer(scheme)
+    run(random(1, rows, 32))
+    (after,) = backend.after
+    if scheme.block == 1 and rows <= WEIGHT_ONLY_ROWS_CPU:
+        assert count_ops(after) == {"linear": 7}
+    else:
+        assert count_ops(after) == {"quantize_rowwise": 2, "linear_quantized": 5, "linear": 2}
+
+
+def test_a_graph_for_any_number_of_rows_quantises_when_it_runs_if_somebody_reads_it(monkeypatch):
+    """Served by torch's operators, whose calls can be counted."""
+    calls = []
+    quantize = fallback.quantize_rowwise
+    monkeypatch.setattr(fallback, "quantize_rowwise", lambda *args: calls.append(args) or quantize(*args))
+    run, backend = compiled_layer(int8fx.llm_int8(), dynamic=True)
+    run(random(1, 9, 32))
+    with torch_operators():
+        by_rows = {}
+        for rows in (8, 4, 2):
+            calls.clear()
+            run(random(1, rows, 32))
+            by_rows[rows] = len(calls)
+    (after,) = backend.after
+    quantizations = after.find_nodes(op="call_function", target=QUANTIZE)
+    assert [node.kwargs for node in quantizations] == [{"for_linear": True}] * 2
+    assert by_rows == {8: 2 + 2, 4: 0, 2: 0}  # q, k, v and gate, up share theirs; o and down make one each
+
+
+@contextmanager
+def torch_operators() -> Iterator[None]:
+    """CPU tensors go to `fallback`."""
+    native.load()  # what is registered last serves
+    library = torch.library.Library("int8fx", "IMPL")
+    try:
+        for name in ("linear", "linear_quantized", "quantize_rowwise"):
+            library.impl(name, int8fx.ops.kernel_on(fallback, name), "CPU", allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (2, 2)], ids=str)
+def test_near_miss_few_rows(lead):
+    check(
+        lambda x, q, k: (F.linear(x, dequantized(q)), F.linear(x, dequantized(k))),
+        outliers(*lead),
+        *weights(2),
+        count=0,
+    )
+
+
 # ---- near misses -----------------------------------------------------------------------------------------------------
 
 
+def test_near_miss_columns_that_are_equal_and_not_one_tensor():
+    def f(x, q, k, columns, others, q_columns, k_columns):
+        return ops.linear(x, *q, 6.0, 1, columns, q_columns), ops.linear(x, *k, 6.0, 1, others, k_columns)
+
+    columns = torch.tensor([2, 3])
+    check(f, outliers(5), *weights(2), columns, columns.clone(), random(6, 2, seed=3), random(6, 2, seed=4), count=0)
+
+
+def test_near_miss_one_of_them_is_rotated():
+    def f(x, q, k):
+        return F.linear(x, dequantized(q, threshold=None)), ops.linear(x, *k, None, 16)
+
+    check(f, outliers(5), *weights(2), count=0)
+
+
 def test_near_miss_one_consumer():
-    after = check(lambda x, q: (F.linear(x, read(q)), x + 1), outliers(5), *weights(1), count=0)
+    after = check(lambda x, q: (F.linear(x, dequantized(q)), x + 1), outliers(5), *weights(1), count=0)
     assert count_nodes(after, LINEAR) == 1
 
 
 def test_near_miss_different_activations():
     def f(x, z, q, k):
-        return F.linear(x, read(q)), F.linear(z, read(k))
+        return F.linear(x, dequantized(q)), F.linear(z, dequantized(k))
 
     check(f, outliers(5), outliers(5).flip(0), *weights(2), count=0)
 
 
 def test_near_miss_different_thresholds():
     def f(x, q, k):
-        return F.linear(x, read(q, threshold=6.0)), F.linear(x, read(k, threshold=2.0))
+        return F.linear(x, dequantized(q, threshold=6.0)), F.linear(x, dequantized(k, threshold=2.0))
 
     check(f, outliers(5), *weights(2), count=0)
 
@@ -181,47 +306,47 @@ def test_near_miss_different_thresholds():
 def test_near_miss_x_changed_in_between():
     def f(x, q, k):
         x = x.clone()
-        first = F.linear(x, read(q))
+        first = F.linear(x, dequantized(q))
         x.mul_(2)
-        return first, F.linear(x, read(k))
+        return first, F.linear(x, dequantized(k))
 
     check(f, outliers(5), *weights(2), count=0)
 
 
 def test_near_miss_different_views():
     def f(x, q, k):
-        return F.linear(x.view(10, 24), read(q)), F.linear(x.transpose(0, 1).reshape(10, 24), read(k))
+        return F.linear(x.view(10, 24), dequantized(q)), F.linear(x.transpose(0, 1).reshape(10, 24), dequantized(k))
 
     check(f, outliers(2, 5), *weights(2), count=0)
 
 
 def test_near_miss_different_rows():
     def f(x, q, k):
-        return F.linear(x[:, 0], read(q)), F.linear(x[:, 1], read(k))
+        return F.linear(x[:, 0], dequantized(q)), F.linear(x[:, 1], dequantized(k))
 
-    check(f, outliers(2, 5), *weights(2), count=0)
+    check(f, outliers(5, 5), *weights(2), count=0)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)], ids=str)
 def test_near_miss_different_casts(dtypes):
     def f(x, q, k):
-        return tuple(F.linear(x.to(dtype), read(w, dtype)) for dtype, w in zip(dtypes, (q, k), strict=True))
+        return tuple(F.linear(x.to(dtype), dequantized(w, dtype)) for dtype, w in zip(dtypes, (q, k), strict=True))
 
     check(f, outliers(5), *weights(2), count=0)
 
 
 def test_near_miss_experts_quantise_each_their_own_rows():
     def f(x, w, v):
-        return torch.bmm(x, read(w).mT), torch.bmm(x, read(v).mT)
+        return torch.bmm(x, dequantized(w).mT), torch.bmm(x, dequantized(v).mT)
 
-    check(f, outliers(3, 5), *(tuple(weight(3, 6, 24, seed=i)) for i in range(2)), count=0)
+    check(f, outliers(3, 5), *(weight(3, 6, 24, seed=i) for i in range(2)), count=0)
 
 
 def test_near_miss_random_casts_are_not_equal():
     """Only what gives equal tensors for equal arguments counts as a view or a cast."""
 
     def f(x, q, k):
-        return F.linear(F.dropout(x), read(q)), F.linear(F.dropout(x), read(k))
+        return F.linear(F.dropout(x), dequantized(q)), F.linear(F.dropout(x), dequantized(k))
 
     run, backend = compiled(f, lower, share)
     run(outliers(5), *weights(2))

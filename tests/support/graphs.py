@@ -1,4 +1,4 @@
-"""What the tests of the passes share: a backend without code generation, graphs of three levels, four assertions."""
+"""What the tests of graphs and passes share: a backend without code generation, graphs of three levels, assertions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from torch._inductor.fx_passes.joint_graph import canonicalize_aten_ir_passes
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from int8fx.graph.emit import read_weight
 from int8fx.passes import lower
-from int8fx.schemes.quantize import compute_dtype, quantize_weight
+from int8fx.schemes.quantize import INT8_MAX, compute_dtype, quantize_weight
 
 aten = torch.ops.aten
 ops = torch.ops.int8fx
@@ -112,71 +113,111 @@ def graph_of(f: Callable, level: str, *args: Tensor) -> GraphModule:
     gm = torch.fx.symbolic_trace(f)
     values = dict(zip(gm.graph.find_nodes(op="placeholder"), args, strict=True))
     for node in gm.graph.find_nodes(op="call_function", target=ops.dequantize.default):
-        codes, _, dtype = node.args[:3]
-        node.meta["val"] = torch.empty(values[codes].shape, dtype=dtype, device="meta")
+        node.meta["val"] = torch.empty(values[node.args[0]].shape, dtype=node.kwargs["dtype"], device="meta")
     return gm
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A packed weight: codes ``[..., N, K]`` and scale ``[..., N]``."""
-
-    codes: Tensor
-    scale: Tensor
-
-    def __iter__(self):
-        return iter((self.codes, self.scale))
-
-    def exact(self) -> Tensor:
-        return self.codes.double() * self.scale.double().unsqueeze(-1)
+Packed = tuple[Tensor, Tensor]
+"""Codes ``[..., N, K]`` and scale ``[..., N]``: what of a packed weight a compiled function takes as arguments."""
 
 
 def weight(*shape: int, seed: int = 1) -> Packed:
-    return Packed(*quantize_weight(torch.randn(shape, generator=torch.Generator().manual_seed(seed))))
+    return quantize_weight(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def exact(w: Packed) -> Tensor:
+    codes, scale = w
+    return codes.double() * scale.double().unsqueeze(-1)
+
+
+def dequantized(w: Packed, dtype: torch.dtype = torch.float32, threshold: float | None = 6.0) -> Tensor:
+    """A weight as it stands in a graph before `lower`."""
+    return ops.dequantize(*w, threshold, dtype=dtype)
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-# ---- same answer, count, old op gone, new op there -------------------------------------------------------------------
+# ---- matmuls that are exact ------------------------------------------------------------------------------------------
+# Weights and inputs are small integers, scales are powers of two. With ``threshold=0.0`` every way to compute a matmul
+# is exact, and so the results are equal.
+
+
+def integers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def integer_weight(*shape: int, seed: int = 1) -> Packed:
+    codes = torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+    scale = torch.randint(-2, 2, shape[:-1], generator=torch.Generator().manual_seed(seed)).float().exp2()
+    return codes, scale
+
+
+def dequantized_first(f: Callable) -> Callable:
+    """``f(x, w, *extra)`` as a function of (x, codes, scale, *extra)."""
+
+    def with_dequantized(x, codes, scale, *extra):
+        return f(x, ops.dequantize.default(codes, scale, 0.0, dtype=torch.float32), *extra)
+
+    # fx.symbolic_trace does not take *args apart
+    return {0: lambda x, c, s: with_dequantized(x, c, s), 1: lambda x, c, s, a: with_dequantized(x, c, s, a)}[
+        f.__code__.co_argcount - 2
+    ]
+
+
+def lowered(f: Callable, level: str, x: Tensor, w: Packed, *extra: Tensor) -> tuple[int, torch.fx.GraphModule]:
+    """The count that `lower` returned and the rewritten graph, whose answer is checked: value, shape, contiguity."""
+    g = dequantized_first(f)
+    gm = graph_of(g, level, x, *w, *extra)
+    count = lower(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    found, expected = gm(x, *w, *extra), g(x, *w, *extra)  # in place changes reach dequantised weights only
+    assert torch.equal(found, expected)
+    assert found.dtype == expected.dtype
+    assert found.is_contiguous() or not expected.is_contiguous()
+    assert count == count_nodes(gm.graph, *INT8_PRODUCTS)
+    return count, gm
+
+
+# ---- the same result, the count, the old op gone, the new op there ---------------------------------------------------
 
 
 @dataclass
 class Case:
-    """``f(x, *weights, *extra)``, a sum of products without a minus, over packed weights."""
+    """``f(x, *weights, *extra)``, a sum of matmuls without a minus, over packed weights."""
 
     f: Callable[..., Tensor]
     x: Tensor
     weights: Sequence[Packed]
     extra: Sequence[Tensor] = ()
-    threshold: float = 0.0
+    threshold: float | None = 0.0
     rounding: torch.dtype | None = None  # the coarsest dtype on the way, if that is not x's
 
     def compile(self, *passes: Pass, dynamic: bool | None = None, dynamo: bool = True) -> tuple[Callable, GraphBackend]:
         """A function of x and extra tensors."""
         f, dtype, threshold = self.f, self.x.dtype, self.threshold
 
-        def with_dequantized(x: Tensor, packed: list[tuple[Tensor, Tensor]], extra: Sequence[Tensor]) -> Tensor:
-            return f(x, *(ops.dequantize(*w, dtype, threshold) for w in packed), *extra)
+        def with_dequantized(x: Tensor, packed: list[Packed], extra: Sequence[Tensor]) -> Tensor:
+            return f(x, *(dequantized(w, dtype, threshold) for w in packed), *extra)
 
         if dynamo:
             run, backend = compiled(with_dequantized, *passes, dynamic=dynamic)
         else:
             backend = GraphBackend(passes)
             run = backend.without_dynamo(with_dequantized)
-        packed = [tuple(w) for w in self.weights]
-        return lambda x, *extra: run(x, packed, extra), backend
+        return lambda x, *extra: run(x, list(self.weights), extra), backend
 
     def _wide(self, change: Callable[[Tensor], Tensor] = lambda t: t, x: Tensor | None = None) -> Tensor:
         def widen(t: Tensor) -> Tensor:
             return change(t.double()) if t.is_floating_point() else t
 
         x = widen(self.x if x is None else x)
-        return self.f(x, *(change(w.exact()) for w in self.weights), *map(widen, self.extra))
+        return self.f(x, *(change(exact(w)) for w in self.weights), *map(widen, self.extra))
 
     def exact(self) -> Tensor:
         return self._wide()
@@ -186,22 +227,23 @@ class Case:
 
         A code is off by half a step, and a step is the largest element below the threshold / 127.
         """
-        K = max(w.codes.shape[-1] for w in self.weights)
+        K = max(codes.shape[-1] for codes, _ in self.weights)
         magnitude = self._wide(torch.abs)
-        step = min(self.x.abs().max().item() if self.x.numel() else 0.0, self.threshold) / 127
+        largest = self.x.abs().max().item() if self.x.numel() else 0.0
+        step = (largest if self.threshold is None else min(largest, self.threshold)) / INT8_MAX
         no_x, steps = torch.zeros_like(self.x), torch.full_like(self.x, step)
         codes = (self._wide(torch.abs, steps) - self._wide(torch.abs, no_x)) * (1 + 2**-7) / 2  # steps in x's dtype
         u, U = unit_roundoff(compute_dtype(self.x.dtype)), unit_roundoff(self.rounding or self.x.dtype)
         return codes + ((K + 8) * u + 4 * U) * (magnitude + codes) + half_subnormal(self.x.dtype)
 
     def assert_right(self, y: Tensor, dtype: torch.dtype | None = None) -> None:
-        exact = self.exact()
-        assert y.shape == exact.shape
+        expected = self.exact()
+        assert y.shape == expected.shape
         assert y.dtype == (dtype or self.x.dtype)
-        assert bool(((y.double() - exact).abs() <= self.budget()).all()), (y.double() - exact).abs().max()
+        assert bool(((y.double() - expected).abs() <= self.budget()).all()), (y.double() - expected).abs().max()
 
     def check_lowered(self, count: int = 1, there: object = ops.linear.default, dynamo: bool = False) -> Graph:
-        """All of its ``count`` products become ``there``."""
+        """All of its ``count`` matmuls become ``there``."""
         run, backend = self.compile(lower, dynamo=dynamo)
         self.assert_right(run(self.x, *self.extra))
         (before,), (after,) = backend.before, backend.after
@@ -210,11 +252,11 @@ class Case:
         assert count_nodes(after, *PRODUCTS, ops.dequantize.default) == 0
         assert count_nodes(after, there) == count_nodes(after, *INT8_PRODUCTS) == count
         for node in after.find_nodes(op="call_function", target=there):
-            assert node.args[4 if there is ops.linear.default else 5] == self.threshold
+            assert read_weight(node).threshold == self.threshold
         return after
 
     def check_left(self, dynamo: bool = False) -> Graph:
-        """No product becomes an int8 product."""
+        """No matmul becomes an int8 matmul."""
         run, backend = self.compile(lower, dynamo=dynamo)
         self.assert_right(run(self.x, *self.extra))
         (before,), (after,) = backend.before, backend.after

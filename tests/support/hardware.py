@@ -1,6 +1,6 @@
-"""The Triton kernels on a GPU, behind tests of CPU tensors: ``INT8FX_TEST_DEVICE=cuda pytest tests/test_triton_*.py``.
+"""The Triton kernels on a GPU, for tests of CPU tensors: ``INT8FX_TEST_DEVICE=cuda pytest tests/triton_kernels``.
 
-Each tensor is copied to the GPU with its strides, each result back: what is compiled and run is the kernel alone.
+Each tensor is copied to the GPU with its strides, and each result is copied back. Only the kernels run on the GPU.
 """
 
 import functools
@@ -42,7 +42,7 @@ def _on_device(kernel):
 
 
 def install() -> None:
-    """In this process, for good."""
+    """Replaces the launchers, in this process and without a way back."""
     for module_name, names in KERNELS.items():
         module = importlib.import_module(f"int8fx.triton_kernels.{module_name}")
         for name in names:

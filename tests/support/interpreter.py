@@ -1,13 +1,16 @@
-"""Triton's interpreter, made to compute what the hardware computes; imported by every test that runs a kernel.
+"""Triton's interpreter, corrected to compute what the hardware computes. Every test that runs a kernel imports it.
 
-The interpreter of triton 3.7.1 stores bfloat16 as its bits and then multiplies those in `tl.dot`, converts integers to
-them as if they were integers, cuts float32 to bfloat16 where hardware rounds to nearest even, and rounds twice in
-`tl.fma`. Its float products are a BLAS's, whose sums depend on where in its tile a row stands; those of one matrix
-instruction do not. The four functions below are replaced in this process only.
+The interpreter of triton 3.7.1 has four errors. It multiplies the bits of bfloat16 values in `tl.dot` and converts
+integers to bfloat16 as if they were bits. It cuts float32 to bfloat16, where hardware rounds to nearest even. It rounds
+twice in `tl.fma`. Its float dots are a BLAS's, whose sums depend on where in the tile a row is; the sums of a matrix
+instruction do not. Four functions are replaced, in this process only.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from types import ModuleType
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -18,6 +21,8 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from int8fx import ops
 from int8fx.ops import gpu, native
+from int8fx.ops.rows import Form
+from int8fx.ops.rows import form as rows_form
 
 assert knobs.runtime.interpret or hardware.DEVICE, "set TRITON_INTERPRET=1 before triton is imported, as conftest does"
 
@@ -31,7 +36,7 @@ def _round_to_bfloat16(x: np.ndarray) -> np.ndarray:
 
 
 ONE_INSTRUCTION = 16
-"""Up to how many products of a row and a column a matrix instruction adds up."""
+"""The length of the longest dot product that one matrix instruction computes."""
 
 _cast = InterpreterBuilder.cast_impl
 _dot = InterpreterBuilder.create_dot
@@ -73,13 +78,23 @@ if not hardware.DEVICE:
 
 
 @contextmanager
-def cpu_tensors_on_triton() -> Iterator[None]:
-    """The interpreter's kernels behind the ops of CPU tensors."""
-    native.load()  # what was registered last serves
+def cpu_tensors_on(kernels: ModuleType) -> Iterator[None]:
+    """The ops of CPU tensors run on `fallback` or `gpu`; with `gpu`, on Triton's interpreter."""
+    native.load()  # the kernels that are registered last serve
     library = torch.library.Library("int8fx", "IMPL")
+
+    def form(rows: int, device_type: str, *scheme: Any) -> Form:
+        return rows_form(rows, "cuda" if kernels is gpu else device_type, *scheme)
+
     try:
         for name in ("linear", "linear_quantized", "quantize_rowwise", "grouped_linear"):
-            library.impl(name, ops.kernel_on(gpu, name), "CPU", allow_override=True)
-        yield
+            library.impl(name, ops.kernel_on(kernels, name), "CPU", allow_override=True)
+        with mock.patch.object(ops, "form", form):
+            yield
     finally:
         library._destroy()
+
+
+def cpu_tensors_on_triton() -> AbstractContextManager[None]:
+    """The ops of CPU tensors run on Triton's interpreter."""
+    return cpu_tensors_on(gpu)

@@ -39,9 +39,9 @@ def test_wrong_arguments_are_explained(arguments, said, capsys):
 
 
 def test_what_the_demo_needs_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("rich", "gguf") else object())
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("platformdirs", "gguf") else object())
     assert cli.main(["demo"]) == 1
-    assert capsys.readouterr().err == 'int8fx demo needs gguf, rich: pip install "int8fx[demo]"\n'
+    assert capsys.readouterr().err == 'int8fx demo needs gguf, platformdirs: pip install "int8fx[demo]"\n'
 
 
 @pytest.mark.parametrize(

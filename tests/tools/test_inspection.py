@@ -16,7 +16,7 @@ from int8fx.calibration.calibrate import calibrate
 from int8fx.tools import cli
 from int8fx.tools.inspection import inspect
 
-SCHEMES = {"llm_int8": int8fx.llm_int8(), "rotated": int8fx.rotated(16, 0.05), "plain": int8fx.rotated(columns=None)}
+SCHEMES = {"llm_int8": int8fx.llm_int8(), "rotated": int8fx.rotated(16, 0.05), "plain": int8fx.rotated(columns=0)}
 K = 60
 
 
@@ -40,34 +40,34 @@ def test_planted_outliers_are_found_with_their_share_and_size():
     assert inspect(model, batches, SCHEMES, threshold=1000.0).layers[0].outliers == []
 
 
-def test_what_is_kept_and_where_is_what_the_converted_model_holds():
+def test_unquantised_columns_are_those_of_the_converted_model():
     model, batches = model_and_batches()
     before = copy.deepcopy(model.state_dict())
     calibration = calibrate(model, batches)
-    found = inspect(model, batches, SCHEMES, calibration=calibration)
+    inspection = inspect(model, batches, SCHEMES, calibration=calibration)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     for label, scheme in SCHEMES.items():
         twin = int8fx.convert(copy.deepcopy(model), scheme, calibration=calibration)
         state = twin.state_dict()
-        for layer in found.layers:
-            columns, weights = layer.where
-            assert layer.kept.get(label) == (state[columns].tolist() if columns in state else None)
-            assert (weights in state) == (label in layer.kept)
-            own = [t for k, t in state.items() if k.startswith(f"{layer.name}.weight")]
-            assert layer.bytes[label] == sum(t.nbytes for t in own)
+        for layer in inspection.layers:
+            columns, weights = layer.buffers
+            assert layer.columns.get(label) == (state[columns].tolist() if columns in state else None)
+            assert (weights in state) == (label in layer.columns)
+            buffers = [t for k, t in state.items() if k.startswith(f"{layer.name}.weight")]
+            assert layer.bytes[label] == sum(t.nbytes for t in buffers)
             assert layer.bytes["float"] == model.get_submodule(layer.name).weight.nbytes
-    assert set(found.layers[0].kept["rotated"]) >= {7, 50}
+    assert set(inspection.layers[0].columns["rotated"]) >= {7, 50}
 
 
-def test_errors_are_those_of_the_products_alone():
+def test_errors_are_those_of_the_matmuls_alone():
     model, batches = model_and_batches()
     calibration = calibrate(model, batches)
-    found = inspect(model, batches, SCHEMES, calibration=calibration)
+    inspection = inspect(model, batches, SCHEMES, calibration=calibration)
     with torch.no_grad():
         inputs = [batches, [model[1](model[0](x)) for x in batches]]
         for label, scheme in SCHEMES.items():
             twin = int8fx.convert(copy.deepcopy(model), scheme, calibration=calibration)
-            for i, layer in enumerate(found.layers):
+            for i, layer in enumerate(inspection.layers):
                 float_layer, int8_layer = (copy.deepcopy(m[2 * i]) for m in (model, twin))
                 float_layer.bias = int8_layer.bias = None
                 exact = torch.cat([x.double() @ float_layer.weight.double().T for x in inputs[i]])
@@ -87,17 +87,17 @@ def test_layers_that_no_batch_reaches_are_left_out():
 
 def test_the_command_prints_a_table_and_writes_files(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    files = [tmp_path / "found.json", tmp_path / "found.png"]
+    files = [tmp_path / "inspection.json", tmp_path / "inspection.png"]
     sizes = ["--windows", "2", "--width", "32", "--calibration", "2", "--threshold", "2"]
     schemes = ["--scheme", "llm_int8", "--scheme", "rotated(16)", "--scheme", "rotated(16, rounding='gptq')"]
     outputs = ["--json", str(files[0]), "--png", str(files[1])]
     assert cli.main(["inspect", "--model", str(save_lm(tmp_path / "model")), *sizes, *schemes, *outputs]) == 0
-    output, found = capsys.readouterr().out, json.loads(files[0].read_text())
-    assert [layer["name"] for layer in found["layers"]] == [
+    output, written = capsys.readouterr().out, json.loads(files[0].read_text())
+    assert [layer["name"] for layer in written["layers"]] == [
         line.split()[0] for line in output.split("\n") if line.startswith("model.layers.")
     ]
-    assert len(found["layers"]) == 7
-    assert all(0 < layer["error"]["rotated(16)"] < 0.05 for layer in found["layers"])
+    assert len(written["layers"]) == 7
+    assert all(0 < layer["error"]["rotated(16)"] < 0.05 for layer in written["layers"])
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
@@ -107,21 +107,11 @@ def test_pictures_of_all_columns_and_of_none(threshold, tmp_path):
     from int8fx.tools.plots import draw_inspection
 
     model, batches = model_and_batches()
-    draw_inspection(inspect(model, batches, SCHEMES, threshold=threshold), tmp_path / "found.png")
-    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+    draw_inspection(inspect(model, batches, SCHEMES, threshold=threshold), tmp_path / "inspection.png")
+    assert (tmp_path / "inspection.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_inference_mode_hides_no_product():
-    """Composite ops are not taken apart there before they are seen."""
-    model, batches = model_and_batches()
-    known = calibrate(model, batches)
-    with torch.inference_mode():
-        found = calibrate(model, batches)
-    assert found.rows == known.rows
-    assert all(torch.equal(found.absmax[name], known.absmax[name]) for name in known.absmax)
-
-
-def test_thresholds_that_are_none_are_explained(capsys):
+def test_other_thresholds_are_explained(capsys):
     with pytest.raises(SystemExit):
         cli.main(["inspect", "--threshold", "nan"])
     assert "--threshold is nan; legal: 0 or more" in capsys.readouterr().err

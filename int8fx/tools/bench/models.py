@@ -1,40 +1,41 @@
-"""Whole language models: compiled forwards, decode steps with a static cache, eager ``generate()``."""
+"""Language models: compiled forwards, decode steps with a static cache, eager ``generate()``."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import int8fx
-
-from .candidates import BFLOAT16, BITSANDBYTES, FLOAT32, INT8FX, bitsandbytes_linear, torchao_quantize
-from .machine import missing
-from .products import OUTLIERS, Settings
-from .timing import Case, Measured, Work, interleave
+from .candidates import BFLOAT16, BITSANDBYTES, FLOAT32, FOR_MODELS, INT8FX, Candidate, build_each
+from .products import OUTLIERS
+from .settings import Settings
+from .timing import Case, Measured, Work, interleave, thread_warning
 
 LARGE, SMALL = "an LM of 0.5B parameters", "SmolLM2-135M"
 MODELS = (LARGE, SMALL)
 TOKENS, QUICK_TOKENS = 512, 64  # of a forward
-BATCHES = (1, 8)  # of a decode step
+BATCHES, QUICK_BATCHES = (1, 8), (1,)  # of a decode step
 PROMPT, CACHE, NEW_TOKENS = 4, 256, 16  # tokens: before the first step, in the static cache, that generate() makes
 QUICK_LAYERS = 2
 HEAD_16, HEAD_8 = "lm_head in 16 bits", "lm_head converted"
-HEADED = (INT8FX, FLOAT32, BFLOAT16)  # whose forward is also timed with the logits of every token
+WITH_LOGITS = (INT8FX.name, FLOAT32.name, BFLOAT16.name)  # whose forward is also timed with every token's logits
+GENERATING = (*WITH_LOGITS, BITSANDBYTES.name)  # who is used eagerly
+
+Steps = Iterator[tuple[str, dict[str, Work]]]  # the name of a case, and each candidate's calls
 
 
 def load(name: str, layers: int | None = None) -> Any:
     """The causal language model ``name`` of `MODELS` in bfloat16 and eval mode.
 
-    The large one has random weights, in which six channels of every norm are large, as in trained models: the inputs of
-    its products have six outlier columns. So has the small one if it is cut to ``layers``; whole, it is the real one.
+    `LARGE` has random weights. Six channels of every norm are large in it, as in trained models: the inputs of its
+    products have six outlier columns. `SMALL` is made likewise if it is cut to ``layers``; uncut, it is the real one.
 
     Raises:
-        ModelError: the small one cannot be had.
+        ModelError: the real one cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
@@ -74,11 +75,11 @@ def load(name: str, layers: int | None = None) -> Any:
 
 
 @dataclass
-class Contender:
-    """A model in one of its forms.
+class ConvertedModel:
+    """A model as one candidate runs it.
 
     decoder: the stack of layers, without its head.
-    heads: `HEAD_16` and `HEAD_8` -> the head; the same one twice where 16 bits are all there is.
+    heads: `HEAD_16` and `HEAD_8` -> the head; the same one twice if the candidate's weights are not int8.
     """
 
     decoder: Any
@@ -86,134 +87,121 @@ class Contender:
     compiled: bool
 
     def compile(self, module: Any) -> Any:
+        """``module``, a part of this model, compiled if the candidate compiles models."""
         return torch.compile(module, dynamic=False, fullgraph=True) if self.compiled else module
 
 
-@dataclass(frozen=True)
-class Form:
-    """How to turn a bfloat16 part of a model, the decoder or the head, into a contender's; in place."""
-
-    name: str
-    convert: Callable[[Any], Any]
-    compiled: bool = True
-    converts_head: bool = True
-    needs: tuple[str, ...] = ()
-
-
-def _bitsandbytes(model: Any) -> Any:
-    if isinstance(model, nn.Linear):
-        return bitsandbytes_linear(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            model.set_submodule(name, bitsandbytes_linear(module))
-    return model
-
-
-def _torchao(weight_only: bool) -> Callable[[Any], Any]:
-    return lambda model: torchao_quantize(nn.Sequential(model), weight_only)[0]  # type: ignore[index]
-
-
-PEERS = (
-    Form(BITSANDBYTES, _bitsandbytes, compiled=False, needs=("bitsandbytes",)),
-    Form("torchao dynamic", _torchao(weight_only=False), needs=("torchao",)),
-    Form("torchao weight-only", _torchao(weight_only=True), needs=("torchao",)),
-)
-FORMS = (
-    Form(INT8FX, int8fx.convert),
-    Form(FLOAT32, lambda model: model.float(), converts_head=False),
-    Form(BFLOAT16, lambda model: model, converts_head=False),
-    Form("bfloat16, eager", lambda model: model, compiled=False, converts_head=False),
-    *PEERS,
-)
-
-
-def contend(model: Any, form: Form) -> Contender:
-    """A copy of ``model`` in ``form``."""
+def convert_copy(model: Any, candidate: Candidate) -> ConvertedModel:
+    """A copy of ``model`` as ``candidate`` runs it."""
     decoder, head = copy.deepcopy(model.model), copy.deepcopy(model.lm_head)
-    if not form.converts_head:
-        head = form.convert(head)
-        return Contender(form.convert(decoder), {HEAD_16: head, HEAD_8: head}, form.compiled)
-    return Contender(form.convert(decoder), {HEAD_16: model.lm_head, HEAD_8: form.convert(head)}, form.compiled)
+    converted = candidate.convert(head)
+    heads = {HEAD_16: model.lm_head if candidate.int8 else converted, HEAD_8: converted}
+    return ConvertedModel(candidate.convert(decoder), heads, candidate.compiles_models)
 
 
 def models(settings: Settings) -> Iterator[Case]:
-    """Each of `MODELS`: the forward of the decoder, with either head; decode steps; ``generate()``.
+    """Each of `MODELS`: forwards of the decoder, and with either head; decode steps; ``generate()``.
 
-    The decoder and the head are compiled apart, so that one compilation of the decoder serves for both heads.
+    The decoder and the head are compiled separately, so that one compilation of the decoder serves for both heads.
     """
     for title, model in each_model(settings, "models"):
         if isinstance(model, Case):
             yield model
         else:
-            yield from compare(settings, model, title)
+            yield from compare(settings, model, title, FOR_MODELS)
 
 
 def each_model(settings: Settings, suite: str) -> Iterator[tuple[str, Any]]:
-    """Title and model for each of `MODELS`, cut if quick; a case that says why in place of what cannot be had."""
+    """Title and model for each of `MODELS`; if it cannot be loaded, a case that says why instead of the model."""
     from ..data.models import ModelError
 
-    layers = QUICK_LAYERS if settings.quick else None
     for name in MODELS:
         settings.say(f"{suite}: making {name}")
+        model: Any
         try:
-            model = load(name, layers)
+            model = load(name, num_layers(settings))
         except ModelError as error:
             reason = str(error).split("\n")[0]
-            model = Case(suite, "everything", INT8FX, {INT8FX: Measured(note=f"not run: {reason}")}, subject=name)
-        yield f"{name}, {layers} layers" if layers else name, model
+            note = Measured(note=f"not run: {reason}")
+            model = Case(suite, "everything", INT8FX.name, {INT8FX.name: note}, subject=name)
+        yield title_of(settings, name), model
 
 
-def compare(settings: Settings, model: Any, title: str) -> Iterator[Case]:
-    """The cases of one model."""
-    contenders: dict[str, Contender] = {}
-    absent: dict[str, Measured] = {}
-    for form in FORMS:
-        if reason := missing(*form.needs):
-            absent[form.name] = Measured(note=reason)
-            continue
-        settings.say(f"models: {title}: {form.name}")
-        try:
-            contenders[form.name] = contend(model, form)
-        except Exception as error:  # whatever a peer may raise
-            absent[form.name] = Measured(note=f"failed: {type(error).__name__}: {error}"[:200])
-    tokens = QUICK_TOKENS if settings.quick else TOKENS
-    batches = BATCHES[:1] if settings.quick else BATCHES
-    groups = [forwards(contenders, tokens, HEADED), *(decodes(contenders, batch) for batch in batches)]
-    for group in (*groups, generations(contenders, model)):
+def num_layers(settings: Settings) -> int | None:
+    """How many layers a model is cut to; None: it is not cut."""
+    return QUICK_LAYERS if settings.quick else None
+
+
+def num_tokens(settings: Settings) -> int:
+    """Of a forward."""
+    return QUICK_TOKENS if settings.quick else TOKENS
+
+
+def title_of(settings: Settings, name: str) -> str:
+    """A model's name, and to how many layers it is cut."""
+    layers = num_layers(settings)
+    return f"{name}, {layers} layers" if layers else name
+
+
+def compare(settings: Settings, model: Any, title: str, candidates: Sequence[Candidate]) -> Iterator[Case]:
+    """The cases of one ``model`` with all of ``candidates``; the first one is the base."""
+
+    def build(candidate: Candidate) -> ConvertedModel:
+        settings.say(f"models: {title}: {candidate.name}")
+        return convert_copy(model, candidate)
+
+    converted, absent = build_each(candidates, build)
+    on_cpu = settings.device == "cpu"
+    groups = [forwards(converted, num_tokens(settings), WITH_LOGITS if on_cpu else converted)]
+    groups += [decodes(converted, batch) for batch in (QUICK_BATCHES if settings.quick else BATCHES)]
+    if on_cpu:
+        groups.append(generations(converted, model))
+    for group in groups:
         torch._dynamo.reset()
         for name, work in group:
             settings.say(f"models: {title}: {name}")
             with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
-                found = interleave(work, settings.rounds)
-            order = {form.name: (found | absent)[form.name] for form in FORMS if form.name in found | absent}
-            yield Case("models", name, INT8FX, order, subject=title, threads=settings.threads)
+                measured = interleave(work if on_cpu else _waiting(work), settings.max_rounds)
+            if on_cpu and (warning := thread_warning(measured, settings.num_threads)):
+                settings.say(warning)
+            measured = measured | absent
+            ordered = {c.name: measured[c.name] for c in candidates if c.name in measured}
+            yield Case("models", name, candidates[0].name, ordered, subject=title, threads=settings.num_threads)
 
 
-def forwards(
-    contenders: dict[str, Contender], tokens: int, headed: Collection[str]
-) -> Iterator[tuple[str, dict[str, Work]]]:
-    """A forward of ``[1, tokens]``: the decoder; of ``headed``, also with the logits of every token by either head."""
-    vocabulary = min(c.decoder.config.vocab_size for c in contenders.values())
+def _waiting(work: Mapping[str, Work]) -> dict[str, Work]:
+    """``work`` whose calls end when the GPU has done what they launched."""
+
+    def run(call: Callable[[], object]) -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return {label: [lambda call=call: run(call) for call in calls] for label, calls in work.items()}  # type: ignore[misc]
+
+
+def forwards(converted: dict[str, ConvertedModel], tokens: int, with_logits: Collection[str]) -> Steps:
+    """A forward of ``[1, tokens]``: the decoder; then, of ``with_logits`` only, every token's logits by either head."""
+    vocabulary = min(model.decoder.config.vocab_size for model in converted.values())
     ids = torch.randint(0, vocabulary, (1, tokens))
-    decoders = {label: c.compile(c.decoder) for label, c in contenders.items()}
+    decoders = {label: model.compile(model.decoder) for label, model in converted.items()}
 
     def hidden(label: str) -> Tensor:
         return decoders[label](input_ids=ids, use_cache=False).last_hidden_state
 
-    yield f"forward, {tokens} tokens", {label: [lambda label=label: hidden(label)] for label in contenders}  # type: ignore[misc]
+    yield f"forward, {tokens} tokens", {label: [lambda label=label: hidden(label)] for label in converted}  # type: ignore[misc]
     for kind in (HEAD_16, HEAD_8):
-        heads = {label: c.compile(c.heads[kind]) for label, c in contenders.items() if label in headed}
+        heads = {label: model.compile(model.heads[kind]) for label, model in converted.items() if label in with_logits}
         yield (
             f"forward, {kind}",
             {label: [lambda label=label, head=head: head(hidden(label))] for label, head in heads.items()},  # type: ignore[misc]
         )
 
 
-def decodes(contenders: dict[str, Contender], batch: int) -> Iterator[tuple[str, dict[str, Work]]]:
+def decodes(converted: dict[str, ConvertedModel], batch: int) -> Steps:
     """A step of one token for each of ``batch`` sequences, with a static cache, and its logits by either head."""
-    steps = {label: decode_step(c, batch) for label, c in contenders.items()}
+    steps = {label: decode_step(model, batch) for label, model in converted.items()}
     for kind in (HEAD_16, HEAD_8):
-        heads = {label: c.compile(c.heads[kind]) for label, c in contenders.items()}
+        heads = {label: model.compile(model.heads[kind]) for label, model in converted.items()}
         yield (
             f"decode, batch {batch}, {kind}",
             {
@@ -223,42 +211,45 @@ def decodes(contenders: dict[str, Contender], batch: int) -> Iterator[tuple[str,
         )
 
 
-def decode_step(contender: Contender, batch: int) -> Callable[[], Tensor]:
-    """A call is a step; when the cache is full, it begins anew."""
+def decode_step(model: ConvertedModel, batch: int, max_tokens: int = CACHE) -> Callable[[], Tensor]:
+    """A function that decodes one token for each of ``batch`` sequences and returns hidden states ``[batch, 1, D]``.
+
+    After ``max_tokens`` tokens the cache is full, and the next call begins with the prompt again.
+    """
     from transformers import StaticCache
 
     cache: Any = None
-    left = 0
-    compiled = contender.compile(contender.decoder)
+    steps_left = 0
+    compiled = model.compile(model.decoder)
 
     def step() -> Tensor:
-        nonlocal cache, left
-        if left == 0:
+        nonlocal cache, steps_left
+        if steps_left == 0:
             if cache is None:
-                cache = StaticCache(config=contender.decoder.config, max_cache_len=CACHE)
+                cache = StaticCache(config=model.decoder.config, max_cache_len=max_tokens)
             else:
                 cache.reset()
-            contender.decoder(input_ids=torch.ones(batch, PROMPT, dtype=torch.long), past_key_values=cache)
-            left = CACHE - PROMPT
-        left -= 1
+            model.decoder(input_ids=torch.ones(batch, PROMPT, dtype=torch.long), past_key_values=cache)
+            steps_left = max_tokens - PROMPT
+        steps_left -= 1
         return compiled(input_ids=torch.ones(batch, 1, dtype=torch.long), past_key_values=cache).last_hidden_state
 
     return step
 
 
-def generations(contenders: dict[str, Contender], model: Any) -> Iterator[tuple[str, dict[str, Work]]]:
-    """``generate()`` as users call it: eager, greedy, lm_head in 16 bits. Not for what is meant to be compiled only."""
+def generations(converted: dict[str, ConvertedModel], model: Any) -> Steps:
+    """``generate()`` as users call it: eager, greedy, lm_head in 16 bits; of `GENERATING`."""
     prompt = torch.randint(0, model.config.vocab_size, (1, 16))
 
-    def generate(whole: Any) -> Callable[[], object]:
+    def generate(twin: Any) -> Callable[[], object]:
         options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
-        return lambda: whole.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **options)
+        return lambda: twin.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **options)
 
     work: dict[str, Work] = {}
-    for label in (INT8FX, FLOAT32, BFLOAT16, BITSANDBYTES):
-        if label in contenders:
-            whole = copy.copy(model)
-            parts = {"model": contenders[label].decoder, "lm_head": contenders[label].heads[HEAD_16]}
-            whole._modules = {**model._modules, **parts}
-            work[label] = [generate(whole)]
+    for label in GENERATING:
+        if label in converted:
+            twin = copy.copy(model)
+            parts = {"model": converted[label].decoder, "lm_head": converted[label].heads[HEAD_16]}
+            twin._modules = {**model._modules, **parts}
+            work[label] = [generate(twin)]
     yield f"generate(), {NEW_TOKENS} tokens, eager", work

@@ -11,7 +11,7 @@ from .timing import Case
 
 
 def draw(cases: Sequence[Case], directory: Path, machine: str) -> list[Path]:
-    """Draws what ``cases`` has data for into ``directory``; returns the files.
+    """Draws those of the plots that ``cases`` has data for into ``directory``; returns the files.
 
     ``time_against_m.png``: best time of each candidate, a panel for each shape. ``roofline.png``: operations per second
     against operations per byte, under ``min(peak, reads * operations per byte)``. ``scaling.png``: int8fx's shares of
@@ -30,7 +30,7 @@ def draw(cases: Sequence[Case], directory: Path, machine: str) -> list[Path]:
 
 
 def _figure(panels: int) -> tuple[Any, list[Any]]:
-    """A figure of its own: no window, nothing of pyplot's state."""
+    """A figure and its axes, at most two in a row. It does not use pyplot: no window, no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -59,8 +59,8 @@ def _time_against_m(cases: Sequence[Case]) -> Any:
         for i, label in enumerate(labels):
             points = [(case.M, case.measured[label].best * 1e3) for case in of_name if case.measured[label].values]
             if points:
-                ours = label == of_name[0].base
-                axis.plot(*zip(*points, strict=True), "o-", label=label, color=f"C{i}", linewidth=2.5 if ours else 1)
+                is_base = label == of_name[0].base
+                axis.plot(*zip(*points, strict=True), "o-", label=label, color=f"C{i}", linewidth=2.5 if is_base else 1)
         axis.set(xscale="log", yscale="log", xlabel="M, rows of x", ylabel="best time, ms", title=f"weight {name}")
         axis.grid(alpha=0.3, which="both")
     if axes[0].lines:
@@ -75,7 +75,7 @@ def _limited(case: Case) -> bool:
 def intensity(case: Case) -> float:
     """``2 M N K / (N K + 2 M K + 2 M N)``: operations per byte of int8 weight and 16-bit x and y."""
     M, N, K = case.M or 0, case.N or 0, case.K or 0
-    return case.operations() / (N * K + 2 * M * K + 2 * M * N)
+    return case.operations() / (case.weight_bytes() + 2 * M * K + 2 * M * N)
 
 
 def _roofline(cases: Sequence[Case]) -> Any:

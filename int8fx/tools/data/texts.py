@@ -1,4 +1,4 @@
-"""Real text for measurements: windows of tokens from several sources, and other text from them to calibrate on."""
+"""Windows of real text: some to measure on, others to calibrate on."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CALIBRATION_SHARE = 0.1  # of each source, its end: never measured on
+CALIBRATION_SHARE = 0.1  # the end of each source, which is not measured on
+_CHARACTERS = 64  # of text per token that are tokenised: more than any tokenizer needs, less than a whole source
 
 
 class TextError(Exception):
-    """A text cannot be had, or is too short; the message says which and what to do."""
+    """A text cannot be read, or is too short; the message says which and what to do."""
 
 
 def read(source: str) -> str:
@@ -34,8 +35,8 @@ def read(source: str) -> str:
 def windows(tokenizer: Any, sources: list[str], count: int, width: int, calibration: int) -> tuple[Tensor, Tensor]:
     """Windows of ``width`` tokens, evenly spread over each source: ``count`` to measure, ``calibration`` to calibrate.
 
-    Both numbers are split among the sources, those first getting one more. Calibration windows come from the last tenth
-    of each source, the others from the rest.
+    Both numbers are split among the sources; the first sources get one more if they do not divide. Calibration windows
+    come from the last tenth of each source, the others from the text before it.
 
     Returns:
         ``[count, width]`` and ``[calibration, width]`` int64.
@@ -43,22 +44,25 @@ def windows(tokenizer: Any, sources: list[str], count: int, width: int, calibrat
     Raises:
         TextError: a source cannot be read, or is too short for windows that do not overlap.
     """
-    measured, apart = [], []
+    measured: list[list[int]] = []
+    calibrating: list[list[int]] = []
     for i, source in enumerate(sources):
         text = read(source)
         cut = int(len(text) * (1 - CALIBRATION_SHARE))
-        share = [len(range(i, n, len(sources))) for n in (count, calibration)]
-        measured += _spread(tokenizer, text[:cut], share[0], width, source)
-        apart += _spread(tokenizer, text[cut:], share[1], width, source)
-    return torch.tensor(measured).view(-1, width), torch.tensor(apart).view(-1, width)
+        for ids, part, total in ((measured, text[:cut], count), (calibrating, text[cut:], calibration)):
+            ids += _spread(tokenizer, part, len(range(i, total, len(sources))), width, source)
+    first, second = (torch.tensor(ids, dtype=torch.int64).view(-1, width) for ids in (measured, calibrating))
+    return first, second
 
 
 def _spread(tokenizer: Any, text: str, count: int, width: int, source: str) -> list[list[int]]:
-    found = []
+    """``count`` windows of ``width`` tokens, one at the start of each of ``count`` equal parts of ``text``."""
+    parts: list[list[int]] = []
     step = len(text) // max(count, 1)
     for i in range(count):
-        ids = tokenizer(text[i * step : (i + 1) * step][: 64 * width], truncation=True, max_length=width).input_ids
+        part = text[i * step : (i + 1) * step][: _CHARACTERS * width]
+        ids = tokenizer(part, truncation=True, max_length=width).input_ids
         if len(ids) < width:
             raise TextError(f"the text {source!r} is too short for {count} windows of {width} tokens")
-        found.append(ids)
-    return found
+        parts.append(ids)
+    return parts

@@ -1,0 +1,82 @@
+"""Conversion of an ``nn.Module``: its modules become packed ones, in place."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..schemes.weight import PackedTensors
+from .forwards import FORWARDS
+from .layers import Layer, PackedLayer, grouped, packed_layers, walk
+from .packed import Weights, pack_modules, refuse_unfit
+from .quantizer import Quantizer
+from .recipes import Kind
+
+
+def root_of(model: nn.Module) -> nn.Module:
+    return model
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    return list(walk(model))
+
+
+def packed_of(model: nn.Module) -> list[PackedLayer]:
+    return list(packed_layers(model))
+
+
+def pack(model: nn.Module, chosen: list[Layer], quantizer: Quantizer) -> None:
+    """Packs the weights of ``chosen``."""
+    _check_what_is_loaded(model)
+    _leave_fast_paths(model, {id(layer.module) for layer in chosen})
+    pack_layers(chosen, quantizer)
+
+
+def pack_layers(chosen: list[Layer], quantizer: Quantizer) -> None:
+    """Packs the weights of ``chosen``, module by module. Each float weight is freed when its module is packed.
+
+    Modules that share a weight are packed together: an interruption does not come between them.
+    """
+    for together in _together(chosen):
+        tensors: dict[int, PackedTensors] = {}
+        for tied in grouped(together, lambda layer: id(layer.weight)):
+            tensors[id(tied[0].weight)] = quantizer(tied)
+        ready = []
+        for layers in grouped(together, lambda layer: id(layer.module)):
+            recipe = layers[0].recipe
+            weights: Weights = {
+                layer.parameter: (tensors[id(layer.weight)], quantizer.reading(layer)) for layer in layers
+            }
+            # Attention leaves its fused path even if only some of its weights are packed; others keep their forward.
+            replaced = recipe.kind is Kind.ATTENTION or recipe.layouts.keys() == weights.keys()
+            ready.append((layers[0].module, weights, FORWARDS.get(recipe.kind) if replaced else None))
+        pack_modules(ready)
+
+
+def _together(chosen: list[Layer]) -> list[list[Layer]]:
+    """``chosen`` in groups: layers of one module, and of modules that share a weight, are in one."""
+    group_of: dict[int, list[Layer]] = {}  # by the id of a module or a weight
+    for layer in chosen:
+        by_module, by_weight = (group_of.get(key, []) for key in (id(layer.module), id(layer.weight)))
+        merged = [*by_module, *(by_weight if by_weight is not by_module else []), layer]
+        for member in merged:
+            group_of[id(member.module)] = group_of[id(member.weight)] = merged
+    return list({id(group): group for group in group_of.values()}.values())
+
+
+def _check_what_is_loaded(model: nn.Module) -> None:
+    """Has ``model.load_state_dict`` refuse unfit tensors before it loads any."""
+    hooks = model._load_state_dict_pre_hooks.values()
+    if all(getattr(wrapped, "hook", None) is not refuse_unfit for wrapped in hooks):
+        model.register_load_state_dict_pre_hook(refuse_unfit)
+
+
+def _leave_fast_paths(model: nn.Module, converted: set[int]) -> None:
+    """Turns off the fused inference paths of ``nn.TransformerEncoder(Layer)``, which take float weights only."""
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and any(
+            id(m) in converted for m in module.modules()
+        ):
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0
+            else:
+                module.use_nested_tensor = False

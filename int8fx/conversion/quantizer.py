@@ -1,0 +1,125 @@
+"""Quantises float weights: `Quantizer` makes packed tensors, `Columns` chooses which columns stay in 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+
+from ..schemes import Scheme
+from ..schemes.calibration import Calibration
+from ..schemes.gptq import round_weight
+from ..schemes.quantize import quantize_weight
+from ..schemes.weight import PackedTensors
+from .layers import Layer
+from .packed import Reading
+
+
+class Columns:
+    """Chooses which columns of weights are not quantised, for all schemes of one conversion.
+
+    A layer that the calibration has data of keeps the columns whose inputs have the largest absmax. Without data it
+    keeps the columns of largest Euclidean norm, whose rounding would cost most if all inputs were alike. The norms are
+    over the weights of all ``layers`` in one module with inputs of one width, which often read the same x.
+
+    Equal columns of several weights are one tensor, so that products of the same x can share its quantisation.
+
+    Args:
+        calibration: what `calibrate` returns, or None.
+        layers: those that the conversion packs. Their norms are computed when one of them needs them: while all of them
+            still are float.
+    """
+
+    def __init__(self, calibration: Calibration | None = None, layers: Iterable[Layer] = ()) -> None:
+        self.calibration = calibration or Calibration()
+        self._siblings: dict[tuple[str, int], list[Layer]] = {}
+        for layer in layers:
+            if layer.name not in self.calibration.absmax:
+                self._siblings.setdefault(_module_and_width(layer), []).append(layer)
+        self._norms: dict[tuple[str, int], Tensor] = {}
+        self._tied: dict[tuple, Tensor] = {}
+
+    def choose(self, tied: list[Layer], count: int) -> Tensor:
+        """``[count]`` int64, ascending: the columns that the layers of ``tied``, which share a weight, keep."""
+        absmax = [self.calibration.absmax[t.name] for t in tied if t.name in self.calibration.absmax]
+        norms = [self._norms_of(layer) for layer in tied if layer.name not in self.calibration.absmax]
+        size = torch.stack(absmax).amax(0) if absmax else norms[0]
+        weight = tied[0].weight
+        columns = size.to(weight.device).topk(count).indices.sort().values
+        if detect_fake_mode(weight) is not None:
+            return columns
+        return self._tied.setdefault((columns.device, *columns.tolist()), columns)
+
+    def _norms_of(self, layer: Layer) -> Tensor:
+        key = _module_and_width(layer)
+        if key not in self._norms:
+            siblings = self._siblings.pop(key, [layer])
+            self._norms[key] = sum((_squares(s) for s in siblings), torch.zeros((), device=layer.weight.device))
+        return self._norms[key]
+
+
+def _module_and_width(layer: Layer) -> tuple[str, int]:
+    return layer.name.rpartition(".")[0], layer.oriented().shape[-1]
+
+
+def _squares(layer: Layer) -> Tensor:
+    """``sum_n(weight[n, k] ** 2)``, float32."""
+    return layer.oriented().float().square().flatten(0, -2).sum(0)
+
+
+class Quantizer:
+    """Quantises weights for a scheme: ``quantizer([layer, ...])`` the one weight that these layers share.
+
+    Args:
+        scheme: for all layers, or layer name -> scheme.
+        calibration: what `calibrate` returns, or None.
+        columns: chooses unquantised columns. One `Columns` serves several quantizers.
+        progress: called after each weight with how many are done.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme | Mapping[str, Scheme],
+        calibration: Calibration | None = None,
+        columns: Columns | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.scheme, self.calibration = scheme, calibration or Calibration()
+        self.columns = columns or Columns(self.calibration)
+        self.progress, self._done = progress, 0
+
+    def scheme_of(self, layer: Layer) -> Scheme:
+        return self.scheme[layer.name] if isinstance(self.scheme, Mapping) else self.scheme
+
+    def check(self, layers: Iterable[Layer]) -> None:
+        """Raises ValueError if a scheme needs moments and the calibration has none of a layer."""
+        for layer in layers:
+            if self.scheme_of(layer).needs_moments and layer.name not in self.calibration.moments:
+                raise ValueError(
+                    f"int8fx.convert: rounding='gptq' knows nothing of the inputs of layer {layer.name!r}; legal: "
+                    "calibration=int8fx.calibrate(model, data, moments=True), with data that reaches it, or skip it"
+                )
+
+    def __call__(self, tied: list[Layer]) -> PackedTensors:
+        """Ordinary tensors in any grad mode; fake ones of a fake weight."""
+        weight, scheme = tied[0].oriented(), self.scheme_of(tied[0])
+        with torch.inference_mode(False), torch.no_grad(), detect_fake_mode(weight) or nullcontext() as fake:
+            count = scheme.static_columns(weight.shape[-1])
+            columns = self.columns.choose(tied, count) if count else None
+            if scheme.rounding == "gptq" and fake is None:
+                tensors = round_weight(weight, self.calibration.moments[tied[0].name], scheme.block, columns)
+            else:
+                columns_weight = None if columns is None else weight.index_select(-1, columns).clone()
+                tensors = PackedTensors(*quantize_weight(weight, scheme.block, columns), columns, columns_weight)
+        self._done += 1
+        if self.progress is not None:
+            self.progress(self._done)
+        return tensors
+
+    def reading(self, layer: Layer) -> Reading:
+        """How the module of ``layer`` reads its packed weight."""
+        assert layer.layout is not None
+        return Reading(layer.layout, layer.weight.dtype, self.scheme_of(layer), layer.recipe.kernel_dims)
