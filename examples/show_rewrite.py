@@ -1,6 +1,6 @@
 """Prints a gated feed-forward block's FX graph before and after the passes.
 
-The block spells its products in three ways: ``F.linear`` with a Parameter, ``@`` with a Parameter, an ``nn.Linear``.
+The block spells its matmuls in three ways: ``F.linear`` with a Parameter, ``@`` with a Parameter, an ``nn.Linear``.
 """
 
 import operator
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._inductor.decomposition import select_decomp_table
+from torch.fx import Graph, Node
 
 import int8fx
 from int8fx.passes import run_passes
@@ -25,15 +26,38 @@ class Block(nn.Module):
         return x + self.down(F.silu(F.linear(x, self.gate)) * (x @ self.up))
 
 
-def show(title: str, graph: torch.fx.Graph) -> None:
+def show(title: str, graph: Graph) -> None:
     print(f"{title}\n")
     for node in graph.nodes:
         if node.op == "call_function" and node.target is not operator.getitem:
             val = node.meta["val"]
-            shape = list(val.shape) if isinstance(val, torch.Tensor) else [list(v.shape) for v in val]
-            args = ", ".join("None" if a is None else str(a) for a in node.args)
-            print(f"    {node.name} = {str(node.target).removesuffix('.default')}({args})  # {shape}")
+            shapes = [list(v.shape) for v in (val if isinstance(val, tuple) else (val,))]
+            print(f"    {text(node)} = {call(node)}  # {', '.join(map(str, shapes))}")
     print()
+
+
+def call(node: Node) -> str:
+    """A call of an operator as one writes it: arguments that are their defaults are left out."""
+    arguments = node.target._schema.arguments
+    given = dict(zip((a.name for a in arguments), node.args, strict=False)) | node.kwargs
+    spelled: dict[str, None] = {}  # parts of one tuple are written once
+    by_position = True
+    for a in arguments:
+        if a.name not in given or (a.has_default_value() and given[a.name] == a.default_value):
+            by_position = False
+        elif by_position and not a.kwarg_only:
+            spelled[text(given[a.name])] = None
+        else:
+            spelled[f"{a.name}={text(given[a.name])}"] = None
+    return f"{str(node.target).removesuffix('.default')}({', '.join(spelled)})"
+
+
+def text(value: object) -> str:
+    if not isinstance(value, Node):
+        return repr(value)
+    if value.target is operator.getitem:
+        return f"*{text(value.args[0])}"
+    return value.name.replace("_default", "")
 
 
 torch.manual_seed(0)

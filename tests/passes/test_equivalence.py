@@ -1,4 +1,4 @@
-"""Whichever way a product is run, it is the same: eager, exported, compiled; and the reference, within its error."""
+"""Whichever way a matmul is run, it is the same: eager, exported, compiled; and the reference, within its error."""
 
 from __future__ import annotations
 
@@ -10,29 +10,32 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from support.compiled import without_cpp
+from support.graphs import dequantized
 from support.helpers import (
     DTYPES,
-    INF,
     OUTLIERS,
     VALUES,
+    Problem,
     activation,
     assert_within_budget,
     generator,
     packed_weight,
     seeds,
 )
-from test_compile import without_cpp
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import metrics
 from torch.export import Dim, export
 
+import int8fx
 from int8fx import ops
-from int8fx.passes import PASSES, install
+from int8fx.passes.inductor import install
 from int8fx.schemes import reference
+from int8fx.schemes.weight import Epilogue, Int8Weight
 
 sizes = st.integers(2, 70)  # sizes of 0 and 1 are graphs of their own to Dynamo; eager tests have them
-CASES = [(threshold, with_bias) for threshold in (6.0, INF, 0.0) for with_bias in (False, True)]
+CASES = [(threshold, with_bias) for threshold in (6.0, None, 0.0) for with_bias in (False, True)]
 
 
 def assert_same_bits(y: Tensor, expected: Tensor) -> None:
@@ -48,24 +51,24 @@ def _fresh():
     torch._dynamo.reset()
 
 
-# ---- products -------------------------------------------------------------------------------------------------------
+# ---- matmuls --------------------------------------------------------------------------------------------------------
 
 
-class Products(nn.Module):
+class Linears(nn.Module):
     """One x, one weight, every threshold, with a bias and without; and a weight per row of a batch."""
 
     def forward(self, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor, experts: Tensor, scales: Tensor):
-        products = [ops.linear(x, codes, scale, bias if b else None, threshold) for threshold, b in CASES]
-        return *products, ops.linear(_batch(x, experts), experts, scales, None, 6.0)
+        linears = [ops.linear(x, codes, scale, threshold, bias=bias if b else None) for threshold, b in CASES]
+        return *linears, ops.linear(_batch(x, experts), experts, scales, 6.0)
 
 
-class Dequantized(Products):
+class Dequantized(Linears):
     """The same as it stands in a graph before `lower`, `share` and `fold`."""
 
     def forward(self, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor, experts: Tensor, scales: Tensor):
-        weights = {threshold: ops.dequantize(codes, scale, x.dtype, threshold) for threshold, _ in CASES}
-        products = [F.linear(x, weights[threshold], bias if b else None) for threshold, b in CASES]
-        return *products, _batch(x, experts) @ ops.dequantize(experts, scales, x.dtype, 6.0).mT
+        weights = {threshold: ops.dequantize(codes, scale, threshold, dtype=x.dtype) for threshold, _ in CASES}
+        linears = [F.linear(x, weights[threshold], bias if b else None) for threshold, b in CASES]
+        return *linears, _batch(x, experts) @ ops.dequantize(experts, scales, 6.0, dtype=x.dtype).mT
 
 
 def _batch(x: Tensor, experts: Tensor) -> Tensor:
@@ -89,17 +92,18 @@ def ways(dtype: torch.dtype) -> dict[str, Callable]:
     sample = arguments(5, 7, 11, dtype, "column", "normal", 0)
     dims = ({0: "M", 1: "K"}, {0: "N", 1: "K"}, {0: "N"}, {0: "N"}, {1: "N", 2: "K"}, {1: "N"})
     dynamic = tuple({i: Dim(name, min=2, max=1 << 16) for i, name in d.items()} for d in dims)
-    before = len(PASSES.reports)
+    before = len(int8fx.reports())
     with torch.no_grad():
-        found = {"exported": export(Products(), sample, dynamic_shapes=dynamic).module()}
+        exported = export(Linears(), sample, dynamic_shapes=dynamic).module()
         compiled = torch.compile(Dequantized(), fullgraph=True, dynamic=True, backend=without_cpp)
         compiled(*sample)
-    [report] = list(PASSES.reports)[before:]
+    [report] = int8fx.reports()[before:]
     assert (report.lowered, report.linears, report.dequantized) == (len(CASES) + 1, len(CASES) + 1, 0)
     assert report.shared == len(CASES) - 3  # one quantisation per threshold
-    return found | {"compiled": compiled}
+    return {"exported": exported, "compiled": compiled}
 
 
+@pytest.mark.slow
 @given(
     sizes, sizes, sizes, st.sampled_from(DTYPES), st.sampled_from(OUTLIERS), st.sampled_from(VALUES), seeds
 )  # fmt: skip
@@ -107,18 +111,21 @@ def ways(dtype: torch.dtype) -> dict[str, Callable]:
 def test_eager_exported_compiled_and_reference(M, K, N, dtype, outliers, values, seed):
     run = ways(dtype)
     given_arguments = arguments(M, K, N, dtype, outliers, values, seed)
-    eager = Products()(*given_arguments)
+    eager = Linears()(*given_arguments)
     graphs = counters["stats"]["unique_graphs"]
     for way in run.values():
         for y, expected in zip(way(*given_arguments), eager, strict=True):
             assert_same_bits(y, expected)
     assert counters["stats"]["unique_graphs"] == graphs, "recompiled"
     x, codes, scale, bias, experts, scales = given_arguments
-    problems = [(x, codes, scale, bias if with_bias else None, threshold) for threshold, with_bias in CASES]
-    problems.append((_batch(x, experts), experts, scales, None, 6.0))
-    for y, p in zip(eager, problems, strict=True):
-        assert_within_budget(y, *p)
-        assert_within_budget(reference.linear(*p), *p)
+    problems = [
+        Problem(x, Int8Weight(codes, scale, threshold), Epilogue(bias if with_bias else None))
+        for threshold, with_bias in CASES
+    ]
+    problems.append(Problem(_batch(x, experts), Int8Weight(experts, scales, 6.0)))
+    for y, problem in zip(eager, problems, strict=True):
+        assert_within_budget(y, *problem)
+        assert_within_budget(reference.linear(*problem), *problem)
 
 
 # ---- epilogues ------------------------------------------------------------------------------------------------------
@@ -127,12 +134,12 @@ EPILOGUES = [(name, binary) for name in reference.ACTIVATIONS for binary in refe
 
 
 def epilogues(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor, other: Tensor) -> list[Tensor]:
-    """As a model spells them; every product stands alone, for `fold` to take up what follows it."""
+    """As a model spells them. Every matmul has what follows it for itself, so that `fold` can take it."""
     spelled = {"none": lambda y: y, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
     spelled["gelu_tanh"] = lambda y: F.gelu(y, approximate="tanh")
     results = []
     for name, binary in EPILOGUES:
-        y = spelled[name](ops.linear(x, codes, scale, bias, 6.0))
+        y = spelled[name](ops.linear(x, codes, scale, 6.0, bias=bias))
         results.append(y if binary == "none" else y + other if binary == "add" else other * y)
     return results
 
@@ -141,10 +148,10 @@ def epilogues(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor, other: Tens
 def folded(dtype: torch.dtype) -> Callable:
     x, codes, scale, bias, *_ = arguments(5, 7, 11, dtype, "column", "normal", 0)
     compiled = torch.compile(epilogues, fullgraph=True, dynamic=True, backend=without_cpp)
-    before = len(PASSES.reports)
+    before = len(int8fx.reports())
     with torch.no_grad():
         compiled(x, codes, scale, bias, x.new_ones(5, 11))
-    [report] = list(PASSES.reports)[before:]
+    [report] = int8fx.reports()[before:]
     assert report.linears == len(EPILOGUES)
     assert report.folded == sum((name != "none") + (binary != "none") for name, binary in EPILOGUES)
     return compiled
@@ -157,9 +164,10 @@ def test_folded_epilogues_are_within_the_error_of_the_reference(M, K, N, dtype, 
     x, codes, scale, bias, *_ = arguments(M, K, N, dtype, outliers, "normal", seed)
     other = torch.randn(M, N, generator=generator(seed + 1)).to(dtype)
     for y, (name, binary) in zip(compiled(x, codes, scale, bias, other), EPILOGUES, strict=True):
-        arguments_of_y = (x, codes, scale, bias, 6.0, name, None if binary == "none" else other, binary)
-        assert_same_bits(y, ops.linear(*arguments_of_y))
-        assert_within_budget(y, *arguments_of_y)
+        epilogue = Epilogue(bias, name, None if binary == "none" else other, binary)
+        problem = Problem(x, Int8Weight(codes, scale, 6.0), epilogue)
+        assert_same_bits(y, ops.linear(*problem.args))
+        assert_within_budget(y, *problem)
 
 
 # ---- Inductor's code ------------------------------------------------------------------------------------------------
@@ -174,30 +182,30 @@ def _after(y: Tensor) -> Tensor:
 
 
 def network(x: Tensor, up: tuple, gate: tuple, down: tuple, bias: Tensor) -> Tensor:
-    """Between the products everything is exact or rounded once, so that the order in which code does it cannot show."""
-    up_weight, gate_weight, down_weight = (ops.dequantize(*packed, x.dtype, 6.0) for packed in (up, gate, down))
+    """Between the matmuls everything is exact or rounded once, so that the order in which code does it cannot show."""
+    up_weight, gate_weight, down_weight = (dequantized(packed, x.dtype) for packed in (up, gate, down))
     h = _before(x)
     return _after(x + F.linear(torch.relu(F.linear(h, gate_weight, bias)) * F.linear(h, up_weight), down_weight))
 
 
 @pytest.fixture(scope="module")
 def compiled_network() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """What Inductor's code gives, and what the rewritten products give."""
+    """What Inductor's code gives, and what the rewritten matmuls give."""
     weights = (packed_weight(40, 24, seed=1), packed_weight(40, 24, seed=2), packed_weight(24, 40, seed=3))
     bias = torch.randn(40, generator=generator(4))
-    before, compiled = len(PASSES.reports), torch.compile(network, fullgraph=True, dynamic=True)
+    before, compiled = len(int8fx.reports()), torch.compile(network, fullgraph=True, dynamic=True)
     metrics.reset()
     inductor, functorch = torch._inductor.config, torch._functorch.config
     with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False), torch.no_grad():
         compiled(torch.ones(3, 24), *weights, bias)
     assert metrics.generated_cpp_vec_kernel_count + metrics.generated_kernel_count > 0
-    [report] = list(PASSES.reports)[before:]
+    [report] = int8fx.reports()[before:]
     assert (report.lowered, report.shared, report.linears) == (3, 1, 3)
 
     def both(x: Tensor) -> tuple[Tensor, Tensor]:
         (up, gate, down), h = weights, _before(x)
-        hidden = ops.linear(h, *gate, bias, 6.0, "relu") * ops.linear(h, *up, None, 6.0)
-        return compiled(x, *weights, bias), _after(x + ops.linear(hidden, *down, None, 6.0))
+        hidden = ops.linear(h, *gate, 6.0, bias=bias, activation="relu") * ops.linear(h, *up, 6.0)
+        return compiled(x, *weights, bias), _after(x + ops.linear(hidden, *down, 6.0))
 
     return both
 

@@ -7,15 +7,17 @@ import io
 import pytest
 import torch
 from support import models
-from support.helpers import INF, activation, generator
+from support.compiled import FAMILIES
+from support.helpers import activation, generator
 from support.models import HIDDEN
-from test_compile import FAMILIES
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 import int8fx
-from int8fx.conversion.packed import SCALE
-from int8fx.passes import PASSES, Report, count_ops
+from int8fx.graph.count import count_ops
+from int8fx.passes import Report
+from int8fx.passes.inductor import PASSES
+from int8fx.schemes.weight import SCALE, Int8Weight, PackedTensors
 
 N = 48
 SIZES = ((2, 9), (3, 5), (7, 2), (2, 64))
@@ -50,9 +52,24 @@ def exported(model: nn.Module, strict: bool = False) -> ExportedProgram:
 # ---- torch.export ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[6.0, INF], ids=["threshold6", "inf"])
-def small(request) -> nn.Module:
-    return int8fx.convert(Small().eval(), int8fx.llm_int8(request.param))
+SCHEMES = {
+    "llm_int8": int8fx.llm_int8(),
+    "plain": int8fx.plain(),
+    "weight_only": int8fx.weight_only(),
+    "columns": int8fx.llm_int8(columns=0.05),
+    "rotated": int8fx.rotated(columns=0.0, block=16),
+    "rotated_columns": int8fx.rotated(columns=0.05, block=16),
+}
+
+
+@pytest.fixture(params=SCHEMES)
+def scheme(request) -> int8fx.Scheme:
+    return SCHEMES[request.param]
+
+
+@pytest.fixture
+def small(scheme) -> nn.Module:
+    return int8fx.convert(Small().eval(), scheme)
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
@@ -79,9 +96,9 @@ def test_programs_come_back_from_a_file(small):
     file.seek(0)
     loaded = torch.export.load(file)
     assert count_ops(loaded.graph) == count_ops(program.graph)
-    assert {name: t.dtype for name, t in loaded.state_dict.items() if name.startswith("up.weight")} == {
-        "up.weight": torch.int8, "up.weight" + SCALE: torch.float32,
-    }  # fmt: skip
+    dtypes = {name: t.dtype for name, t in loaded.state_dict.items()}
+    assert dtypes == {name: t.dtype for name, t in small.state_dict().items()}
+    assert (dtypes["up.weight"], dtypes["up.weight" + SCALE]) == (torch.int8, torch.float32)
     x = sample((4, 7), seed=2)
     assert torch.equal(loaded.module()(x), small(x))
 
@@ -108,22 +125,21 @@ def test_models_export(name):
 # ---- AOTInductor ----------------------------------------------------------------------------------------------------
 
 
-def products(state: dict[str, Tensor], bias: Tensor, x: Tensor, threshold: float) -> Tensor:
-    """`Small` as the passes leave it: every product int8, also that with the bare Parameter."""
+def as_rewritten(state: dict[str, Tensor], bias: Tensor, x: Tensor, scheme: int8fx.Scheme) -> Tensor:
+    """`Small` as the passes leave it: every matmul is int8, also that with the bare Parameter."""
 
     def linear(x: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
-        return int8fx.ops.linear(x, state[name], state[name + SCALE], bias, threshold)
+        packed = PackedTensors.of(state, name)
+        weight = Int8Weight(*packed[:2], scheme.threshold, scheme.block, *packed[2:])
+        return int8fx.ops.linear(x, *weight, bias)
 
     return x + linear(torch.relu(linear(x, "up.weight", bias)) + linear(x, "bare"), "down.weight")
 
 
-@pytest.mark.parametrize(("threshold", "first"), [(6.0, "convert"), (1e300, "export")])
-def test_aot_inductor_packages_run(threshold, first, tmp_path):
-    """Built, loaded and run, with gradients enabled and sizes that the example did not have.
-
-    torch 2.13 writes an infinite argument into a package in a way that it cannot read back: 1e300 stands for it.
-    """
-    scheme = int8fx.llm_int8(threshold)
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["convert", "export"])
+def test_aot_inductor_packages_run(scheme, first, tmp_path):
+    """Built, loaded and run, with gradients enabled and sizes that the example did not have."""
     if first == "convert":
         program = exported(int8fx.convert(Small().eval(), scheme))
     else:
@@ -131,13 +147,15 @@ def test_aot_inductor_packages_run(threshold, first, tmp_path):
         assert count_ops(program.graph) == {"linear": 3}
     PASSES.reports.clear()
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "small.pt2"))
-    [report] = PASSES.reports
-    # folded: what is added to the bare product, and x; relu goes into the first product
-    assert report == Report(lowered=1 if first == "convert" else 0, shared=1, folded=3, linears=3, dequantized=0)
+    [report] = int8fx.reports()
+    # A converted program has an input for every buffer, also for columns that are one tensor: it shares nothing then.
+    lowered, shared = (1, 1) if first == "convert" else (0, 0 if scheme.columns else 1)
+    # folded: what is added to the bare matmul, and x; relu goes into the first matmul
+    assert report == Report(lowered, shared, folded=3, linears=3, dequantized=0)
     run = torch._inductor.aoti_load_package(path)
     state, bias = program.state_dict, program.state_dict["up.bias"].detach()
     for size in SIZES:
         x = sample(size, seed=3)
-        assert torch.equal(run(x), products(state, bias, x, threshold))
+        assert torch.equal(run(x), as_rewritten(state, bias, x, scheme))
         if first == "export":
             assert torch.equal(run(x), program.module()(x))
