@@ -29,8 +29,8 @@ settings.register_profile("thorough", deadline=None, max_examples=1500, suppress
 if hardware.DEVICE:
     hardware.install()
 
-SLOW_FILES: tuple[str, ...] = ()
-"""Files of which every test is slow; a file that is slow in parts marks its tests by itself."""
+SLOW_FILES = ("tests/test_examples.py", "tests/tools/test_demo.py")
+"""Ends of paths of files in which every test is slow. A file marks its slow tests itself where it can."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,7 +62,7 @@ def kernels(request):
             yield Kernels(request.param)
 
 
-@pytest.fixture(params=("cpu", "triton"), scope="module")
+@pytest.fixture(params=("cpu", pytest.param("triton", marks=pytest.mark.slow)), scope="module")
 def served_by(request):
     """What serves the ops of CPU tensors: the CPU kernels, or the Triton kernels in the interpreter."""
     if request.param == "cpu":

@@ -22,15 +22,16 @@ import torch
 
 import int8fx
 
+pytestmark = pytest.mark.slow  # builds, and starts processes
 REPOSITORY = Path(__file__).parents[1]
 SOURCES = {"int8fx": "int8fx", "triton_kernels": "int8fx/triton_kernels"}  # folder -> where it is installed
 DIST_INFO = f"int8fx-{int8fx.__version__}.dist-info"
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    here = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = (sys.executable, *map(str, command))
-    done = subprocess.run(command, cwd=cwd, env=here | environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, env=inherited | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -83,7 +84,7 @@ def installed(wheel, tmp_path_factory) -> Path:
     return target
 
 
-def asked(code: str, cwd: Path, **environment: str) -> Any:
+def result_of(code: str, cwd: Path, **environment: str) -> Any:
     """What ``code`` leaves in ``result``, in another process."""
     return json.loads(
         run("-W", "ignore", "-c", f"import json\n{code}\nprint(json.dumps(result))", cwd=cwd, **environment)
@@ -102,10 +103,10 @@ def test_wheel_has_one_import_name(wheel):
 
 def test_wheel_has_every_source_file(tree, wheel):
     expected = sources(tree)
-    assert {"int8fx/py.typed", "int8fx/__init__.py", "int8fx/triton_kernels/__init__.py"} <= set(expected)
-    found = {name: data for name, data in contents(wheel).items() if not name.startswith(DIST_INFO)}
-    assert sorted(found) == sorted(expected)
-    assert found == expected
+    assert {"int8fx/py.typed", "int8fx/ops/csrc/ops.cpp", "int8fx/triton_kernels/__init__.py"} <= set(expected)
+    files = {name: data for name, data in contents(wheel).items() if not name.startswith(DIST_INFO)}
+    assert sorted(files) == sorted(expected)
+    assert files == expected
 
 
 def test_wheel_describes_itself(tree, wheel):
@@ -144,7 +145,7 @@ import int8fx, int8fx.passes, int8fx.triton_kernels, torch
 model = int8fx.convert(torch.nn.Linear(8, 4))
 result = [int8fx.__file__, int8fx.passes.__file__, int8fx.triton_kernels.__file__, list(model(torch.ones(2, 8)).shape)]
 """
-    *files, shape = asked(code, tmp_path, PYTHONPATH=str(installed))
+    *files, shape = result_of(code, tmp_path, PYTHONPATH=str(installed))
     folders = ("int8fx", "int8fx/passes", "int8fx/triton_kernels")
     assert files == [str(installed / folder / "__init__.py") for folder in folders]
     assert shape == [2, 4]
@@ -157,9 +158,9 @@ from torch._dynamo.backends.registry import lookup_backend
 backend = lookup_backend("int8fx")
 result = ["int8fx" in torch._dynamo.list_backends(), backend.__module__, backend.__code__.co_filename]
 """
-    listed, module, file = asked(code, tmp_path, PYTHONPATH=str(installed))
+    listed, module, file = result_of(code, tmp_path, PYTHONPATH=str(installed))
     assert (listed, module) == (True, "int8fx.passes.backend")
-    assert file == str(installed / "int8fx" / "backend.py")
+    assert file == str(installed / "int8fx" / "passes" / "backend.py")
 
 
 def _import_error(name: str, cwd: Path, **environment: str) -> list[str]:
@@ -170,10 +171,10 @@ try:
 except ImportError as error:
     result = [type(error).__name__, str(error)]
 """
-    return asked(code, cwd, **environment)
+    return result_of(code, cwd, **environment)
 
 
-def test_bare_triton_kernels_is_not_ours(installed, tree, tmp_path):
+def test_the_bare_name_triton_kernels_is_not_int8fxs(installed, tree, tmp_path):
     kind, message = _import_error("triton_kernels", tree)
     assert kind == "ImportError"
     assert "import int8fx.triton_kernels" in message
@@ -182,7 +183,7 @@ def test_bare_triton_kernels_is_not_ours(installed, tree, tmp_path):
 
 
 def test_editable_install_imports_the_sources(tree, tmp_path):
-    """Without site-packages' own .pth files: they hold the editable install that this test runs in."""
+    """Without the .pth files of site-packages: they hold the editable install that this test runs in."""
     editable, target = build("build_editable", tree, tmp_path / "wheel"), tmp_path / "target"
     run("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target, editable, cwd=tmp_path)
     site_packages = Path(torch.__file__).parents[1]
@@ -193,8 +194,9 @@ sys.path.append({str(site_packages)!r})
 import int8fx, int8fx.passes, int8fx.triton_kernels
 result = [int8fx.__file__, int8fx.passes.__file__, int8fx.triton_kernels.__file__]
 """
-    found = json.loads(run("-S", "-W", "ignore", "-c", f"import json\n{code}\nprint(json.dumps(result))", cwd=tmp_path))
-    assert found == [str(tree / folder / "__init__.py") for folder in ("int8fx", "int8fx/passes", "triton_kernels")]
+    code = f"import json\n{code}\nprint(json.dumps(result))"
+    files = json.loads(run("-S", "-W", "ignore", "-c", code, cwd=tmp_path))
+    assert files == [str(tree / folder / "__init__.py") for folder in ("int8fx", "int8fx/passes", "triton_kernels")]
 
 
 def test_this_install_has_one_import_name():

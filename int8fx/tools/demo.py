@@ -6,7 +6,7 @@ import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +25,8 @@ from .data.texts import windows
 from .decoding import StaticDecoder, greedy
 from .evaluate import Result, compare, float_copy
 from .machine import machine
+
+Calls = Mapping[str, Callable[[], object]]  # by label
 
 FLOAT32, BFLOAT16, LLM_INT8, ROTATED = "float32", "bfloat16", "llm_int8", "rotated"
 INT8 = (LLM_INT8, ROTATED)
@@ -113,8 +115,7 @@ class Demo:
         """Windows of text, to measure on and to calibrate on."""
         width = 512 if kind == "lm" and not self.quick else 128
         width = min(width, getattr(config, "max_position_embeddings", width))
-        count = 8 if kind != "lm" else 2 if self.quick else 4
-        measured, calibrating = windows(tokenizer, ["pydoc"], count, width, 4)
+        measured, calibrating = windows(tokenizer, ["pydoc"], 2 if kind == "lm" else 8, width, 2)
         return list(measured.split(1)), list(calibrating.split(1))
 
     def _decode(
@@ -140,7 +141,7 @@ class Demo:
             end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
             comparison.texts[label] = tokenizer.decode(ids[:end])
 
-    def _compile(self, what: str, calls: dict[str, Callable[[], object]]) -> None:
+    def _compile(self, what: str, calls: Calls) -> None:
         """Calls each once, which compiles it."""
         for label, call in calls.items():
             self._say(f"compiling the {what} of {label}: minutes at first, seconds from torch's compile cache")
@@ -153,7 +154,7 @@ class Demo:
                 )
         self._say("compiled without a graph break")
 
-    def _time(self, calls: dict[str, Callable[[], object]]) -> dict[str, Measured]:
+    def _time(self, calls: Calls) -> dict[str, Measured]:
         return interleave({label: [call] for label, call in calls.items()}, self.rounds)
 
     def _say(self, text: str) -> None:

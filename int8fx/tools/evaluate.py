@@ -106,15 +106,18 @@ def evaluate(
             f"int8fx.tools.evaluate: kind {kind!r}, {len(samples)} samples, {len(schemes)} schemes; legal: "
             f"{', '.join(_KINDS)}, two samples or more, one scheme or more"
         )
-    plain_schemes = [scheme for scheme in schemes.values() if isinstance(scheme, Scheme)]
-    columns = None
-    if calibration and any(scheme.needs_columns or scheme.needs_moments for scheme in plain_schemes):
-        moments = any(scheme.needs_moments for scheme in plain_schemes)
-        columns = calibrate(model, calibration, moments=moments, progress=progress)
-    models = {
-        label: convert(float_copy(model), scheme, calibration=columns if isinstance(scheme, Scheme) else None)
-        for label, scheme in schemes.items()
-    }
+    single = [scheme for scheme in schemes.values() if isinstance(scheme, Scheme)]
+    statistics = None
+    if calibration and any(scheme.needs_columns or scheme.needs_moments for scheme in single):
+        moments = any(scheme.needs_moments for scheme in single)
+        statistics = calibrate(model, calibration, moments=moments, progress=progress)
+    models = {}
+    for label, scheme in schemes.items():
+        models[label] = float_copy(model)
+        if isinstance(scheme, Scheme):
+            convert(models[label], scheme, calibration=statistics)
+        elif scheme.schemes:  # else the plan leaves all layers in 16 bits
+            convert(models[label], scheme)
     reference, results = compare(model, models, kind, samples, progress=progress)
     data = f"{len(samples)} windows of {samples[0]['input_ids'].shape[1]} tokens"
     return Evaluation(name, kind, data, reference, results)

@@ -244,7 +244,7 @@ def test_kernels_compile_to_the_instructions_of_their_set(isa, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", [native.DEFAULT, portable("VnniTile"), portable("AmxTile")], ids=lambda isa: isa.name)
 def test_kernels_for_other_instructions_pass_the_same_tests(isa):
-    """In another process: a process loads one library. Its tests are those of `test_kernels` that run the C++ kernels."""
+    """Those of `test_kernels` that run the C++ kernels, in another process: a process loads one library."""
     code = f"""
 import sys, pytest
 from int8fx.ops import native

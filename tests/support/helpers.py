@@ -47,7 +47,7 @@ def activation(
 
     Args:
         outliers: none; one ``column``; all ``columns``; one ``row``; one element of the first ``token``; ``some``
-            columns (one in eight) that stick out in some of their rows, as in a language model.
+            columns (one in eight) with outliers in some of their rows, as in a language model.
         values: normal; every second row zero; one NaN; one inf; all ``denormal``; ``huge``, up to float16's maximum or
             ``2**80``.
     """
@@ -95,7 +95,7 @@ def with_layout(x: Tensor, layout: str) -> Tensor:
     """x's values in another memory layout; ``expanded`` repeats its first row and ``broadcast`` its first column."""
     if layout == "transposed" and x.dim() > 1:
         return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "sliced":  # what lies between is NaN, so that reading it shows
+    if layout == "sliced":  # the elements between are NaN: a kernel that reads them gives NaN
         buffer = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"))
         view = buffer[..., 1::2]
         view.copy_(x)
@@ -332,22 +332,22 @@ def error_budget(
 def assert_within(y: Tensor, exact: Tensor, budget: Tensor, magnitude: Tensor) -> None:
     """``abs(y - exact) <= budget``; not finite where ``exact`` is not; inf where ``exact`` overflows y's dtype.
 
-    Where the ``magnitude`` of the sums is beyond what their dtype holds, nothing is asked.
+    Where the ``magnitude`` of the sums is beyond what their dtype holds, y is not checked.
     """
     assert y.shape == exact.shape
     largest = torch.finfo(y.dtype).max
     finite = exact.isfinite()
     assert not y[~finite].isfinite().any(), "NaN or inf of x is lost"
-    asked = finite & (magnitude < torch.finfo(compute_dtype(y.dtype)).max / 2**24)
-    over = asked & (exact.abs() - budget > largest * (1 + unit_roundoff(y.dtype)))
+    checked = finite & (magnitude < torch.finfo(compute_dtype(y.dtype)).max / 2**24)
+    over = checked & (exact.abs() - budget > largest * (1 + unit_roundoff(y.dtype)))
     assert (y[over] == exact[over].sign() * INF).all(), "not inf beyond the output dtype"
     may_be_inf = exact.abs() + budget > largest
-    asked = asked & ~(may_be_inf & y.isinf())
+    checked = checked & ~(may_be_inf & y.isinf())
     error = (y.double() - exact).abs()
-    worst = torch.where(asked, error - budget, -INF)
-    if bool((worst > 0).any()) or bool((asked & error.isnan()).any()):
+    worst = torch.where(checked, error - budget, -INF)
+    if bool((worst > 0).any()) or bool((checked & error.isnan()).any()):
         at = tuple(
-            int(i) for i in torch.unravel_index(torch.where(error.isnan() & asked, INF, worst).argmax(), y.shape)
+            int(i) for i in torch.unravel_index(torch.where(error.isnan() & checked, INF, worst).argmax(), y.shape)
         )
         raise AssertionError(
             f"y{list(at)} = {y[at].item()}, exact {exact[at].item()}: error {error[at].item():.3e}, "

@@ -4,7 +4,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -151,10 +150,14 @@ struct Quantized {
   Tensor codes, scale, mask;
 };
 
+Quantized empty_quantized(const Tensor& x) {
+  const int64_t M = x.size(0), K = x.size(1);
+  return {at::empty({M, K}, at::kChar), at::empty({M}, compute_dtype(x)), at::empty({K}, at::kBool)};
+}
+
 Quantized quantize(const Tensor& x, std::optional<double> threshold, int64_t block, const MaybeTensor& columns) {
   const int64_t M = x.size(0), K = x.size(1);
-  Quantized q{
-      at::empty({M, K}, at::kChar), at::empty({M}, compute_dtype(x)), at::empty({K}, at::kBool)};
+  Quantized q = empty_quantized(x);
   const std::vector<int64_t> indices = values_of(columns);
   dispatch(x, [&](auto of) {
     using scalar_t = decltype(of);
@@ -245,10 +248,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rowwise(
   if (!is_float(x) || x.dim() == 0 || !quantisation_is_legal(threshold, block, columns, x.size(-1)))
     refuse(QUANTIZE_ROWWISE, x, threshold, block, columns, for_linear);
   const Tensor rows = rows_of(x);
-  if (for_linear && weight_only(rows.size(0), block))  // linear_quantized does not read it
-    return {at::empty_like(rows, at::kChar), at::empty({rows.size(0)}, compute_dtype(x)),
-            at::empty({rows.size(1)}, at::kBool)};
-  const Quantized q = quantize(rows, threshold, block, columns);
+  const bool is_read = !(for_linear && weight_only(rows.size(0), block));  // by linear_quantized
+  const Quantized q = is_read ? quantize(rows, threshold, block, columns) : empty_quantized(rows);
   return {q.codes, q.scale, q.mask};
 }
 
