@@ -76,34 +76,28 @@ def _grouped_linear_arguments(
 # ---- kernels and fakes -----------------------------------------------------------------------------------------------
 
 
-def _linear(kernels: ModuleType, *args: Any) -> Tensor:
-    arguments = _linear_arguments(*args)
-    check_linear(*arguments)
-    return kernels.linear(*arguments)
+_MATMULS: dict[str, tuple[Callable, Callable]] = {
+    "linear": (_linear_arguments, check_linear),
+    "linear_quantized": (_linear_quantized_arguments, check_linear_quantized),
+    "grouped_linear": (_grouped_linear_arguments, check_grouped_linear),
+}
+"""Op name -> its arguments by type, and the check of them, which returns the shape of y."""
 
 
-def _linear_fake(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty(check_linear(*_linear_arguments(x, *args)))
+def _checked_matmul(name: str) -> Callable[..., Tensor]:
+    typed, check = _MATMULS[name]
+
+    def run(kernels: ModuleType, *args: Any) -> Tensor:
+        arguments = typed(*args)
+        check(*arguments)
+        return getattr(kernels, name)(*arguments)
+
+    return run
 
 
-def _linear_quantized(kernels: ModuleType, *args: Any) -> Tensor:
-    arguments = _linear_quantized_arguments(*args)
-    check_linear_quantized(*arguments)
-    return kernels.linear_quantized(*arguments)
-
-
-def _linear_quantized_fake(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty(check_linear_quantized(*_linear_quantized_arguments(x, *args)))
-
-
-def _grouped_linear(kernels: ModuleType, *args: Any) -> Tensor:
-    arguments = _grouped_linear_arguments(*args)
-    check_grouped_linear(*arguments)
-    return kernels.grouped_linear(*arguments)
-
-
-def _grouped_linear_fake(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty(check_grouped_linear(*_grouped_linear_arguments(x, *args)))
+def _fake_matmul(name: str) -> Callable[..., Tensor]:
+    typed, check = _MATMULS[name]
+    return lambda x, *args: x.new_empty(check(*typed(x, *args)))
 
 
 def _quantize_rowwise(
@@ -266,10 +260,8 @@ def _without_library(name: str) -> Callable:
 
 
 _CHECKED: dict[str, Callable] = {
-    "linear": _linear,
-    "linear_quantized": _linear_quantized,
+    **{_name: _checked_matmul(_name) for _name in _MATMULS},
     "quantize_rowwise": _quantize_rowwise,
-    "grouped_linear": _grouped_linear,
 }
 for _name in _CHECKED:
     # An alias key: the library's kernels, for the key CPU, go before it.
@@ -278,10 +270,8 @@ for _name in _CHECKED:
 _LIB.impl("dequantize", _dequantize_kernel, "CompositeExplicitAutograd")
 
 _FAKES: dict[str, Callable] = {
-    "linear": _linear_fake,
-    "linear_quantized": _linear_quantized_fake,
+    **{_name: _fake_matmul(_name) for _name in _MATMULS},
     "quantize_rowwise": _quantize_rowwise_fake,
-    "grouped_linear": _grouped_linear_fake,
     "dequantize": _dequantize_fake,
 }
 for _name, _fake in _FAKES.items():
