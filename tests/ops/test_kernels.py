@@ -292,6 +292,7 @@ def test_grouped_linear_is_linear_per_group(kernels, data):
 
 # ---- a rotated row's result and its batch ----------------------------------------------------------------------------
 
+ONE_AND_TWO = [1, pytest.param(2, marks=pytest.mark.slow)]
 INVARIANT = [
     pytest.param(dtype, K, marks=[pytest.mark.slow] if K > 576 else [])
     for dtype in (torch.float32, torch.bfloat16)
@@ -307,7 +308,7 @@ def invariant_problem(dtype: torch.dtype, K: int, N: int = 37, rows: int = 33) -
     return Problem(x, Int8Weight(*packed_weight(N, K, seed=1), None, 64, columns, columns_weight), Epilogue(bias))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", ONE_AND_TWO)
 @pytest.mark.parametrize(("dtype", "K"), INVARIANT)
 @pytest.mark.parametrize("name", list(reference.ACTIVATIONS))
 def test_a_rotated_rows_result_is_bit_equal_for_every_batch(set_threads, threads, dtype, K, name):
@@ -326,7 +327,7 @@ def test_a_rotated_rows_result_is_bit_equal_for_every_batch(set_threads, threads
     assert torch.equal(run(padded, torch.cat([other[:5], other[:15]]))[:5], y[:5])
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", ONE_AND_TWO)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_rotated_rows_result_is_bit_equal_for_every_batch_on_all_kernels(kernels, set_threads, threads, dtype):
     set_threads(threads)
