@@ -14,6 +14,7 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "epilogue.h"
@@ -43,7 +44,10 @@ using Tile = GenericTile;
 #error "INT8FX_WEIGHT_ONLY_ROWS is a number of rows: native.py takes it from rows.py"
 #endif
 
-constexpr int64_t FEW_ROWS = 8;
+template <typename AnyTile>
+constexpr bool HAS_FEW = requires { &AnyTile::template few<1>; };  // sums along K by instructions of its own
+constexpr bool TILE_HAS_FEW = HAS_FEW<Tile>;
+constexpr int64_t FEW_ROWS = TILE_HAS_FEW ? 16 : 8;
 constexpr int64_t DEPTH = 512;
 
 // Whether M rows are multiplied without quantising x. rows.py has the rule for all devices.
@@ -159,11 +163,14 @@ struct Product {
     constexpr int MR = Tile::MR, NR = Tile::NR, KG = Tile::KG;
     const bool few = M <= FEW_ROWS;
     const int64_t groups = (K + KG - 1) / KG, tiles = (M + MR - 1) / MR, C = outliers.size() + columns.size();
-    const int64_t size = few ? M * K * sizeof(int16_t) : tiles * groups * MR * KG * sizeof(typename Tile::X);
+    const int64_t widened = TILE_HAS_FEW ? 0 : M * K * sizeof(int16_t);
+    const int64_t size = few ? widened : tiles * groups * MR * KG * sizeof(typename Tile::X);
     const at::Tensor packed = at::empty({size}, at::kByte);
     const at::Tensor packed_floats = at::empty({tiles * C * MR * int64_t(sizeof(T))}, at::kByte);
     Packed p{few, groups, packed.data_ptr(), static_cast<T*>(packed_floats.data_ptr())};
-    if (few)
+    if (few && TILE_HAS_FEW)
+      for (int64_t m = 0; m < M; ++m) p.x_sums[m] = std::accumulate(codes + m * K, codes + (m + 1) * K, int32_t(0));
+    else if (few)
       for (int64_t i = 0; i < M * K; ++i) static_cast<int16_t*>(p.x)[i] = codes[i];
     at::parallel_for(0, tiles, std::max<int64_t>(1, 32768 / (K * MR + 1)), [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile) {
@@ -193,8 +200,9 @@ struct Product {
   struct Packed {
     bool few;
     int64_t groups;
-    void* x;  // [tiles][groups][MR][KG] of Tile::X; [M][K] of int16 for few rows
+    void* x;  // [tiles][groups][MR][KG] of Tile::X; for few rows [M][K] of int16, or nothing if the tile has `few`
     T* floats;  // [tiles][C][MR], the float columns of x
+    int32_t x_sums[FEW_ROWS] = {};  // of each of few rows, if the tile has `few`
   };
 
   struct Scratch {
@@ -235,16 +243,14 @@ struct Product {
     if (epilogue.bias.defined()) load_any(epilogue.bias, n0, count, NR, bias);
 
     if (p.few) {
-      const auto* rows = static_cast<const int16_t*>(p.x);
-      for (int64_t m = 0; m < M; m += 4)  // the panel's codes stay in the second-level cache
-        for (int64_t n = 0; n < count; ++n) {
-          const int8_t* w = weight + (n0 + n) * K;
-          int32_t* sums = s.sums + m * NR + n;
-          if (M - m == 1) dot<1>(rows + m * K, K, w, sums, NR);
-          if (M - m == 2) dot<2>(rows + m * K, K, w, sums, NR);
-          if (M - m == 3) dot<3>(rows + m * K, K, w, sums, NR);
-          if (M - m >= 4) dot<4>(rows + m * K, K, w, sums, NR);
-        }
+      for (int64_t n = 0; n < count; n += 4)
+        for (int64_t m = 0; m < M; m += 4)  // the four channels' weights stay in the first-level cache
+          switch (M - m) {
+            case 1: few_sums<1>(n0 + n, m, count - n, p, s.sums + m * NR + n); break;
+            case 2: few_sums<2>(n0 + n, m, count - n, p, s.sums + m * NR + n); break;
+            case 3: few_sums<3>(n0 + n, m, count - n, p, s.sums + m * NR + n); break;
+            default: few_sums<4>(n0 + n, m, count - n, p, s.sums + m * NR + n);
+          }
       for (int64_t m = 0; m < M; ++m)
         for (int64_t n = count; n < NR; ++n) s.sums[m * NR + n] = 0;
     } else {
@@ -274,6 +280,18 @@ struct Product {
         for (int n = 0; n < NR; ++n) values[n] += s.residual[at + n];
       epilogue.store(values, bias, m, n0, count, NR, N, y);
     }
+  }
+
+  // sums[r * NR + c] = sum_k(codes[m + r, k] * weight[n + c, k]) of ROWS rows and four channels, of which `count` exist.
+  template <int ROWS, typename AnyTile = Tile>
+  void few_sums(int64_t n, int64_t m, int64_t count, const Packed& p, int32_t* sums) const {
+    const int8_t* w[4];
+    for (int64_t c = 0; c < 4; ++c) w[c] = weight + (n + std::min(c, count - 1)) * K;
+    if constexpr (HAS_FEW<AnyTile>)
+      AnyTile::template few<ROWS>(codes + m * K, p.x_sums + m, K, w, sums, AnyTile::NR);
+    else
+      for (int64_t c = 0; c < std::min<int64_t>(4, count); ++c)
+        dot<ROWS>(static_cast<const int16_t*>(p.x) + m * K, K, w[c], sums + c, AnyTile::NR);
   }
 
   // sums[MR, NR] (+)= x[depth, MR].T @ w[depth, NR]

@@ -4,7 +4,8 @@
 //   x  [k / KG][MR][KG]  of X: code ^ FLIP, 0 ^ FLIP where there is no k
 //   w  [k / KG][NR][KG]  of W: code, 0 where there is no channel or no k; `panel_size(k)` of them
 //
-// in a thread that holds a `Setup`. A panel of w is packed again for every BLOCK_M rows.
+// in a thread that holds a `Setup`. A panel of w is packed again for every BLOCK_M rows. A tile may have a `few` for few
+// rows of x, as VnniTile has it; `dot` of lanes.h serves the others.
 #pragma once
 
 #include <cstdint>
