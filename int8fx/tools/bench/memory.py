@@ -7,7 +7,7 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 import int8fx
 
+from ..evaluate import count_bytes
 from .candidates import BFLOAT16, INT8FX
 from .models import MODELS, load, num_layers, num_tokens, title_of
 from .settings import Settings
@@ -95,12 +96,6 @@ def bytes_of(model: Any, tokens: int, convert: bool) -> dict[str, float]:
     # By type, not isinstance, which would ask every object for its __class__, and would count fake tensors.
     result[LIVE] = count_bytes(value for value in gc.get_objects() if type(value) in (Tensor, Parameter))
     return result
-
-
-def count_bytes(*tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages of ``tensors``, each storage once."""
-    storages = {s.data_ptr(): s.nbytes() for group in tensors for t in group for s in [t.untyped_storage()]}
-    return sum(storages.values())
 
 
 def main(name: str, layers: int | None, tokens: int, convert: bool, threads: int) -> None:

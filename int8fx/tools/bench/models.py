@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..decoding import StaticDecoder
 from .candidates import BFLOAT16, BITSANDBYTES, FLOAT32, FOR_MODELS, INT8FX, Candidate, build_each
 from .products import OUTLIERS
 from .settings import Settings
@@ -216,25 +217,9 @@ def decode_step(model: ConvertedModel, batch: int, max_tokens: int = CACHE) -> C
 
     After ``max_tokens`` tokens the cache is full, and the next call begins with the prompt again.
     """
-    from transformers import StaticCache
-
-    cache: Any = None
-    steps_left = 0
-    compiled = model.compile(model.decoder)
-
-    def step() -> Tensor:
-        nonlocal cache, steps_left
-        if steps_left == 0:
-            if cache is None:
-                cache = StaticCache(config=model.decoder.config, max_cache_len=max_tokens)
-            else:
-                cache.reset()
-            model.decoder(input_ids=torch.ones(batch, PROMPT, dtype=torch.long), past_key_values=cache)
-            steps_left = max_tokens - PROMPT
-        steps_left -= 1
-        return compiled(input_ids=torch.ones(batch, 1, dtype=torch.long), past_key_values=cache).last_hidden_state
-
-    return step
+    prompt, token = (torch.ones(batch, n, dtype=torch.long) for n in (PROMPT, 1))
+    decoder = StaticDecoder(model.decoder, model.compile(model.decoder), prompt, max_tokens - PROMPT)
+    return lambda: decoder(token).last_hidden_state
 
 
 def generations(converted: dict[str, ConvertedModel], model: Any) -> Steps:
