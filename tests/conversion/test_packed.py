@@ -286,6 +286,12 @@ def test_columns_are_checked_in_every_part_of_a_model_that_is_loaded_alone():
         assert_same_buffers(part, expected)
 
 
+def test_a_state_dict_without_data_can_be_assigned():
+    model = packed("llm_int8 columns")
+    model.load_state_dict({k: v.to("meta") for k, v in model.state_dict().items()}, assign=True)
+    assert {t.device.type for t in model._buffers.values()} == {"meta"}
+
+
 def test_is_packed_answers_for_a_whole_model():
     inner = packed()
     for model in (inner, nn.Sequential(nn.Sequential(inner), nn.ReLU())):
