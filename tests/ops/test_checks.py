@@ -215,9 +215,11 @@ def test_codes_of_fewer_rows_than_x_are_refused_without_columns():
         ops.linear_quantized(x, codes, x_scale, mask, weight, scale)
 
 
+@pytest.mark.parametrize("kernels", ["native", "fallback"])
 @pytest.mark.parametrize("ends", [[4, 2, 5], [-1, 3, 5], [9, 9, 9]])
-def test_groups_that_end_out_of_order_or_range_are_those_of_the_reference(ends):
+def test_groups_that_end_out_of_order_or_range_are_those_of_the_reference(ends, kernels):
+    op = ops.grouped_linear if kernels == "native" else ops.kernel_on(fallback, "grouped_linear")
     weight = make_weight(experts=3)
     x, offsets = torch.randn(5, K), torch.tensor(ends)
     expected = reference.grouped_linear(x, offsets, weight)
-    torch.testing.assert_close(ops.grouped_linear(x, offsets, *weight), expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(op(x, offsets, *weight), expected, rtol=0.05, atol=0.05)
