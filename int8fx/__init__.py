@@ -45,3 +45,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(inductor, name)
     raise AttributeError(f"module 'int8fx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -103,5 +103,6 @@ def test_the_public_names():
         "Calibration", "LLMInt8", "Plan", "Rotated", "Scheme", "calibrate", "convert", "is_packed", "llm_int8", "plain",
         "plan", "reports", "rotated", "summary", "uninstall", "weight_only",
     }  # fmt: skip
+    assert set(int8fx.__all__) <= set(dir(int8fx))
     with pytest.raises(AttributeError, match="module 'int8fx' has no attribute 'pack'"):
         int8fx.pack  # noqa: B018  the access is the test

@@ -26,6 +26,9 @@ OTHER_PACKAGES = ("tools", "integrations")
 TRITON_IMPORTERS = ("int8fx.ops.gpu", "int8fx.tools", "int8fx.integrations")
 """Modules and folders that may import triton_kernels/, which is installed as int8fx.triton_kernels."""
 
+IMPORTERS = ("import_module", "__import__")
+"""Functions that import a module by name."""
+
 TRITON = "int8fx.triton_kernels"
 
 
@@ -55,7 +58,7 @@ def read_modules(root: Path) -> dict[str, Path]:
 
 
 def read_imports(root: Path) -> list[Import]:
-    """Every import statement, and every ``import_module("...")`` of a literal."""
+    """Every import statement and every call of `IMPORTERS`, by its literal or else by its expression."""
     modules = read_modules(root)
     imports = []
     for source, path in modules.items():
@@ -75,8 +78,9 @@ def _targets(node: ast.AST, package: str, modules: dict[str, Path]) -> Iterator[
         for alias in node.names:
             submodule = f"{base}.{alias.name}"
             yield submodule if submodule in modules else base
-    elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
-        yield from (argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant))
+    elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in IMPORTERS:
+        for name in [*node.args, *(keyword.value for keyword in node.keywords)][:1]:
+            yield str(name.value) if isinstance(name, ast.Constant) else ast.unparse(name)
 
 
 def find_faults(root: Path) -> list[str]:
@@ -233,6 +237,13 @@ ILLEGAL = {
     "upwards, by name": (
         {"int8fx/graph/a.py": "import importlib\nimportlib.import_module('int8fx.tools.b')\n", "int8fx/tools/b.py": ""},
         ["int8fx/graph/a.py:2: int8fx.graph.a imports int8fx.tools.b; legal: graph imports from schemes, ops"],
+    ),
+    "upwards, by a computed name": (
+        {"int8fx/graph/a.py": "importlib.import_module(name=f'{x}.tools')\n__import__('int8fx.tools')\n",
+         "int8fx/tools/__init__.py": ""},
+        ["int8fx/graph/a.py:1: int8fx.graph.a imports f'{x}.tools'; legal: torch and the standard library; other "
+         "packages in tools, integrations",
+         "int8fx/graph/a.py:2: int8fx.graph.a imports int8fx.tools; legal: graph imports from schemes, ops"],
     ),
     "beside": (
         {"int8fx/tools/a.py": "from ..integrations import b\n", "int8fx/integrations/b.py": ""},

@@ -182,7 +182,7 @@ def _leave_routers(layers: list[Layer]) -> None:
     """
     experts_in = {}  # "mlp." of "mlp.experts.down_proj" -> the number of experts
     for layer in layers:
-        if layer.layout is not None and layer.weight.dim() == 3:
+        if layer.layout is not None and layer.oriented().dim() == 3:  # a 1x1 convolution has a dimension more
             block = layer.name.rpartition(".")[0].rpartition(".")[0]
             experts_in[block + "." if block else ""] = layer.weight.shape[0]
     for layer in layers:

@@ -117,7 +117,8 @@ def _unfit(buffers: Mapping[str, Tensor | None], name: str, state_dict: Mapping[
         yield f'"{key + COLUMNS}" takes the numbers of columns as torch.int64, found {columns.dtype}'
     elif not columns.is_meta and not isinstance(columns, FakeTensor):
         K, numbers = expected.shape[-1], columns.tolist()
-        wrong = [c for i, c in enumerate(numbers) if not 0 <= c < K or c in numbers[:i]]
+        seen: set[int] = set()
+        wrong = [c for c in numbers if not 0 <= c < K or c in seen or seen.add(c)]  # type: ignore[func-returns-value]
         if wrong:
             what = "is there twice" if 0 <= wrong[0] < K else "is out of range"
             yield f'"{key + COLUMNS}": column {wrong[0]} {what}; legal: different columns, from 0 to {K - 1}'
@@ -127,7 +128,8 @@ def _untie_columns(buffers: dict[str, Tensor | None], name: str, loaded: Tensor 
     """Gives a weight a copy of the columns that it shares with other weights, if different ones are to be loaded."""
     columns = buffers.get(name + COLUMNS)
     if columns is not None and loaded is not None and not columns.is_meta:
-        same = loaded.shape == columns.shape and torch.equal(loaded.to(columns.device), columns)
+        readable = not loaded.is_meta and not isinstance(loaded, FakeTensor)
+        same = readable and loaded.shape == columns.shape and torch.equal(loaded.to(columns.device), columns)
         buffers[name + COLUMNS] = columns if same else columns.clone()
 
 

@@ -15,7 +15,7 @@ from ..schemes import reference
 from ..schemes.quantize import MAX_K, MAX_THRESHOLD, compute_dtype
 from ..schemes.weight import Epilogue, Int8Weight
 
-_X_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Shape = tuple[int, ...]
 
 
@@ -32,8 +32,12 @@ def count_rows(x: Tensor) -> int:
     return math.prod(x.shape[:-1])
 
 
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.dtype in _FLOATS
+
+
 def _check_x(op: str, x: Tensor) -> None:
-    if x.dtype not in _X_DTYPES:
+    if not _is_float(x):
         _refuse(op, f"x has dtype {x.dtype}", "float16, bfloat16, float32 or float64")
     if x.dim() == 0:
         _refuse(op, "x has 0 dimensions", "[..., K]")
@@ -50,13 +54,20 @@ def _check_quantisation(op: str, K: int, threshold: float | None, block: int, co
         _refuse(op, f"columns has {_of(columns)}", f"[C] int64 indices below K = {K}")
 
 
+def check_columns(columns: Tensor | None, K: int) -> None:
+    """Raises IndexError if one of the unquantised columns is out of range, as the C++ kernels do. CPU tensors only."""
+    for k in columns.tolist() if columns is not None and columns.device.type == "cpu" else ():
+        if not 0 <= k < K:
+            raise IndexError(f"int8fx: columns has {k}; legal: 0 to K - 1 for K = {K}")
+
+
 def _check_weight(op: str, weight: Int8Weight, dims: Shape | None = None) -> None:
     codes, scale, threshold, block, columns, columns_weight = weight
     if codes.dtype != torch.int8:
         _refuse(op, f"weight has dtype {codes.dtype}", "int8 codes")
-    if dims is not None and codes.dim() not in dims:
-        _refuse(op, f"weight has {codes.dim()} dimensions", " or ".join(map(str, dims)))
-    if not scale.is_floating_point() or scale.shape != codes.shape[:-1]:
+    if codes.dim() not in dims if dims is not None else codes.dim() == 0:
+        _refuse(op, f"weight has {codes.dim()} dimensions", "[..., K]" if dims is None else " or ".join(map(str, dims)))
+    if not _is_float(scale) or scale.shape != codes.shape[:-1]:
         found = f"weight_scale has {_of(scale)} for a weight {tuple(codes.shape)}"
         _refuse(op, found, "one float scale per output channel")
     K = codes.shape[-1]
@@ -68,7 +79,7 @@ def _check_weight(op: str, weight: Int8Weight, dims: Shape | None = None) -> Non
         _refuse(op, " without ".join(names), "both or none")
     if columns is not None and columns_weight is not None:
         shape = (*codes.shape[:-1], columns.shape[0])
-        if not columns_weight.is_floating_point() or columns_weight.shape != shape:
+        if not _is_float(columns_weight) or columns_weight.shape != shape:
             found = f"columns_weight has {_of(columns_weight)}"
             _refuse(op, found, f"the float weights of those columns, {shape}")
 
@@ -79,7 +90,7 @@ def _check_matmul(op: str, x: Tensor, weight: Int8Weight, bias: Tensor | None, d
     *channels, K = weight.codes.shape
     if x.shape[-1] != K:
         _refuse(op, f"x has shape {tuple(x.shape)}", f"[..., {K}] for K = {K}")
-    if bias is not None and (not bias.is_floating_point() or bias.shape != weight.codes.shape[:-1]):
+    if bias is not None and (not _is_float(bias) or bias.shape != weight.codes.shape[:-1]):
         _refuse(op, f"bias has {_of(bias)}", f"one float value per output channel, {tuple(channels)}")
 
 
@@ -90,7 +101,7 @@ def _check_epilogue(op: str, shape: Shape, epilogue: Epilogue) -> None:
     if binary not in reference.BINARIES or (binary == "none") != (other is None):
         found = f"binary {binary!r} {'without' if other is None else 'with'} other"
         _refuse(op, found, "add or mul with other, none without")
-    if other is not None and (not other.is_floating_point() or other.shape != shape):
+    if other is not None and (not _is_float(other) or other.shape != shape):
         _refuse(op, f"other has {_of(other)}", f"float values in the shape of y, {tuple(shape)}")
 
 
@@ -146,5 +157,5 @@ def check_dequantize(weight: Int8Weight, dtype: torch.dtype) -> None:
     """Returns if the arguments are legal."""
     op = "dequantize"
     _check_weight(op, weight)
-    if dtype not in _X_DTYPES:
+    if dtype not in _FLOATS:
         _refuse(op, f"dtype {dtype}", "float16, bfloat16, float32 or float64")

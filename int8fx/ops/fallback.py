@@ -14,6 +14,7 @@ from ..schemes.quantize import INT8_MAX, compute_dtype, outlier_mask
 from ..schemes.quantize import quantize_rowwise as quantize_rows
 from ..schemes.rotate import rotate
 from ..schemes.weight import Epilogue, Int8Weight
+from .checks import check_columns
 from .rows import Form, form
 
 _EXACT_K = 2**24 // INT8_MAX**2  # integers up to 2**24 are exact in float32: 1040 products
@@ -76,12 +77,17 @@ def quantize_rowwise(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes ``[M, K]``, scale ``[M]`` and outlier mask ``[K]`` of x, as `reference.linear` makes them."""
     x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
-    if columns is not None:
-        x = x.index_fill(1, columns, 0)
+    x = _without_columns(x, columns)
     mask = outlier_mask(x, threshold, columns)
     if block > 1:
         x = rotate(x.to(compute_dtype(x.dtype)), block)
     return *quantize_rows(x, mask if threshold is not None else None), mask
+
+
+def _without_columns(x: Tensor, columns: Tensor | None) -> Tensor:
+    """x ``[M, K]`` with zeros in its unquantised columns."""
+    check_columns(columns, x.shape[1])
+    return x if columns is None else x.index_fill(1, columns, 0)
 
 
 def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Tensor:
@@ -95,8 +101,7 @@ def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Tensor:
         quantized = quantize_rowwise(x, weight.threshold, weight.block, weight.columns)
         return _multiply_codes(x, *quantized, weight, epilogue)
     x2d = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(compute_dtype(x.dtype))
-    quantised = x2d if weight.columns is None else x2d.index_fill(1, weight.columns, 0)
-    y = _float_matmul(quantised, weight.codes).mul_(weight.scale.to(x2d.dtype))
+    y = _float_matmul(_without_columns(x2d, weight.columns), weight.codes).mul_(weight.scale.to(x2d.dtype))
     return _finish(y, x, x2d, weight, epilogue)
 
 
@@ -106,6 +111,7 @@ def linear_quantized(
     """`linear` of x whose `quantize_rowwise` is given. Forms other than QUANTIZED do not read it."""
     if _form(x, weight) is not Form.QUANTIZED:
         return linear(x, weight, epilogue)
+    check_columns(weight.columns, x.shape[-1])
     return _multiply_codes(x, codes, x_scale, mask, weight, epilogue)
 
 

@@ -93,3 +93,16 @@ def test_inference_mode_hides_no_matmul():
         calibration = calibrate(model, batches)
     assert calibration.rows == expected.rows
     assert all(torch.equal(absmax, expected.absmax[name]) for name, absmax in calibration.absmax.items())
+
+
+def test_weights_in_one_storage_are_told_apart():
+    """As where a framework keeps all Parameters in one flat tensor."""
+    flat = torch.randn(3, N, K, generator=generator(0))
+    model = nn.ModuleList(nn.Linear(K, N, bias=False) for _ in range(3))
+    for layer, weight in zip(model, flat, strict=True):
+        layer.weight = nn.Parameter(weight)
+    seen: list[str] = []
+    with torch.no_grad(), observe(model, lambda name, _: seen.append(name)):
+        for i in (1, 2, 0):
+            model[i](torch.ones(2, K))
+    assert seen == ["1", "2", "0"]

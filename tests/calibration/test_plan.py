@@ -86,6 +86,13 @@ def test_plans_keep_their_budgets_and_leave_the_model_alone():
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
+def test_no_upgrade_follows_once_the_loss_is_small_enough():
+    options = {name: [Option(int8fx.plain(), 10, kl), Option(None, 20, 0.0)] for name, kl in (("a", 0.4), ("b", 1.0))}
+    for max_kl, expected in ((1.4, set()), (1.0, {"b"}), (0.4, {"b"}), (0.3, {"a", "b"})):
+        chosen = _choose(options, None, max_kl, Calibration()).chosen
+        assert {name for name, option in chosen.items() if option.scheme is None} == expected
+
+
 def test_a_plan_is_a_scheme_for_each_layer_that_is_not_16_bits():
     columns, calibration = int8fx.rotated(columns=0.05), Calibration()
     plan = Plan({"a": Option(columns, 5, 0.1), "b": Option(None, 20, 0.0)}, {}, calibration)

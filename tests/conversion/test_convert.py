@@ -107,6 +107,14 @@ def test_a_plan_may_skip_layers_and_select_none():
         int8fx.convert(Uneven(), plan, select="up")
 
 
+def test_a_plan_may_name_a_shared_module_by_any_of_its_paths():
+    for name in ("one", "other"):
+        shared = nn.Linear(8, 8)
+        model = int8fx.convert(nn.ModuleDict({"one": shared, "other": shared}), plan_of(**{name: int8fx.plain()}))
+        assert model["one"] is model["other"] is shared
+        assert shared.packed_weights["weight"].scheme == int8fx.plain()
+
+
 @pytest.mark.parametrize(
     ("plan", "error", "message"),
     [

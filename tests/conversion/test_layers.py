@@ -313,6 +313,14 @@ def test_routers_stay_unless_selected(name, router):
     assert outputs(model, inputs)["logits"].sub(y_float).norm() > 0
 
 
+def test_a_1x1_convolution_is_no_set_of_experts():
+    """Its weight has three dimensions too: linear layers with as many outputs as it has are no routers."""
+    model = nn.ModuleDict({"block": nn.ModuleDict({"up": nn.Linear(8, 16)})})
+    model["block"]["convolution"] = nn.ModuleDict({"pointwise": nn.Conv1d(8, 16, 1)})
+    int8fx.convert(model)
+    assert converted_names(model) == {"block.up"}
+
+
 def test_a_router_that_is_a_linear_layer_stays_too():
     block = nn.ModuleDict({"router": nn.Linear(8, 4), "out": nn.Linear(8, 8)})
     block["experts"] = Bare(forward=lambda self, x: torch.einsum("emk,enk->emn", x, self.w))

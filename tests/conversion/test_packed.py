@@ -286,6 +286,21 @@ def test_columns_are_checked_in_every_part_of_a_model_that_is_loaded_alone():
         assert_same_buffers(part, expected)
 
 
+def test_a_state_dict_with_a_positional_prefix_holds_copies_of_columns_too():
+    model, state = packed("llm_int8 columns"), {}
+    with pytest.warns(FutureWarning, match="Positional args"):
+        assert model.state_dict(state, "layer.") is state
+    assert state["layer.weight"].data_ptr() == model._buffers["weight"].data_ptr()
+    assert state["layer.weight_columns"].data_ptr() != model._buffers["weight_columns"].data_ptr()
+    assert torch.equal(state["layer.weight_columns"], model._buffers["weight_columns"])
+
+
+def test_a_state_dict_without_data_can_be_assigned():
+    model = packed("llm_int8 columns")
+    model.load_state_dict({k: v.to("meta") for k, v in model.state_dict().items()}, assign=True)
+    assert {t.device.type for t in model._buffers.values()} == {"meta"}
+
+
 def test_is_packed_answers_for_a_whole_model():
     inner = packed()
     for model in (inner, nn.Sequential(nn.Sequential(inner), nn.ReLU())):

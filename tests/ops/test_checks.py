@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from int8fx import ops
+from int8fx.ops import fallback
 from int8fx.schemes import reference
 from int8fx.schemes.quantize import MAX_K, MAX_THRESHOLD
 
@@ -63,8 +64,12 @@ def refused_weights():
         yield name, {"weight": weight.to(torch.uint8)}, "weight has dtype torch.uint8; legal: int8 codes"
         message = f"weight_scale has shape (3,), dtype torch.float32 for a weight {tuple(weight.shape)}"
         yield name, {"weight_scale": torch.ones(3)}, f"{message}; legal: one float scale per output channel"
-        yield name, {"weight_scale": torch.ones(weight.shape[:-1], dtype=torch.int32)}, "dtype torch.int32 for a weight"
+        for dtype in (torch.int32, torch.float8_e4m3fn):
+            scale = torch.ones(weight.shape[:-1]).to(dtype)
+            yield name, {"weight_scale": scale}, f"dtype {dtype} for a weight"
         yield name, {"weight_scale": torch.ones(*weight.shape[:-1], 1)}, "weight_scale has shape"
+    scalars = {"weight": torch.tensor(1, dtype=torch.int8), "weight_scale": torch.tensor(1.0)}
+    yield "dequantize", scalars, "weight has 0 dimensions; legal: [..., K]"
     codes, experts = (legal(name)["weight"] for name in ("linear", "grouped_linear"))
     long = {"x": torch.zeros(1, MAX_K + 1), "weight": torch.zeros(1, MAX_K + 1, dtype=torch.int8)}
     too_long = f"K = {MAX_K + 1}; legal: K <= {MAX_K}, or int32 sums could overflow"
@@ -102,7 +107,8 @@ def refused_schemes():
         columns, shape = torch.tensor([1, 2]), tuple(legal(name)["weight"].shape[:-1])
         yield name, {"columns": columns}, "columns without columns_weight; legal: both or none"
         yield name, {"columns_weight": torch.zeros(*shape, 2)}, "columns_weight without columns; legal: both or none"
-        for weight in (torch.zeros(*shape, 1), torch.zeros(2), torch.zeros(*shape, 2).to(torch.int8)):
+        right = torch.zeros(*shape, 2)
+        for weight in (torch.zeros(*shape, 1), torch.zeros(2), right.to(torch.int8), right.to(torch.float8_e5m2)):
             message = f"columns_weight has shape {tuple(weight.shape)}, dtype {weight.dtype}"
             message += f"; legal: the float weights of those columns, {(*shape, 2)}"
             yield name, {"columns": columns, "columns_weight": weight}, message
@@ -116,8 +122,8 @@ def refused_epilogues():
         legal_bias = f"legal: one float value per output channel, {shape}"
         for bias in (torch.zeros(N + 1), torch.zeros(1), torch.zeros(*shape, 1), torch.zeros(())):
             yield name, {"bias": bias}, f"bias has shape {tuple(bias.shape)}, dtype torch.float32; {legal_bias}"
-        for dtype in (torch.int64, torch.complex64, torch.bool):
-            bias = torch.zeros(shape, dtype=dtype)
+        for dtype in (torch.int64, torch.complex64, torch.bool, torch.float8_e4m3fn):
+            bias = torch.zeros(shape).to(dtype)
             yield name, {"bias": bias}, f"bias has shape {shape}, dtype {dtype}; {legal_bias}"
     other, legal_binary = torch.zeros(5, N), "legal: add or mul with other, none without"
     for name in LINEARS:
@@ -125,7 +131,7 @@ def refused_epilogues():
         yield name, {"binary": "add"}, f"binary 'add' without other; {legal_binary}"
         yield name, {"other": other}, f"binary 'none' with other; {legal_binary}"
         yield name, {"other": other, "binary": "sub"}, f"binary 'sub' with other; {legal_binary}"
-        for wrong in (other[:1], other[0], other.t(), other.long()):
+        for wrong in (other[:1], other[0], other.t(), other.long(), other.to(torch.float8_e4m3fn)):
             message = f"other has shape {tuple(wrong.shape)}, dtype {wrong.dtype}"
             message += f"; legal: float values in the shape of y, (5, {N})"
             yield name, {"other": wrong, "binary": "add"}, message
@@ -189,11 +195,31 @@ def test_the_limits_of_a_threshold_are_legal(name, threshold):
     overload(name)(**{**legal(name), "threshold": threshold})
 
 
+@pytest.mark.parametrize("kernels", ["native", "fallback"])
 @pytest.mark.parametrize("index", [-1, K, 2**40])
 @pytest.mark.parametrize("name", ["linear", "linear_quantized", "grouped_linear", "quantize_rowwise"])
-def test_the_cpp_kernels_refuse_columns_that_x_does_not_have(name, index):
+def test_kernels_on_a_cpu_refuse_columns_that_x_does_not_have(name, index, kernels):
+    op = overload(name) if kernels == "native" else ops.kernel_on(fallback, name)
+    order = {a.name: a.default_value for a in overload(name)._schema.arguments if not a.kwarg_only}
     wrong = {"columns": torch.tensor([0, index])}
     if name != "quantize_rowwise":
         wrong["columns_weight"] = torch.zeros(*legal(name)["weight"].shape[:-1], 2)
     with pytest.raises(IndexError, match=rf"columns has {index}; legal: 0 to K - 1 for K = {K}"):
-        overload(name)(**{**legal(name), **wrong})
+        op(*{**order, **legal(name), **wrong}.values())
+
+
+def test_codes_of_fewer_rows_than_x_are_refused_without_columns():
+    x, weight, scale = torch.zeros(9, 0), torch.zeros(1, 0, dtype=torch.int8), torch.ones(1)
+    codes, x_scale, mask = ops.quantize_rowwise(torch.zeros(8, 0))
+    with pytest.raises(ValueError, match=r"codes has shape \(8, 0\), dtype torch.int8; legal: \(9, 0\)"):
+        ops.linear_quantized(x, codes, x_scale, mask, weight, scale)
+
+
+@pytest.mark.parametrize("kernels", ["native", "fallback"])
+@pytest.mark.parametrize("ends", [[4, 2, 5], [-1, 3, 5], [9, 9, 9]])
+def test_groups_that_end_out_of_order_or_range_are_those_of_the_reference(ends, kernels):
+    op = ops.grouped_linear if kernels == "native" else ops.kernel_on(fallback, "grouped_linear")
+    weight = make_weight(experts=3)
+    x, offsets = torch.randn(5, K), torch.tensor(ends)
+    expected = reference.grouped_linear(x, offsets, weight)
+    torch.testing.assert_close(op(x, offsets, *weight), expected, rtol=0.05, atol=0.05)

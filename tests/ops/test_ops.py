@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from support.helpers import activation, problems, seeds
-from support.samples import LIBRARY, SAMPLES, make_weight, make_x, overload
+from support.samples import LIBRARY, SAMPLES, K, make_weight, make_x, overload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_map_only
 
 from int8fx import ops
+from int8fx.ops import fallback
 
 CASES = [
     pytest.param(name, args, kwargs, id=f"{name}-{what}".replace("torch.", "").replace(" ", "_"))
@@ -112,3 +113,14 @@ def test_arguments_may_be_named():
     x, (codes, scale, *_) = make_x(6), make_weight()
     named = ops.linear(x=x, weight=codes, weight_scale=scale, activation="relu")
     assert torch.equal(named, ops.linear(x, codes, scale, None, 1, None, None, None, "relu", None, "none"))
+
+
+@pytest.mark.parametrize(("rows", "threshold", "block", "calls"), [(4, 6.0, 1, 0), (5, 6.0, 1, 1), (4, None, 8, 1)])
+def test_torchs_operators_quantise_for_a_linear_layer_only_what_it_reads(monkeypatch, rows, threshold, block, calls):
+    quantised = []
+    real = fallback.quantize_rowwise
+    monkeypatch.setattr(fallback, "quantize_rowwise", lambda *args: quantised.append(args) or real(*args))
+    quantize_rowwise = ops.kernel_on(fallback, "quantize_rowwise")
+    codes, scale, mask = quantize_rowwise(make_x(rows), threshold, block, for_linear=True)
+    assert (codes.shape, scale.shape, mask.shape) == ((rows, K), (rows,), (K,))
+    assert len(quantised) == calls

@@ -208,6 +208,14 @@ def test_clone_in_between():
     check(lambda x: F.relu(linear(x, W).clone()), x, count=1, epilogue=("relu", "none"))
 
 
+def test_a_clone_in_another_memory_format_stays():
+    x = activations(2, 3, 5, dtype=torch.float32)
+    check(
+        lambda x: linear(x, W).clone(memory_format=torch.channels_last), x, count=0, epilogue=("none", "none"),
+        left=("aten.clone.default",),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("cube", [lambda y: torch.pow(y, 3.0), lambda y: y * y * y], ids=["pow", "products"])
 def test_tanh_gelu_by_hand(cube):
     """transformers' NewGELUActivation."""

@@ -74,6 +74,32 @@ def test_unquantised_columns_compensate_for_what_they_can():
     assert slope < 1e-3 * before
 
 
+def test_the_others_are_rounded_for_what_unquantised_columns_cannot_compensate():
+    """Against codes that were rounded as if the unquantised columns could compensate for nothing."""
+    K, columns = 60, torch.tensor([7, 30])
+    x, common = weight_of(500, K).double(), 10 * weight_of(500, 2, seed=2).double()
+    x += common @ weight_of(2, K, seed=3).double()
+    x[:, columns] = common
+    weight, moments = weight_of(24, K), x.T @ x
+    others = moments.index_fill(0, columns, 0).index_fill(1, columns, 0)
+    packed, alone = round_weight(weight, moments, 1, columns), round_weight(weight.index_fill(1, columns, 0), others, 1)
+    projected = x - x[:, columns] @ torch.linalg.lstsq(x[:, columns], x).solution
+    zeroed = weight.index_fill(1, columns, 0)
+    losses = [loss(projected, zeroed, PackedTensors(*tensors[:2]), 1) for tensors in (packed, alone)]
+    assert torch.equal(packed.scale, alone.scale)
+    assert losses[0] < 0.8 * losses[1]
+
+
+def test_corrections_do_not_leave_the_range_of_codes():
+    """Values near the largest of their channel, which corrections carry over it."""
+    x, sign = correlated(600, 100), weight_of(24, 100).sign()
+    weight = sign * (1 - 0.02 * weight_of(24, 100, seed=2).abs().clamp(max=3))
+    codes = round_weight(weight, x.T @ x, 1).codes.int()
+    assert (codes.abs() == 127).double().mean() > 0.1
+    assert codes.abs().max() <= 127
+    assert (codes.sign() == sign).all()
+
+
 def test_the_rotation_is_a_change_of_coordinates():
     x, weight = correlated(600, 96).double(), weight_of(24, 96)
     rotated_x = rotate(x, 32)

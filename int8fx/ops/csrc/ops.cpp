@@ -115,11 +115,9 @@ template <typename... Args>
   TORCH_CHECK(false, name, ": the kernel refuses arguments that the fake accepts");
 }
 
-Tensor rows_of(const Tensor& x) {
-  int64_t M = 1;
-  for (const auto size : x.sizes().slice(0, x.dim() - 1)) M *= size;
-  return x.reshape({M, x.size(-1)}).contiguous();
-}
+int64_t count_rows(const Tensor& x) { return c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)); }
+
+Tensor rows_of(const Tensor& x) { return x.reshape({count_rows(x), x.size(-1)}).contiguous(); }
 
 template <typename F>
 void dispatch(const Tensor& x, F&& f) {
@@ -261,7 +259,7 @@ Tensor linear_quantized(
   const Int8Weight weight{codes, scale, threshold, block, columns, columns_weight};
   bool legal = weight_is_legal(x, weight, bias) && codes.dim() == 2;
   if (legal) {
-    const int64_t K = codes.size(1), M = K == 0 ? x_codes.size(0) : x.numel() / K;
+    const int64_t K = codes.size(1), M = count_rows(x);
     legal = x_codes.scalar_type() == at::kChar && x_codes.sizes() == at::IntArrayRef({M, K}) &&
         x_scale.scalar_type() == compute_dtype(x) && x_scale.sizes() == at::IntArrayRef({M}) &&
         outlier_mask.scalar_type() == at::kBool && outlier_mask.sizes() == at::IntArrayRef({K});
@@ -294,7 +292,7 @@ Tensor grouped_linear(
     if (end > begin)
       linear_into(y.slice(0, begin, end), rows.slice(0, begin, end), weight.of_expert(e),
                   {of_expert(biases, e), Activation::none, Tensor(), Binary::none});
-    begin = end;
+    begin = std::max(begin, end);
   }
   return y;
 }
