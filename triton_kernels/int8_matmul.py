@@ -135,7 +135,7 @@ def int8_matmul(
     use one matrix instruction for this, or two whose sums are equal in every bit (`tests/tools/test_audit.py` and
     `tests/ops/test_cuda.py` compare them).
 
-    Nothing depends on data on the host: the residual's loop reads its length from ``count``. A tile reads the rows of
+    No launch depends on data: the residual's loop reads its length from ``count``. A tile reads the rows of
     one group only. A program of a group without rows ends at once.
 
     Args:
@@ -199,9 +199,9 @@ def int8_matmul(
     if tile is None:
         device, epilogue = codes.device, activation != "none" or other is not None or unquantised is not None
         target, processors = tiles.target_of(device), tiles.processors_of(device)
-        residual = (
-            dtype if unquantised is None else torch.promote_types(dtype, unquantised[2].dtype)
-        )  # float32 if they differ
+        residual = dtype
+        if unquantised is not None:
+            residual = torch.promote_types(dtype, unquantised[2].dtype)  # float32 if they differ
         candidates = tiles.for_int8_matmul(M, N, K, E, residual, epilogue, target, processors)
         shape = (triton.next_power_of_2(M), N, K, E, residual, grouped, unquantised is None, tiles.name_of(device))
         tile = fastest("int8_matmul", shape, candidates, launch)

@@ -55,7 +55,7 @@ class Choice:
 
     @property
     def by_default(self) -> bool:
-        """Whether nothing was selected, so that `convert`'s own choice applies."""
+        """Whether nothing was selected, so that `convert` chooses by its defaults."""
         return self._select is None
 
     def selects(self, names: Iterable[str], module: nn.Module) -> bool:
