@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def _butterfly(x, start, K, H: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):
-    """Replaces columns a and b that are H apart by ``(a + b, a - b)``, in every group of ``2 * H`` within K."""
+    """Replaces columns a and b at distance H by ``(a + b, a - b)``, in every group of ``2 * H`` within K."""
     SIZE: tl.constexpr = x.numel
     GROUPS: tl.constexpr = SIZE // (2 * H)
     pairs = tl.reshape(x, (GROUPS, 2, H))

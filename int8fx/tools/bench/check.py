@@ -62,7 +62,7 @@ def checks(
     float32 and of x's dtype. The reference depends on the form of the call (`rows.form`):
 
     * WEIGHT_ONLY: the reference is the float64 matmul, since x is not quantised.
-    * FUSED: each block of K has its scales. The reference is again the float64 matmul. The error may also be that of the
+    * FUSED: each block of K has its scales. The reference is again the float64 matmul. The error may include the
       scheme's rounding of x, ``x_scale / 2 * (1 + 2**-16) * sum_in(abs(w))`` of `reference.linear`.
     * QUANTIZED: the reference is `reference.linear`.
     """
