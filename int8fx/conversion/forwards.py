@@ -50,7 +50,7 @@ def attention_forward(
     """``nn.MultiheadAttention`` without its fused inference path, which takes float weights only."""
     if query.is_nested:
         raise ValueError(
-            "int8fx: the query of attention is a nested tensor; legal: convert the nn.TransformerEncoder with its layers"
+            "int8fx: the query of attention is a nested tensor; legal: convert the nn.TransformerEncoder around it"
         )
     batch_first = self.batch_first and query.dim() == 3
     if batch_first:  # equal tensors must stay the same object: self-attention is one matmul for q, k and v

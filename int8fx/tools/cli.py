@@ -164,7 +164,7 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
         "--threshold",
         type=float,
         default=DEFAULT_THRESHOLD,
-        help="size from which on a value is an outlier (default: 6.0)",
+        help=f"size from which on a value is an outlier (default: {DEFAULT_THRESHOLD})",
     )
     parser.set_defaults(run=_inspect, error=parser.error)
 

@@ -1,4 +1,4 @@
-"""``int8fx.convert``: its arguments, plans, what it refuses, what it says, and in which contexts it may be called."""
+"""``int8fx.convert``: its arguments, plans, errors, log lines, and the contexts in which it may be called."""
 
 import copy
 import logging

@@ -1,4 +1,4 @@
-"""Conversion of graphs of five kinds: what is rewritten, what is left, and under which names."""
+"""Conversion of graphs of five kinds: what is rewritten, what is not, and under which names."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which weights of a model are converted, which are left and why, and how ties are kept."""
+"""Which weights of a model are converted, which are not and why, and how tied weights stay tied."""
 
 import copy
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""``int8fx.summary``: every weight, its scheme or why it was left, bytes and parameters."""
+"""``int8fx.summary``: every weight, its scheme or why it was not converted, bytes and parameters."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""`read_usage`: which Parameters of a module are product weights, which way round, and that reading leaves no trace."""
+"""`read_usage`: which Parameters of a module are weights of matmuls, in which layout; the module does not change."""
 
 from __future__ import annotations
 

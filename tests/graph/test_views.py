@@ -1,4 +1,4 @@
-"""Whatever views stand between a weight and a matmul, the rewritten graph gives the same result."""
+"""With any views between a weight and a matmul, the rewritten graph gives the same result."""
 
 from __future__ import annotations
 
