@@ -1,4 +1,4 @@
-"""int8fx: LLM.int8() as a rewrite of FX graphs.
+"""int8fx: 8-bit linear layers for PyTorch, by LLM.int8() and by rotated int8.
 
 >>> model = int8fx.convert(model)
 >>> model = torch.compile(model, fullgraph=True)

@@ -9,7 +9,7 @@ _BAR = 32  # characters
 
 
 def table(rows: Sequence[Sequence[str]], left: int | None = None) -> str:
-    """``rows`` as lines of columns, two spaces apart; the first row is the head.
+    """``rows`` as lines of columns, with two spaces between them; the first row is the head.
 
     The first ``left`` columns are aligned left, the others right; by default all are aligned left.
     """

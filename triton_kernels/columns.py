@@ -1,4 +1,4 @@
-"""Unquantised columns: a fixed list that is the same for every call. x and the weight hold them in floating point."""
+"""Unquantised columns: a list fixed at conversion. x and the weight have these columns in floating point."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _gather_columns_kernel(
 def gather_columns(source: Tensor, columns: Tensor | None) -> Tensor:
     """``panel[e, m, c] = source[e, m, columns[c]]``, then zeros up to a multiple of `BLOCK_O` columns. Exact.
 
-    It serves many rows. Without it each tile of the matmul would fetch 32 bytes for every single value.
+    It pays for many rows. Without it, each tile of the matmul would fetch 32 bytes for every single value.
 
     Args:
         source: ``[E, M, K]``, any dtype and strides.

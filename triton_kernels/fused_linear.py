@@ -105,8 +105,8 @@ def fused_linear(
     """``y = binary(activation((x_int8 @ weight.T * scales + x_outlier @ weight.T) * weight_scale + bias), other)``.
 
     This is LLM.int8() for so few rows that one tile holds them all. A program then sees every row of its block of K
-    columns, so it finds exactly the scheme's outlier columns. It does not see whole rows. So each block of a row has a
-    scale: ``scale[m, b] = max(abs(x[m, k])) / int8_max`` over the columns k of block b that are no outliers.
+    columns, so it finds exactly the scheme's outlier columns. It does not see complete rows, so each block of a row
+    has a scale: ``scale[m, b] = max(abs(x[m, k])) / int8_max`` over the columns k of block b that are not outliers.
 
     **Error.** It is within the bound of `reference.linear`. The scheme's scale is the maximum of these scales, so
     ``scale[m, b] <= x_scale[m]``. A code is ``round(x * r)`` in one fused operation, where r is ``1 / scale`` rounded.
@@ -117,7 +117,7 @@ def fused_linear(
 
     where Q is the term of `reference.linear`'s bound. S grows by one rounding per block and per split
     (``outliers + blocks + splits + 4`` roundings). R is the same. Rows whose large values lie in few blocks become more
-    exact than the scheme. A row with NaN or inf in a column that is no outlier gets NaN, as in the reference.
+    exact than the scheme. A row with NaN or inf in a column that is not an outlier gets NaN, as in the reference.
 
     The residual runs only in blocks that hold an outlier. It multiplies x's 16 bits by the codes as 16 bits, exactly.
     If x has fewer rows than a matrix instruction, they are quantised once and repeated until they fill the tile.

@@ -11,7 +11,7 @@ import triton.language as tl
 def group_rows(offsets_ptr, e, exists, M):
     """``(first, end)``: group ``e`` has the rows ``first <= m < end``. ``e`` is a number or a tensor of numbers.
 
-    ``exists`` says which groups there are; the others have no row.
+    ``exists`` is true for numbers below E; other groups have no rows.
     """
     end = tl.minimum(tl.load(offsets_ptr + e, mask=exists, other=0).to(tl.int32), M)
     first = tl.load(offsets_ptr + e - 1, mask=(e > 0) & exists, other=0).to(tl.int32)

@@ -116,7 +116,7 @@ def int8_matmul(
     other: Tensor | None = None,
     binary: str = "none",
     *,
-    kept: tuple[Tensor, Tensor, Tensor] | None = None,
+    unquantised: tuple[Tensor, Tensor, Tensor] | None = None,
     offsets: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
@@ -135,7 +135,7 @@ def int8_matmul(
     use one matrix instruction for this, or two whose sums are equal in every bit (`tests/tools/test_audit.py` and
     `tests/ops/test_cuda.py` compare them).
 
-    Nothing depends on data on the host: the residual's loop reads its length from ``count``. A tile reads the rows of
+    No launch depends on data: the residual's loop reads its length from ``count``. A tile reads the rows of
     one group only. A program of a group without rows ends at once.
 
     Args:
@@ -146,7 +146,7 @@ def int8_matmul(
         bias: ``[E, N]``, any float dtype, contiguous, or None.
         dtype: of y.
         activation, other, binary: as in `int8fx::linear`; other is ``[R, N]``, any strides.
-        kept: the unquantised columns: x ``[E, M, K]``, any strides (``[1, S, K]`` with offsets); columns ``[C]``,
+        unquantised: x ``[E, M, K]``, any strides (``[1, S, K]`` with offsets); the unquantised columns ``[C]``,
             integers below K, contiguous; columns_weight ``[E, N, C]``, any float dtype, contiguous. The codes are 0 in
             these columns. None for none.
         offsets: ``[E]``, the end of each group's rows. R is then the number of all rows. Rows after the last group get
@@ -170,8 +170,8 @@ def int8_matmul(
             gathered = gather_weight(weight, outlier_columns, count)
     x = columns = columns_weight = None
     stride_xe = stride_xm = stride_xk = 0
-    if kept is not None:
-        x, columns, columns_weight = kept
+    if unquantised is not None:
+        x, columns, columns_weight = unquantised
         if GATHER_COLUMNS_ROWS * experts <= M:
             x, columns = gather_columns(x, columns), None
             columns_weight = gather_columns(columns_weight.view(E, N, columns_weight.shape[-1]), None)  # padded like x
@@ -197,11 +197,13 @@ def int8_matmul(
         )  # fmt: skip
 
     if tile is None:
-        device, epilogue = codes.device, activation != "none" or other is not None or kept is not None
+        device, epilogue = codes.device, activation != "none" or other is not None or unquantised is not None
         target, processors = tiles.target_of(device), tiles.processors_of(device)
-        residual = dtype if kept is None else torch.promote_types(dtype, kept[2].dtype)  # float32 if they differ
+        residual = dtype
+        if unquantised is not None:
+            residual = torch.promote_types(dtype, unquantised[2].dtype)  # float32 if they differ
         candidates = tiles.for_int8_matmul(M, N, K, E, residual, epilogue, target, processors)
-        shape = (triton.next_power_of_2(M), N, K, E, residual, grouped, kept is None, tiles.name_of(device))
+        shape = (triton.next_power_of_2(M), N, K, E, residual, grouped, unquantised is None, tiles.name_of(device))
         tile = fastest("int8_matmul", shape, candidates, launch)
     launch(tile)
     return y

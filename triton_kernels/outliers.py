@@ -1,4 +1,4 @@
-"""The outlier columns of x: which they are, how many, and their values. All of it stays on the device."""
+"""The outlier columns of x: their numbers, their count and their values, all of which stay on the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .groups import row_tiles, tile_rows
 from .tiles import BLOCK_O, EXTRACT_OUTLIERS, GATHER_WEIGHT, OUTLIER_MASK
 
 ALL_ROWS = 256
-"""Up to this many rows one program reads all rows of a column. Then the mask is not filled with zeros before."""
+"""Up to this many rows one program reads all rows of a column. Then the mask need not be filled with zeros before."""
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def _strides(x: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
 
 
 def outlier_mask(x: Tensor, threshold: float | None, offsets: Tensor | None = None, experts: int = 1) -> Tensor:
-    """``mask[e, k] = any_m(abs(x[m, k]) >= threshold)`` over the rows m of weight e; NaN is no outlier.
+    """``mask[e, k] = any_m(abs(x[m, k]) >= threshold)`` over the rows m of weight e; NaN is not an outlier.
 
     Source: LLM.int8() (arXiv 2208.07339), section 3.2. Exact.
 
@@ -176,8 +176,8 @@ def _gather_kernel(
 def gather_weight(weight: Tensor, columns: Tensor, count: Tensor) -> Tensor:
     """``gathered[e, n, o] = weight[e, n, columns[e, o]]`` for the first P outliers, ``P = K / 16``.
 
-    It serves many rows. Without it each row tile of the matmul would fetch 32 bytes for every single code of an outlier
-    column. Here this happens once. The matmul fetches outliers beyond the first P by itself. Exact.
+    It pays for many rows. Without it, each row tile of the matmul would fetch 32 bytes for every single code of an
+    outlier column. Here this happens once. The matmul itself fetches outliers after the first P. Exact.
 
     Args:
         weight: ``[E, N, K]`` int8, any strides.

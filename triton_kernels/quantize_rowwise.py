@@ -33,8 +33,8 @@ def to_codes(steps):
 def row_scale(absmax_bits, INT8_MAX: tl.constexpr, TINY: tl.constexpr):
     """``max(absmax / 127, TINY)``, NaN where absmax is NaN or inf, from the bits of ``absmax`` float32.
 
-    Read as integers, the bits of non-negative floats are ordered like the floats, and NaN is above inf. So a maximum of
-    bits loses no NaN.
+    Read as integers, the bits of non-negative floats are ordered like the floats, and NaN is above inf. So the
+    maximum of the bits keeps NaN.
     """
     absmax = absmax_bits.to(tl.float32, bitcast=True)
     absmax = absmax + (absmax - absmax)  # inf becomes NaN, so that 0 * scale cannot hide it

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def _butterfly(x, start, K, H: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):
-    """Replaces columns a and b that are H apart by ``(a + b, a - b)``, in every group of ``2 * H`` within K."""
+    """Replaces columns a and b at distance H by ``(a + b, a - b)``, in every group of ``2 * H`` within K."""
     SIZE: tl.constexpr = x.numel
     GROUPS: tl.constexpr = SIZE // (2 * H)
     pairs = tl.reshape(x, (GROUPS, 2, H))
@@ -24,7 +24,7 @@ def _butterfly(x, start, K, H: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):
 def rotate(x, start, K, BLOCK: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):
     """The columns ``start <= k < start + len(x)`` of a row, rotated; equal bit for bit to the reference's ``rotate``.
 
-    Butterflies of columns at distance 1, 2, 4, ..., BLOCK / 2, each rounded once, then one product with ``n ** -0.5``.
+    Butterflies of columns at distance 1, 2, 4, ..., BLOCK / 2, each rounded once, then a product with ``n ** -0.5``.
     A column reads its partner as the integer ``(a + b) - a`` of their bits, which wraps around. The compiler simplifies
     this: a partner in the same thread costs nothing, one in the same warp a shuffle.
 

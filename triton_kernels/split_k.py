@@ -10,7 +10,7 @@ from .tiles import Tile
 
 @triton.jit
 def k_range(split, K, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
-    """``[begin, end)``: the part of the K loop, in whole blocks, that program ``split`` of ``SPLIT_K`` runs."""
+    """``[begin, end)``: the part of the K loop, a number of blocks, that program ``split`` of ``SPLIT_K`` runs."""
     step = ((K + BLOCK_K - 1) // BLOCK_K + SPLIT_K - 1) // SPLIT_K * BLOCK_K
     return tl.minimum(split * step, K), tl.minimum((split + 1) * step, K)
 

@@ -127,8 +127,8 @@ def int8_matmul_tiles(dtype: torch.dtype, target: str, epilogue: bool) -> list[T
 
     Args:
         dtype: the dtype in which 16-bit columns are multiplied.
-        epilogue: an activation, a second tensor or unquantised columns follow. A thread with more than 64 sums has no
-            registers left for these, so its tile is left out.
+        epilogue: an activation, a second tensor or unquantised columns follow. A thread with more than 64 sums has too
+            few registers for these, so its tile is not a candidate.
     """
     tiles = [Tile(*row) for row in (INT8_MATMUL_FLOAT32 if dtype == torch.float32 else INT8_MATMUL[target])]
     warp_size = 64 if _backend(target) == "hip" else 32
@@ -151,7 +151,7 @@ def for_int8_matmul(
     split (`split`). ``dtype`` and ``epilogue``: see `int8_matmul_tiles`.
     """
     tiles = int8_matmul_tiles(dtype, target, epilogue)
-    # Every row of tiles reads the whole weight, so a tile of few rows serves no more than its rows.
+    # Every row of tiles reads the entire weight, so a tile of few rows is used only if it holds all rows.
     max_rows = max(MANY_ROWS, triton.next_power_of_2(M))
     few_rows = [tile for tile in tiles if M <= tile.BLOCK_M < MANY_ROWS]
     tiles = few_rows or [tile for tile in tiles if MANY_ROWS <= tile.BLOCK_M <= max_rows]

@@ -1,4 +1,4 @@
-"""int8 weights and activations in floating point: for few rows, where reading the weight takes all the time."""
+"""int8 weights, activations in floating point: for few rows, which are bound by reading the weight."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def weight_only(
 
     This is `reference.linear` with threshold 0. Codes are widened to x's 16 bits exactly, so all products are exact and
     only the float32 sums round: ``abs(error) <= (K + splits + 3) * 2**-24 * sum_k(abs(x * w)) + rounding of y``. Row m
-    of y depends on row m of x alone.
+    of y depends on row m of x only.
 
     Args:
         x: ``[E, M, K]`` float16, bfloat16 or float32, any strides; ``[1, S, K]`` with offsets.

@@ -1,1 +1,1 @@
-"""Statistics of a model's inputs on data, and plans: a scheme for each layer."""
+"""`calibrate`: statistics of each layer's inputs on data. `plan`: a scheme for each layer."""

@@ -1,4 +1,4 @@
-"""``calibrate``: the statistics of each layer's inputs on data, by which conversion chooses unquantised columns."""
+"""``calibrate``: statistics of each layer's inputs on data. Conversion chooses unquantised columns from them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def calibrate(
     """Runs ``model`` on ``data`` and records ``absmax[k] = max_m(abs(x[m, k]))`` of the input of every matmul.
 
     A few batches of typical data are enough: outlier columns are the same for any text (Dettmers et al. 2022,
-    arXiv 2208.07339, section 4). `convert(..., calibration=...)` chooses the unquantised columns by the result.
+    arXiv 2208.07339, section 4). `convert(..., calibration=...)` chooses the unquantised columns from the result.
 
     Args:
-        model: not converted yet; any ``nn.Module``. It runs without gradients, in the mode that it is in.
+        model: not converted yet; any ``nn.Module``. It runs without gradients, in its current mode (train or eval).
         data: batches: a tensor (the first argument), a tuple or list (arguments) or a mapping (keyword arguments).
         moments: whether to record ``x.T @ x`` too, for ``rotated(rounding="gptq")``: 4 K * K bytes for each layer.
             Some thousand rows are enough; with fewer rows than K, some directions have no data.

@@ -1,4 +1,4 @@
-"""``observe``: the inputs of a model's matmuls while it runs, in whatever way its code calls them."""
+"""``observe``: the inputs of a model's matmuls while it runs, whichever torch functions its code calls."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _Matmuls(TorchDispatchMode):
                         self.see(name, rows)
                     break
         else:
-            with self:  # inference mode does not decompose composite ops before they get here
+            with self:  # in inference mode, composite ops arrive here without being decomposed
                 parts = func.decompose(*args, **(kwargs or {}))
             if parts is not NotImplemented:
                 return parts
@@ -73,7 +73,7 @@ def _rows(func: object, x: Tensor, on_the_left: bool) -> Tensor:
 def observe(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """In this context, matmuls of ``model`` with its float weights call ``see(layer name, x [M, K])`` before they run.
 
-    If layers share a weight, each of them sees the inputs of all. The fused inference paths of
+    If layers share a weight, each call is reported for all of them. The fused inference paths of
     ``nn.TransformerEncoder`` and ``nn.MultiheadAttention`` hide their matmuls, so the context disables them.
     """
     layers = [layer for layer in walk(model) if layer.layout is not None]

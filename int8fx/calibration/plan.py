@@ -1,4 +1,4 @@
-"""``plan``: a scheme or 16 bits for each layer, by the loss that each scheme would cause."""
+"""``plan``: a scheme or 16 bits for each layer, according to the loss that each scheme would cause."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Plan:
 
     chosen: layer name -> the `Option` of this plan.
     options: layer name -> all of its options.
-    calibration: what unquantised columns are chosen by.
+    calibration: the statistics from which unquantised columns are chosen.
     """
 
     chosen: dict[str, Option]
@@ -67,11 +67,11 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Of the weights of these layers, as they are in a model of 16 bits."""
+        """The bytes of these layers' weights in a model of 16 bits."""
         return sum(option.bytes for option in self.chosen.values())
 
     def within(self, *, budget_bytes: int | None = None, max_kl: float | None = None) -> Plan:
-        """The plan for another budget, by the same measurements; arguments and errors are those of `plan`."""
+        """The plan for another budget, from the same measurements. Arguments and errors are those of `plan`."""
         return _choose(self.options, budget_bytes, max_kl, self.calibration)
 
     def __str__(self) -> str:
@@ -107,23 +107,23 @@ def plan(
 
     This is the Fisher information of the output distribution (Kunstner et al. 2019, arXiv 1905.12558, section 2), with
     the errors of different rows taken as independent. The losses of layers are added, as in Dong et al. 2020 (arXiv
-    1911.03852). An output without ``logits`` is read as the mean of unit normals, so its loss is half the squared
+    1911.03852). An output without ``logits`` counts as the mean of unit normals, so its loss is half the squared
     distance. The choice starts with the smallest option of every layer. It then makes the upgrade that lowers the KL
     most per byte, until the budget is spent.
 
     Args:
-        model: float, in eval mode; it stays as it is. Gradients pass through it, so it needs memory as in training.
+        model: float, in eval mode; it is not changed. Gradients pass through it, so it needs memory as in training.
         data: batches, as `calibrate` takes them; a few hundred tokens are enough.
         budget_bytes: a limit for the bytes of these layers' weights, counted as in a model of 16 bits.
         max_kl: a limit for the estimated KL per token. Give one of the two limits.
         schemes: the options of a layer, in addition to 16 bits.
         samples: how often outputs are drawn for each batch.
-        calibration: what unquantised columns are chosen by; by default `calibrate` of ``data``.
+        calibration: the statistics from which unquantised columns are chosen; by default `calibrate` of ``data``.
         progress: whether to show a bar on stderr.
 
     Raises:
-        ValueError: not exactly one limit is given, it cannot be met (the message says which can), there are no samples,
-            no batch reached a layer, or a loss is not finite.
+        ValueError: not exactly one limit is given, it cannot be met (the message gives the smallest that can),
+            samples < 1, no batch reached a layer, or a loss is not finite.
     """
     _check(budget_bytes, max_kl)
     if samples < 1:
@@ -260,7 +260,7 @@ def _choose(
     plan = Plan(chosen, options, calibration)
     if budget_bytes is not None and plan.smallest > budget_bytes:
         raise ValueError(f"int8fx.plan: budget_bytes is {budget_bytes:,}; legal: {plan.smallest:,} or more")
-    full: set[str] = set()  # layers with an upgrade that was too large: a later one would skip it
+    full: set[str] = set()  # layers with an upgrade that was too large: upgrades come in order, so none follows
     for _, name, option in sorted(upgrades, key=lambda upgrade: -upgrade[0]):
         if max_kl is not None and plan.kl <= max_kl:
             break

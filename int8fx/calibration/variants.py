@@ -1,4 +1,4 @@
-"""The weights of a float model under several schemes: what `convert` would make of them. The model stays as it is."""
+"""The weights of a float model under several schemes, as `convert` would quantise them. The model is not changed."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Variants:
 
     Args:
         schemes: the schemes.
-        calibration: what unquantised columns are chosen by; None: they are chosen by the weights.
+        calibration: the statistics from which unquantised columns are chosen; None: from the weights.
         layers: all layers that a conversion would convert.
 
     Raises:
-        ValueError: a scheme needs moments, and the calibration has none of a layer.
+        ValueError: a scheme needs moments of a layer for which the calibration has none.
     """
 
     def __init__(self, schemes: Iterable[Scheme], calibration: Calibration | None, layers: Iterable[Layer]) -> None:

@@ -1,1 +1,1 @@
-"""Float weights go in, packed buffers come out; nothing is left half done."""
+"""Replaces float weights by packed buffers. An error or an interruption leaves no module half converted."""

@@ -22,7 +22,7 @@ from .layers import Layer, PackedLayer, check_modules, choose, decide, grouped, 
 from .quantizer import Columns, Quantizer
 from .selection import Choice, Selection
 
-LEFT = "int8fx_left"  # attribute of a converted model: layer name -> why it was left
+LEFT = "int8fx_left"  # attribute of a converted model: layer name -> why it was not converted
 LARGE = 1 << 30  # bytes of weights from which on a conversion shows its progress
 
 log = logging.getLogger("int8fx")
@@ -33,17 +33,17 @@ class SchemePerLayer(Protocol):
 
     @property
     def schemes(self) -> Mapping[str, Scheme]:
-        """Layer name -> scheme. Layers without an entry are left."""
+        """Layer name -> scheme. Layers without an entry are not converted."""
 
     @property
     def calibration(self) -> Calibration | None: ...
 
 
 class ModelKind(Protocol):
-    """What `convert` and `summary` need to know of one kind of model: implemented by three modules of this package."""
+    """What `convert` and `summary` call for one kind of model. Three modules of this package implement it."""
 
     def root_of(self, model: Any) -> nn.Module:
-        """The module that notes on the model are kept in."""
+        """The module that holds `LEFT`."""
 
     def layers_of(self, model: Any) -> list[Layer]:
         """The float weights of the model."""
@@ -85,10 +85,10 @@ def convert(
     """Quantises the weights of ``model`` to int8, in place, and returns ``model``.
 
     The weights of linear layers, attention, fused experts and of bare Parameters used in matmuls become int8 codes and
-    a float32 scale per output channel. ``torch.compile(model)`` rewrites the matmuls with dequantised weights that are
-    left: the passes are appended to Inductor's list (`int8fx.uninstall` takes them out).
+    a float32 scale per output channel. Where a module still multiplies by dequantised weights, ``torch.compile(model)``
+    rewrites these matmuls: the passes are appended to Inductor's list (`int8fx.uninstall` removes them).
 
-    One line at level INFO of the logger ``int8fx`` counts what was converted, and what was left and why.
+    One line at level INFO of the logger ``int8fx`` counts what was converted, and what was not and why.
 
     Args:
         model: an ``nn.Module``, a ``torch.fx.GraphModule`` or a ``torch.export.ExportedProgram``.
@@ -96,20 +96,20 @@ def convert(
         select: the layers to convert: names or patterns as in ``model.layers.*.q_proj`` or ``lm_head``, or a function
             (name, module) -> bool. By default all but output embeddings, routers and 1x1 convolutions; these can be
             selected. Not with a plan, which names its layers.
-        skip: the layers to leave, in the same form.
-        calibration: what `calibrate` returned for this model: schemes choose their unquantised columns by it. A layer
-            that it has no data of keeps the columns of largest weight, the same as the other such weights of its
-            module. By default that of the plan.
+        skip: the layers not to convert, in the same form.
+        calibration: what `calibrate` returned for this model. Schemes choose their unquantised columns according to it.
+            For a layer without data, they are the columns of largest weight, the same for all such weights of one
+            module. By default the plan's.
         progress: whether to show a bar on stderr; by default if that is a terminal and the weights have over 1 GB.
 
     Raises:
         TypeError: ``model`` or an argument is of the wrong kind.
         ValueError: a layer cannot be converted (already quantised, on meta, integer, complex or non-finite weights, K >
             133,144), a pattern matches nothing, a plan names a layer that the model does not have, or the scheme needs
-            more of the calibration. The message names it; the model is as it was.
+            moments that the calibration does not have. The message names it; the model is not changed.
 
-    If it is interrupted, or memory runs out, some layers are converted and the others are not, and none is in between:
-    the model still works. A second ``convert(model, select=...)`` converts the others.
+    If it is interrupted, or memory runs out, each layer is either converted or not, and the model still works. A second
+    ``convert(model, select=...)`` converts the others.
     """
     schemes = _schemes(llm_int8() if scheme is None else scheme)
     if isinstance(schemes, Mapping):
@@ -120,7 +120,7 @@ def convert(
     if calibration is not None and not isinstance(calibration, Calibration):
         raise TypeError(f"int8fx.convert: calibration is {calibration!r}; legal: what int8fx.calibrate returns")
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("int8fx.convert: the model is a ScriptModule; legal: the eager model it was made from")
+        raise TypeError("int8fx.convert: the model is a ScriptModule; legal: the eager model that it was scripted from")
     kind, choice = kind_of(model, "convert"), Choice(select, skip)
     root = kind.root_of(model)
     check_modules(root)
@@ -136,7 +136,7 @@ def convert(
     quantizer.check(chosen)
     reasons = {layer.name: layer.reason for layer in layers if layer.reason is not None}
     count = len(chosen)
-    del layers  # where they hold float weights, nothing else is to hold them
+    del layers  # they hold references to float weights, which are to be freed
     setattr(root, LEFT, reasons)
     kind.pack(model, chosen, quantizer)
     log.info("convert: %d weights to int8; left: %s", count, _counts(reasons) or "none")
@@ -149,7 +149,7 @@ def convert(
 
 
 def _schemes(scheme: Any) -> Scheme | Mapping[str, Scheme]:
-    """``scheme`` itself if it is one, the scheme of each layer if it is a plan.
+    """``scheme`` itself, or the scheme of each layer if it is a plan.
 
     Raises:
         TypeError: ``scheme`` is neither.
@@ -173,7 +173,7 @@ def _is_in(schemes: Mapping[str, Scheme]) -> Callable[[str, nn.Module], bool]:
 
 
 def _assign(schemes: Mapping[str, Scheme], layers: list[Layer], names: list[str]) -> dict[str, Scheme]:
-    """The scheme of each layer that a plan converts. Layers that share a weight and have different ones are left.
+    """The scheme of each layer that a plan converts. Layers that share a weight but not a scheme are not converted.
 
     Raises:
         ValueError: the plan names a layer that is not among ``names``.
@@ -198,7 +198,7 @@ def _assign(schemes: Mapping[str, Scheme], layers: list[Layer], names: list[str]
 
 
 def _progress(chosen: list[Layer], progress: bool | None) -> Callable[[int], None] | None:
-    """What shows how many of the weights are done; None if nothing is to be shown."""
+    """A function that shows how many of the weights are done; None if nothing is to be shown."""
     sizes = {id(layer.weight): layer.weight.nbytes for layer in chosen}
     if progress is None:
         progress = sys.stderr.isatty() and sum(sizes.values()) >= LARGE
@@ -206,5 +206,5 @@ def _progress(chosen: list[Layer], progress: bool | None) -> Callable[[int], Non
 
 
 def _counts(reasons: Mapping[str, str]) -> str:
-    """``2 (skipped), 1 (the output embeddings: ...)``: how many layers each reason left, the most frequent first."""
+    """``2 (skipped), 1 (the output embeddings: ...)``: how many layers were not converted, by reason, largest first."""
     return ", ".join(f"{count} ({reason})" for reason, count in Counter(reasons.values()).most_common())

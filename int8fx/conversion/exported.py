@@ -27,7 +27,7 @@ def packed_of(program: ExportedProgram) -> list[PackedLayer]:
 
 
 def layers_of(program: ExportedProgram) -> list[Layer]:
-    """The Parameters of the program; each is held by a module made for its `Layer`."""
+    """The Parameters of the program, each in a new module that only its `Layer` uses."""
     signature, state = program.graph_signature, program.state_dict
     names = dict(signature.inputs_to_parameters)  # placeholder name -> Parameter name
     weights: dict[str, Tensor] = {name: state[name] for name in names.values() if state[name].dim() >= 2}
@@ -63,7 +63,7 @@ def pack(program: ExportedProgram, chosen: list[Layer], quantizer: Quantizer) ->
             lower(graph)
         finally:
             for spec, value in zip(program.graph_signature.output_specs, graph.output_node().args[0], strict=True):
-                if isinstance(value, Node):  # a rewritten product may be an output
+                if isinstance(value, Node):  # a rewritten matmul may be an output
                     spec.arg.name = value.name
             program.graph_module.recompile()
         program.validate()

@@ -1,4 +1,4 @@
-"""What packed modules run: forwards that multiply by int8 weights, one for each `recipes.Kind` but OTHER."""
+"""The forwards of packed modules, which multiply by int8 weights: one for each `recipes.Kind` except OTHER."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def convolution_forward(self, x: Tensor) -> Tensor:
 
 
 def embedding_forward(self, ids: Tensor) -> Tensor:
-    """Rows of the table. Not by ``int8fx::dequantize``: they are activations, and no weight of a matmul."""
+    """Rows of the table. Not an ``int8fx::dequantize``: they are activations, not the weight of a matmul."""
     table = self.packed("weight")
     columns_weight = None if table.columns_weight is None else table.columns_weight[ids]
     rows = table._replace(codes=table.codes[ids], scale=table.scale[ids], columns_weight=columns_weight)
@@ -49,7 +49,9 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """``nn.MultiheadAttention`` without its fused inference path, which takes float weights only."""
     if query.is_nested:
-        raise ValueError("int8fx: attention found a nested tensor; convert the nn.TransformerEncoder with its layers")
+        raise ValueError(
+            "int8fx: the query of attention is a nested tensor; legal: convert the nn.TransformerEncoder around it"
+        )
     batch_first = self.batch_first and query.dim() == 3
     if batch_first:  # equal tensors must stay the same object: self-attention is one matmul for q, k and v
         q = query.transpose(0, 1)
@@ -78,12 +80,12 @@ def experts_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     offsets = torch.searchsorted(ids, torch.arange(experts, device=ids.device, dtype=ids.dtype), right=True)
     x = hidden_states[order // top_k]
 
-    def product(x: Tensor, name: str) -> Tensor:
+    def project(x: Tensor, name: str) -> Tensor:
         bias = getattr(self, f"{name}_bias") if self.has_bias else None
         return torch.ops.int8fx.grouped_linear.default(x, offsets, *self.packed(name), bias)
 
-    y = self._apply_gate(product(x, "gate_up_proj")) if self.has_gate else self.act_fn(product(x, "up_proj"))
-    y = product(y, "down_proj")
+    y = self._apply_gate(project(x, "gate_up_proj")) if self.has_gate else self.act_fn(project(x, "up_proj"))
+    y = project(y, "down_proj")
     if self.has_post_expert_norm:
         y = self.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)

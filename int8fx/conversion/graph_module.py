@@ -67,7 +67,7 @@ def pack(model: GraphModule, chosen: list[Layer], quantizer: Quantizer) -> None:
     pack_layers([layer for layer in chosen if id(layer.module) in in_calls], quantizer)
     in_graph = [layer for layer in chosen if id(layer.module) not in in_calls]
     vals = [node.meta.get("val") for node in model.graph.nodes if node.op in ("placeholder", "get_attr")]
-    one_mode = len({id(detect_fake_mode([val])) for val in vals}) == 1  # make_fx has one per tensor
+    one_mode = len({id(detect_fake_mode([val])) for val in vals}) == 1  # make_fx has a mode for each tensor
     try:
         for tied in grouped(in_graph, lambda layer: id(layer.weight)):
             tensors = quantizer(tied)

@@ -1,8 +1,8 @@
 """How a graph uses its weights, and what replaces a float weight in it.
 
 A packed weight ``w`` of a graph is held in buffers called as those of a packed module (`packed`). Each use of the float
-weight becomes ``int8fx::dequantize``, transposed for a ``[..., K, N]`` use; then `passes.lower` makes int8 products of
-them. An embedding takes rows of the codes. Layers have the names that they have in modules: ``lm_head`` for
+weight becomes ``int8fx::dequantize``, transposed for a ``[..., K, N]`` use; then `passes.lower` turns them into
+int8 matmuls. An embedding takes rows of the codes. Layers have the names that they have in modules: ``lm_head`` for
 ``lm_head.weight``.
 """
 
@@ -41,12 +41,12 @@ def read_recipes(
 ) -> dict[str, Recipe]:
     """Parameter name -> the recipe for it. Names of one tensor get the same: export gives all uses to one of them.
 
-    A weight that is an embedding and the weight of a product is an output embedding.
+    A weight that is both an embedding and the weight of a matmul is an output embedding.
 
     Args:
         name_of: the Parameter that a node reads.
         weights: Parameter name -> its tensor.
-        written: names of Parameters that the program is known to write to.
+        written: names of Parameters that the program writes to according to its signature.
     """
 
     def weight_of(node: Node) -> Tensor | None:
@@ -90,7 +90,7 @@ def read_recipes(
 
 
 def embedding_of(node: Node) -> Embedding | None:
-    """What ``node`` takes rows of, if it does and leaves the table as it is."""
+    """The table and ids of ``node``, if it is an embedding that does not change its table; else None."""
     if node.op != "call_function" or node.target not in (aten.embedding.default, torch.embedding, F.embedding):
         return None
     if node.target is F.embedding:
@@ -111,7 +111,7 @@ def packed_in(holder: nn.Module, readings: Mapping[str, Reading]) -> list[Packed
 
 
 def replace_weight(use: Node, packed: Int8Weight, layer: Layer, dtype: torch.dtype) -> None:
-    """Gives the users of ``use``, a node that reads the float weight of ``layer``, the packed weight to read.
+    """Makes the users of ``use``, a node that reads the float weight of ``layer``, use the packed weight.
 
     ``use`` stays in the graph, without users. ``packed`` holds nodes.
     """

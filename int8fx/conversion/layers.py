@@ -1,4 +1,4 @@
-"""The weights of a model: which there are, what `convert` does with each, and why."""
+"""The weights of a model: lists them, and decides which of them `convert` converts and why not the others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Layer:
     full_name: of the Parameter, with the path of its module.
     module: holds the Parameter.
     recipe: how to convert the module.
-    reason: why the weight is left; None if it is to be converted.
+    reason: why the weight is not converted; None if it is to be converted.
     aliases: other names of the layer, if its module has several paths.
     """
 
@@ -67,7 +67,7 @@ class Layer:
 class PackedLayer(NamedTuple):
     """One packed weight of a model: the module that holds its buffers, their name there, and how they are read.
 
-    reading: None for a weight in a graph that does not say so: one that was loaded from a file, for example.
+    reading: None if the graph does not record it, for example because it was loaded from a file.
     """
 
     name: str
@@ -82,7 +82,7 @@ def layer_name(full_name: str) -> str:
     return path if parameter == "weight" and path else full_name
 
 
-# ---- which there are ------------------------------------------------------------------------------------------------
+# ---- listing weights ------------------------------------------------------------------------------------------------
 
 
 def walk(model: nn.Module, prefix: str = "") -> Iterator[Layer]:
@@ -113,7 +113,7 @@ def packed_layers(model: nn.Module) -> Iterator[PackedLayer]:
 
 
 def quantised_by(module: nn.Module) -> str | None:
-    """The other package that quantised the weight of ``module``, if it is one that int8fx can tell."""
+    """The other package that quantised the weight of ``module``, if int8fx recognises it."""
     package, weight = _package(module), module._parameters.get("weight")
     if package == "bitsandbytes" or weight is None:
         return package if package == "bitsandbytes" else None
@@ -124,7 +124,7 @@ def _package(value: object) -> str:
     return type(value).__module__.partition(".")[0]
 
 
-# ---- what becomes of them -------------------------------------------------------------------------------------------
+# ---- deciding what to convert ---------------------------------------------------------------------------------------
 
 
 def plan(model: nn.Module) -> list[Layer]:
@@ -138,7 +138,7 @@ def plan(model: nn.Module) -> list[Layer]:
 
 
 def decide(model: nn.Module, layers: Iterable[Layer], choice: Choice) -> list[Layer]:
-    """The ``layers`` of ``model``, with the reason of each that ``choice`` leaves, or that cannot be converted."""
+    """The ``layers`` of ``model``, with `Layer.reason` set for each that ``choice`` excludes or that is unsuitable."""
     layers = list(layers)
     heads = _output_embeddings(model, layers)
     for layer in layers:
@@ -149,7 +149,7 @@ def decide(model: nn.Module, layers: Iterable[Layer], choice: Choice) -> list[La
         elif layer.layout is None:
             layer.reason = layer.recipe.refused.get(layer.parameter, NO_PRODUCT)
         elif (taken := clash(layer.module, layer.parameter)) is not None:
-            layer.reason = f"its module has a {taken!r} of its own"
+            layer.reason = f"its module already has a {taken!r}"
         elif not choice.by_default:
             layer.reason = None if selected else "not selected"
         elif id(layer.module) in heads:
@@ -176,7 +176,7 @@ def _output_embeddings(model: nn.Module, layers: list[Layer]) -> set[int]:
 
 
 def _leave_routers(layers: list[Layer]) -> None:
-    """Leaves routers, which pick experts by small differences.
+    """Excludes routers, which choose experts by small differences.
 
     A router is a linear layer in the block that holds the experts, with as many outputs as there are experts.
     """
@@ -193,7 +193,7 @@ def _leave_routers(layers: list[Layer]) -> None:
 
 
 def _agree_on_ties(layers: list[Layer]) -> None:
-    """Layers with one Parameter are converted together or not at all. A tied embedding follows its selected head."""
+    """Converts layers that share a Parameter together or not at all: an embedding with its selected head."""
     for tied in grouped(layers, lambda layer: id(layer.weight)):
         if len(tied) == 1 or all(layer.reason is not None for layer in tied):
             continue
@@ -205,9 +205,9 @@ def _agree_on_ties(layers: list[Layer]) -> None:
         for layer in tied:
             other = next((o for o in tied if o.layout != layer.layout), None)
             if left is not None:
-                layer.reason = layer.reason or f"tied to {left.name}, which stays as it is"
+                layer.reason = layer.reason or f"tied to {left.name}, which is not converted"
             elif other is not None:
-                layer.reason = f"its weight is shared with {other.name}, which reads it the other way round"
+                layer.reason = f"its weight is shared with {other.name}, which uses it transposed"
 
 
 def grouped(layers: Iterable[Layer], key: Callable[[Layer], int]) -> list[list[Layer]]:
@@ -235,7 +235,7 @@ def check_modules(model: nn.Module) -> None:
 
 
 def refuse_converted(packed: Iterable[PackedLayer], choice: Choice) -> None:
-    """Raises ValueError if ``choice`` takes a layer that is converted already."""
+    """Raises ValueError if ``choice`` selects a layer that is converted already."""
     for name, module, _, _ in packed:
         skipped = choice.skips([name], module)
         if (choice.selects([name], module) or choice.by_default) and not skipped:
@@ -253,8 +253,8 @@ def choose(layers: list[Layer]) -> list[Layer]:
 def check_weight(name: str, weight: Tensor, K: int) -> None:
     """Raises ValueError, naming the layer, unless ``weight`` can be packed."""
 
-    def refuse(found: str, legal: str) -> None:
-        raise ValueError(f"int8fx.convert: layer {name!r} {found}; legal: {legal}")
+    def refuse(problem: str, legal: str) -> None:
+        raise ValueError(f"int8fx.convert: layer {name!r} {problem}; legal: {legal}")
 
     if weight.layout != torch.strided:
         refuse(f"has a {str(weight.layout).removeprefix('torch.')} weight", "dense weights")

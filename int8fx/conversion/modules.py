@@ -34,7 +34,7 @@ def pack(model: nn.Module, chosen: list[Layer], quantizer: Quantizer) -> None:
 def pack_layers(chosen: list[Layer], quantizer: Quantizer) -> None:
     """Packs the weights of ``chosen``, module by module. Each float weight is freed when its module is packed.
 
-    Modules that share a weight are packed together: an interruption does not come between them.
+    Modules that share a weight are packed together: an interruption converts all of them or none.
     """
     for together in _together(chosen):
         tensors: dict[int, PackedTensors] = {}
@@ -46,7 +46,7 @@ def pack_layers(chosen: list[Layer], quantizer: Quantizer) -> None:
             weights: Weights = {
                 layer.parameter: (tensors[id(layer.weight)], quantizer.reading(layer)) for layer in layers
             }
-            # Attention leaves its fused path even if only some of its weights are packed; others keep their forward.
+            # Attention leaves its fused path even if only some weights are packed. Others then keep their forward.
             replaced = recipe.kind is Kind.ATTENTION or recipe.layouts.keys() == weights.keys()
             ready.append((layers[0].module, weights, FORWARDS.get(recipe.kind) if replaced else None))
         pack_modules(ready)
@@ -64,7 +64,7 @@ def _together(chosen: list[Layer]) -> list[list[Layer]]:
 
 
 def _check_what_is_loaded(model: nn.Module) -> None:
-    """Has ``model.load_state_dict`` refuse unfit tensors before it loads any."""
+    """Makes ``model.load_state_dict`` refuse tensors that do not fit, before it loads any."""
     hooks = model._load_state_dict_pre_hooks.values()
     if all(getattr(wrapped, "hook", None) is not refuse_unfit for wrapped in hooks):
         model.register_load_state_dict_pre_hook(refuse_unfit)

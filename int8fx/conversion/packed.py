@@ -3,7 +3,7 @@
 The class of a packed module is a subclass of the class that the module had. So ``isinstance``, hooks, shared modules
 and references to the module stay as they were. For a packed weight called ``weight`` the module has two buffers:
 
-    weight        [..., N, K] int8      the codes, whichever way round the module reads the weight
+    weight        [..., N, K] int8      the codes, also if the module uses the weight as [..., K, N]
     weight_scale  [..., N]    float32   absmax / 127 per output channel
 
 It has two more if some input columns are not quantised:
@@ -12,7 +12,7 @@ It has two more if some input columns are not quantised:
     weight_columns_weight  [..., N, C]         their weights, in the dtype of the float weight
 
 ``state_dict`` holds exactly these. Reading ``module.weight`` gives ``int8fx::dequantize`` of them, in the shape and
-dtype that the module expects, so code that knows nothing of int8fx stays right.
+dtype that the module expects, so code without support for int8fx still computes the right result.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from ..schemes.weight import COLUMNS, SCALE, SUFFIXES, Int8Weight, PackedTensors
 
 @dataclass(frozen=True)
 class Reading:
-    """How a module reads one packed weight.
+    """How a module uses one packed weight.
 
-    layout: ``NK`` if it reads ``[..., N, K]`` (``F.linear``), ``KN`` if it reads ``[..., K, N]`` (``x @ w``).
-    dtype: of the float weight that it reads.
-    scheme: what the weight was quantised for.
+    layout: ``NK`` if it expects ``[..., N, K]`` (``F.linear``), ``KN`` if it expects ``[..., K, N]`` (``x @ w``).
+    dtype: of the float weight that it expects.
+    scheme: the scheme that the weight was quantised with.
     kernel_dims: how many dimensions of size 1 follow (2 for a 1x1 ``Conv2d``).
     """
 
@@ -56,19 +56,19 @@ class Reading:
         return Int8Weight(codes, scale, self.scheme.threshold, self.scheme.block, *columns)
 
 
-# ---- what torch does to the buffers of packed weights ---------------------------------------------------------------
+# ---- moving, loading and saving packed weights ----------------------------------------------------------------------
 
 
 class PackedBuffers(nn.Module):
     """Moves, loads and saves the buffers of packed weights; mixed into the classes of modules that hold them."""
 
     def _packed_places(self) -> list[tuple[str, nn.Module, str]]:
-        """The packed weights that this class looks after: path of the module that holds it, that module, its name."""
+        """The packed weights that this class moves and loads: path of the owner module, that module, weight name."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         keys = [(owner._buffers, name + suffix) for _, owner, name in self._packed_places() for suffix in SUFFIXES]
-        with _moved_apart([(buffers, key) for buffers, key in keys if key in buffers], fn):
+        with _moved_separately([(buffers, key) for buffers, key in keys if key in buffers], fn):
             super()._apply(fn, recurse)
         return self
 
@@ -79,7 +79,7 @@ class PackedBuffers(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any):
-        """Columns that weights share in this module share no memory in its state dict: checkpoints refuse that."""
+        """The state dict. Columns that weights share are copied in it: checkpoint formats refuse shared memory."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         prefix = args[1] if len(args) > 1 and not prefix else prefix
         for path, _, name in self._packed_places():
@@ -106,7 +106,7 @@ def refuse_unfit(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *
 
 
 def _unfit(buffers: Mapping[str, Tensor | None], name: str, state_dict: Mapping[str, Any], key: str) -> Iterator[str]:
-    """What a packed weight says to its tensors in a state dict, where it is called ``key``."""
+    """Problems of the tensors that ``state_dict`` has for a packed weight, which is called ``key`` there."""
     codes, columns = state_dict.get(key), state_dict.get(key + COLUMNS)
     if codes is not None and codes.dtype != torch.int8:
         yield f'"{key}" is packed and takes int8 codes, found {codes.dtype}; load float weights before int8fx.convert'
@@ -125,7 +125,7 @@ def _unfit(buffers: Mapping[str, Tensor | None], name: str, state_dict: Mapping[
 
 
 def _untie_columns(buffers: dict[str, Tensor | None], name: str, loaded: Tensor | None) -> None:
-    """Gives a weight a copy of the columns that it shares with other weights, if different ones are to be loaded."""
+    """Gives a weight a copy of columns that it shares with other weights, if different ones will be loaded."""
     columns = buffers.get(name + COLUMNS)
     if columns is not None and loaded is not None and not columns.is_meta:
         readable = not loaded.is_meta and not isinstance(loaded, FakeTensor)
@@ -134,7 +134,7 @@ def _untie_columns(buffers: dict[str, Tensor | None], name: str, loaded: Tensor 
 
 
 @contextmanager
-def _moved_apart(places: list[tuple[dict[str, Any], str]], fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _moved_separately(places: list[tuple[dict[str, Any], str]], fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Hides the tensors at ``places`` from an ``nn.Module._apply(fn)`` in this context, and then moves them.
 
     ``fn`` may change their device but not their dtype. Tied tensors stay tied, as Parameters do in ``nn.Module``.
@@ -168,7 +168,7 @@ _NEWOBJ = object.__reduce_ex__(object(), 2)[0]  # copyreg.__newobj__: how pickle
 
 
 class PackedModule(PackedBuffers):
-    """Mixed into the class of a module with packed weights; `packed_weights` says by name how the module reads them."""
+    """Mixed into the class of a module with packed weights. `packed_weights`: weight name -> how the module uses it."""
 
     packed_weights: dict[str, Reading]
 
@@ -200,10 +200,10 @@ class PackedModule(PackedBuffers):
             codes = self._buffers[name]
             assert codes is not None
             if not isinstance(value, Tensor) or value.dtype != torch.int8 or value.shape != codes.shape:
-                found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                given = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 legal = f"int8 codes {tuple(codes.shape)}"
                 raise TypeError(
-                    f"{type(self).__name__}.{name} is packed: it takes {legal}, found {found}; assign, tie or "
+                    f"{type(self).__name__}.{name} is packed: it takes {legal}, found {given}; assign, tie or "
                     "resize weights before int8fx.convert"
                 )
         super().__setattr__(name, value)
@@ -239,10 +239,10 @@ def float_class(module: PackedModule) -> type[nn.Module]:
 def packed_class(base: type[nn.Module], names: tuple[str, ...], forward: Callable | None) -> type[nn.Module]:
     """The subclass of ``base`` whose weights ``names`` are packed; ``forward`` replaces that of ``base`` if given."""
 
-    def reader(name: str) -> property:
+    def dequantized(name: str) -> property:
         return property(lambda self: self.dequantize(name))
 
-    body: dict[str, Any] = {name: reader(name) for name in names}
+    body: dict[str, Any] = {name: dequantized(name) for name in names}
     body["__module__"], body["__doc__"] = base.__module__, base.__doc__
     if forward is not None:
         body["forward"] = forward
@@ -258,7 +258,7 @@ Weights = dict[str, tuple[PackedTensors, Reading]]
 
 
 def clash(module: nn.Module, parameter: str) -> str | None:
-    """A name that ``module`` would need to be packed and uses for something else."""
+    """A name that packing would need, and that ``module`` already uses for something else; None if there is none."""
     for suffix in SUFFIXES[1:]:
         if any(parameter + suffix in names for names in (module._parameters, module._buffers, module._modules)):
             return parameter + suffix
@@ -269,9 +269,8 @@ def pack_modules(modules: Sequence[tuple[nn.Module, Weights, Callable | None]]) 
     """Packs modules in place: all of them, with all of their weights, or, if anything raises, none.
 
     Args:
-        modules: a module, for each Parameter to replace its packed tensors and how the module reads them, and what
-            replaces the forward of the module's class. That is a module-level function or None: packed modules can be
-            pickled.
+        modules: for each, the module; Parameter name -> its packed tensors and how the module uses them; the forward
+            that replaces the one of its class, or None. It must be a module-level function, so that it can be pickled.
     """
     before = [(module, type(module), dict(module.__dict__)) for module, _, _ in modules]
     try:
@@ -298,13 +297,13 @@ def _pack(module: nn.Module, weights: Weights, forward: Callable | None) -> None
     object.__setattr__(module, "__class__", cls)
 
 
-# ---- questions ------------------------------------------------------------------------------------------------------
+# ---- queries --------------------------------------------------------------------------------------------------------
 
 
 def codes_in(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """Packed weights that a graph reads from plain buffers: path of the module that holds it, that module, its name.
 
-    Packed modules, which a graph may call, look after theirs.
+    Weights of packed modules, which a graph may call, are not among them.
     """
     return [
         (path, owner, name)

@@ -21,16 +21,16 @@ from .packed import Reading
 class Columns:
     """Chooses which columns of weights are not quantised, for all schemes of one conversion.
 
-    A layer that the calibration has data of keeps the columns whose inputs have the largest absmax. Without data it
-    keeps the columns of largest Euclidean norm, whose rounding would cost most if all inputs were alike. The norms are
-    over the weights of all ``layers`` in one module with inputs of one width, which often read the same x.
+    If the calibration has data of a layer, these are the columns whose inputs have the largest absmax. Otherwise, they
+    are the columns of largest Euclidean norm, whose rounding would cost most if all inputs had the same size. The norm
+    of a column is over the weights of all ``layers`` in one module that have the same K: these often have the same x.
 
-    Equal columns of several weights are one tensor, so that products of the same x can share its quantisation.
+    Equal columns of several weights are one tensor, so that linears of the same x can share its quantisation.
 
     Args:
         calibration: what `calibrate` returns, or None.
-        layers: those that the conversion packs. Their norms are computed when one of them needs them: while all of them
-            still are float.
+        layers: those that the conversion packs. Norms of a module are computed when its first layer needs them, while
+            all its layers are still float.
     """
 
     def __init__(self, calibration: Calibration | None = None, layers: Iterable[Layer] = ()) -> None:
@@ -43,7 +43,7 @@ class Columns:
         self._tied: dict[tuple, Tensor] = {}
 
     def choose(self, tied: list[Layer], count: int) -> Tensor:
-        """``[count]`` int64, ascending: the columns that the layers of ``tied``, which share a weight, keep."""
+        """``[count]`` int64, ascending: the unquantised columns of the one weight that the layers ``tied`` share."""
         absmax = [self.calibration.absmax[t.name] for t in tied if t.name in self.calibration.absmax]
         norms = [self._norms_of(layer) for layer in tied if layer.name not in self.calibration.absmax]
         size = torch.stack(absmax).amax(0) if absmax else norms[0]
@@ -95,16 +95,16 @@ class Quantizer:
         return self.scheme[layer.name] if isinstance(self.scheme, Mapping) else self.scheme
 
     def check(self, layers: Iterable[Layer]) -> None:
-        """Raises ValueError if a scheme needs moments and the calibration has none of a layer."""
+        """Raises ValueError if a scheme needs moments of a layer for which the calibration has none."""
         for layer in layers:
             if self.scheme_of(layer).needs_moments and layer.name not in self.calibration.moments:
                 raise ValueError(
-                    f"int8fx.convert: rounding='gptq' knows nothing of the inputs of layer {layer.name!r}; legal: "
+                    f"int8fx.convert: rounding='gptq' has no moments of the inputs of layer {layer.name!r}; legal: "
                     "calibration=int8fx.calibrate(model, data, moments=True), with data that reaches it, or skip it"
                 )
 
     def __call__(self, tied: list[Layer]) -> PackedTensors:
-        """Ordinary tensors in any grad mode; fake ones of a fake weight."""
+        """The packed tensors: ordinary ones in any grad mode; fake ones for a fake weight."""
         weight, scheme = tied[0].oriented(), self.scheme_of(tied[0])
         with torch.inference_mode(False), torch.no_grad(), detect_fake_mode(weight) or nullcontext() as fake:
             count = scheme.static_columns(weight.shape[-1])
@@ -120,6 +120,6 @@ class Quantizer:
         return tensors
 
     def reading(self, layer: Layer) -> Reading:
-        """How the module of ``layer`` reads its packed weight."""
+        """How the module of ``layer`` uses its packed weight."""
         assert layer.layout is not None
         return Reading(layer.layout, layer.weight.dtype, self.scheme_of(layer), layer.recipe.kernel_dims)

@@ -1,4 +1,4 @@
-"""What int8fx knows of module types: which of their Parameters a matmul reads, and which way round."""
+"""Module types: which of their Parameters are weights of a matmul, and in which layout."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 
 from .usage import MIXED, read_usage
 
-TABLE = "an embedding: a table of rows, not a product"
+TABLE = "an embedding: rows are looked up, no matmul"
 CONVOLUTION = "a 1x1 convolution: converted if selected"
-NO_PRODUCT = "not the weight of a product"
+NO_PRODUCT = "not the weight of a matmul"
 
 
 class Kind(Enum):
-    """What a module computes, as far as its packed form has a forward for it (`forwards.FORWARDS`)."""
+    """What a module computes. All kinds except OTHER have a packed forward (`forwards.FORWARDS`)."""
 
     LINEAR = "linear"
     CONVOLUTION = "convolution"
@@ -33,8 +33,8 @@ class Recipe:
     layouts: Parameter name -> ``NK`` or ``KN``, as in `packed.Reading`.
     kind: what the module computes. Modules of kind OTHER run the forward of their class, on dequantised weights.
     kernel_dims: as in `packed.Reading`.
-    on_request: why it is left unless the selection names it.
-    refused: Parameter name -> why it stays as it is.
+    on_request: why it is converted only if the selection names it; None if it is converted by default.
+    refused: Parameter name -> why it is not converted.
     """
 
     layouts: dict[str, str] = field(default_factory=dict)
@@ -79,7 +79,7 @@ def recipe_for(module: nn.Module) -> Recipe:
     try:
         return recipe_of_usage(read_usage(module), names)
     except ValueError as error:
-        return Recipe(refused=dict.fromkeys(names, f"its use is not known: {error}"))
+        return Recipe(refused=dict.fromkeys(names, f"its use cannot be determined: {error}"))
 
 
 def recipe_of_usage(usage: dict[str, str | None], names: list[str]) -> Recipe:
@@ -97,7 +97,7 @@ def _convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Recipe:
     plain = type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
     padded = not isinstance(module.padding, str) and any(module.padding)
     if not plain or any(k != 1 for k in module.kernel_size) or module.groups != 1 or padded:
-        return Recipe(refused={"weight": "a convolution; only 1x1 convolutions without groups or padding are products"})
+        return Recipe(refused={"weight": "a convolution; only 1x1 convolutions without groups or padding are matmuls"})
     dims = len(module.kernel_size)
     return Recipe({"weight": "NK"}, Kind.CONVOLUTION, kernel_dims=dims, on_request=CONVOLUTION)
 

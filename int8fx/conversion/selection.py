@@ -21,7 +21,7 @@ class Names:
     def __init__(self, selection: Selection, argument: str) -> None:
         self.argument = argument
         self.function = selection if callable(selection) else None
-        legal = f"{argument} takes name patterns or a function (name, module) -> bool"
+        legal = f"int8fx.convert: {argument} takes name patterns or a function (name, module) -> bool"
         if not isinstance(selection, Iterable) and not callable(selection):
             raise TypeError(f"{legal}, found {selection!r}")
         self.patterns = [] if callable(selection) else [selection] if isinstance(selection, str) else list(selection)
@@ -43,7 +43,7 @@ class Names:
             pattern = min(self.unused)
             close = difflib.get_close_matches(pattern, _runs(names, pattern.count(".") + 1), n=3, cutoff=0.4)
             hint = f"; close: {', '.join(close)}" if close else ""
-            raise ValueError(f"{self.argument}: {pattern!r} matches no layer of this model{hint}")
+            raise ValueError(f"int8fx.convert: {self.argument}: {pattern!r} matches no layer of this model{hint}")
 
 
 class Choice:
@@ -55,7 +55,7 @@ class Choice:
 
     @property
     def by_default(self) -> bool:
-        """Whether nothing was selected, so that `convert`'s own choice applies."""
+        """Whether nothing was selected, so that `convert` chooses by its defaults."""
         return self._select is None
 
     def selects(self, names: Iterable[str], module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ class Row:
     """One weight.
 
     shape: as stored.
-    scheme: that it was quantised for; empty if it was not converted.
+    scheme: the scheme it was quantised with; empty if it was not converted.
     reason: why it was not converted; empty if it was.
     """
 
@@ -43,7 +43,7 @@ class Row:
 class Summary:
     """What `summary` returns; prints as a table.
 
-    parameters: how many the model had before it was converted, those of other shapes than weights included.
+    parameters: how many the model had before it was converted, including biases and norms.
     int8_parameters: how many of them are int8 codes now.
     """
 

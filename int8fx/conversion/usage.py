@@ -1,4 +1,4 @@
-"""How weights are used: which way round the products of a graph, or of a module's ``forward``, read them."""
+"""How weights are used: in which layout the matmuls of a graph, or of a module's ``forward``, use them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from ..graph.products import read_product
 
-MIXED = "its products read it in different ways"
+MIXED = "its matmuls use it in different layouts"
 
 
 def read_layouts(graph: Graph, weight_of: Callable[[Node], Tensor | None]) -> dict[int, str | None]:
-    """Which way round the products of ``graph`` read its weights.
+    """In which layout the matmuls of ``graph`` use its weights.
 
-    This is the one rule for modules and graphs: a weight is converted if all products read it the same way.
+    The same rule holds for modules and graphs: a weight is converted if all matmuls use it in the same layout.
 
     Args:
         weight_of: the weight that a node stands for, None for any other node. A weight may have several nodes.
 
     Returns:
-        id of a weight -> ``NK`` (all products read ``[..., N, K]``, like ``F.linear``), ``KN`` (like ``x @ w``) or None
-        (they read it in different ways). A weight in no product with an activation has no entry.
+        id of a weight -> ``NK`` (all matmuls use it as ``[..., N, K]``, like ``F.linear``), ``KN`` (like ``x @ w``) or
+        None (they use it in different layouts). A weight in no matmul with an activation has no entry.
     """
 
     def shape_of(node: Node) -> torch.Size | None:
@@ -45,10 +45,10 @@ def read_layouts(graph: Graph, weight_of: Callable[[Node], Tensor | None]) -> di
 
 
 def read_usage(module: nn.Module) -> dict[str, str | None]:
-    """How ``module.forward`` reads the Parameters that the module itself holds. The module stays as it is.
+    """How ``module.forward`` uses the Parameters that the module itself holds. The module is not changed.
 
     Returns:
-        Parameter name -> its entry in `read_layouts`, found in a symbolic run of the forward.
+        Parameter name -> its entry in `read_layouts`, from a symbolic run of the forward.
 
     Raises:
         ValueError: the forward cannot be run on symbols (control flow that depends on tensors or their shapes).
@@ -62,7 +62,7 @@ def read_usage(module: nn.Module) -> dict[str, str | None]:
     return {name: layouts[id(p)] for name, p in module._parameters.items() if id(p) in layouts}
 
 
-# ---- a forward, run on symbols --------------------------------------------------------------------------------------
+# ---- running a forward on symbols -----------------------------------------------------------------------------------
 
 
 class _Recorder(GraphAppendingTracer):
@@ -72,11 +72,11 @@ class _Recorder(GraphAppendingTracer):
         super().__init__(Graph())
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, Tensor):  # a buffer, or a Parameter of a child: which one does not matter
+        if isinstance(a, Tensor):  # a buffer, or a Parameter of a child; its name is not needed
             return self.graph.get_attr("tensor")
         try:
             return super().create_arg(a)
-        except NotImplementedError:  # an object that only the called function understands
+        except NotImplementedError:  # an object of a type that only the called function handles
             return None
 
 
@@ -127,9 +127,9 @@ class _CopiedOnRead(dict):
 
 
 class _Twins:
-    """Copies of what a forward may write to: modules, containers, tensors, plain objects. All else is shared.
+    """Copies of what a forward may write to: modules, containers, tensors, plain objects. Other objects are shared.
 
-    The copy of a child module records calls of it, and runs neither its forward nor its hooks.
+    A copied child module records its calls, and runs neither its forward nor its hooks.
     """
 
     def __init__(self, recorder: _Recorder) -> None:
@@ -137,7 +137,7 @@ class _Twins:
         self.twins: dict[int, Any] = {}
 
     def of(self, value: Any, inside_object: bool = False) -> Any:
-        """The copy of ``value``; ``inside_object``: of an object that is no module. Objects within it are shared."""
+        """The copy of ``value``. ``inside_object``: it is in an object that is no module; then objects are shared."""
         if id(value) in self.twins:
             return self.twins[id(value)]
         if type(value) is tuple:
@@ -182,7 +182,7 @@ def _is(*kinds: type) -> Callable[[Any], bool]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether all that ``value`` consists of is in its ``__dict__``."""
+    """Whether the ``__dict__`` of ``value`` has all of its state."""
     kind = type(value)
     in_dict = all(c.__module__ != "builtins" and "__slots__" not in vars(c) for c in kind.__mro__[:-1])
     return in_dict and kind.__new__ is object.__new__ and hasattr(value, "__dict__")
@@ -197,4 +197,4 @@ _COPIERS: tuple[tuple[Callable[[Any], bool], Callable[[Any], Any], Callable[...,
     (_is(Tensor), lambda value: value.detach().clone(), _Twins.fill_nothing),
     (_is_plain, lambda value: object.__new__(type(value)), _Twins.fill_object),
 )
-"""What applies to a value, what makes an empty copy of it, and what fills the copy; the first that applies is taken."""
+"""Whether an entry applies to a value, a function for an empty copy, one that fills it. The first match is used."""

@@ -7,7 +7,7 @@ from torch.fx import Graph
 
 
 def count_ops(graph: Graph) -> dict[str, int]:
-    """How often each int8fx op stands in ``graph``, by its name without the namespace."""
+    """Name of an int8fx op, without the namespace -> how many calls of it ``graph`` has."""
     counts: dict[str, int] = {}
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "int8fx":

@@ -1,4 +1,4 @@
-"""Writes int8fx ops into a graph, and removes what is then dead."""
+"""Reads and writes calls of int8fx ops in a graph, and erases nodes that are no longer used."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _grouped(graph: Graph, product: Product, weight: Int8Weight) -> Node:
 
 
 def _linear(graph: Graph, product: Product, x: Node, weight: Int8Weight) -> Node:
-    """``int8fx::linear`` with the bias. A bias that is a matrix (addmm's may be) becomes an add, for `fold` to take."""
+    """``int8fx::linear`` with the bias. A matrix as bias, as in addmm, becomes an add, which `fold` may fold."""
     bias = product.bias
     per_channel = bias is None or _is_vector(bias, product)
     y = call_int8(graph, torch.ops.int8fx.linear.default, x, *weight, bias if per_channel else None)
@@ -117,7 +117,7 @@ def _linear(graph: Graph, product: Product, x: Node, weight: Int8Weight) -> Node
 
 
 def _is_vector(bias: Node, product: Product) -> bool:
-    """Whether ``bias`` is known to be ``[N]``, for one weight: what `int8fx::linear` takes."""
+    """Whether ``bias`` is certainly ``[N]`` and there is one weight, as `int8fx::linear` requires."""
     val = value(bias)
     if val is None and bias.op == "get_attr" and bias.graph.owning_module is not None:
         val = operator.attrgetter(str(bias.target))(bias.graph.owning_module)
@@ -139,26 +139,26 @@ def _swap_last(graph: Graph, node: Node) -> Node:
 
 
 def _contiguous(graph: Graph, y: Node) -> Node:
-    """y in the memory format of the matmul that it replaces: views of that one, here or in later code, rely on it."""
+    """y in the memory format of the matmul that it replaces: views of it, here or in later code, rely on the format."""
     return call(graph, aten.clone.default, y, memory_format=torch.contiguous_format)
 
 
-# ---- removing what is dead -------------------------------------------------------------------------------------------
+# ---- erasing unused nodes --------------------------------------------------------------------------------------------
 
 
 def erase_dead(node: object) -> None:
-    """Erases ``node`` and what only it used, as far as nothing reads it.
+    """Erases ``node`` if nothing uses it, and then its inputs in the same way.
 
-    Assertions about its metadata go with it, and parts of it that nothing reads.
+    Assertions about its metadata, and elements of its result that nothing uses, are no uses. They are erased too.
     """
 
-    def reads_nothing(user: Node) -> bool:
-        dead_part = user.target is operator.getitem and not user.users
-        return dead_part or user.target is aten._assert_tensor_metadata.default
+    def is_no_use(user: Node) -> bool:
+        unused_element = user.target is operator.getitem and not user.users
+        return unused_element or user.target is aten._assert_tensor_metadata.default
 
     if not isinstance(node, Node) or node.op == "placeholder" or node._erased:
         return
-    if all(map(reads_nothing, node.users)):
+    if all(map(is_no_use, node.users)):
         for user in list(node.users):
             node.graph.erase_node(user)
         inputs = node.all_input_nodes

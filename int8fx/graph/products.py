@@ -1,9 +1,9 @@
 """Reads matmuls out of FX graphs: which node multiplies an activation by (a view of) which weight.
 
 One reader serves three callers: the `lower` pass (weights are ``int8fx::dequantize`` nodes), the conversion of
-graphs (weights are ``get_attr`` or placeholder nodes) and the question how a module uses its bare Parameters.
-It understands graphs of torch functions and methods (``torch.fx.symbolic_trace``) and of aten operators
-(``torch.export``, AOTAutograd). Of shapes it reads those of weights, which are static.
+graphs (weights are ``get_attr`` or placeholder nodes), and `conversion.usage`, which examines bare Parameters of a
+module. It understands graphs of torch functions and methods (``torch.fx.symbolic_trace``) and of aten operators
+(``torch.export``, AOTAutograd). It reads only the shapes of weights, which are static.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ class Product:
     y_order: tuple[int, ...] = ()
 
     def fits(self) -> bool:
-        """Whether x has the shape that `int8fx::linear` takes, where ``matmul`` and ``einsum`` would broadcast it.
+        """Whether x has the shape that `int8fx::linear` takes. ``matmul`` and ``einsum`` also broadcast other shapes.
 
-        Without ``meta["val"]``, shapes are known as far as the operation tells; an einsum's label is taken to have one
-        size, though torch would broadcast a 1.
+        Without ``meta["val"]``, only what the operation implies about shapes is used. A label of an einsum is then
+        assumed to have one size, although torch would broadcast a 1.
         """
         x, y = value(self.x), value(self.node)
         size_of = dict(zip(self.w.dims, sizes(self.w.sizes), strict=True))
-        batch = "None" if self.batch is None else size_of[self.batch]  # "None" too if their number is not known
+        batch = "None" if self.batch is None else size_of[self.batch]  # "None" also if their number is unknown
         if target_of(self.node) in _MATMUL:
             if len(self.w.dims) == 2:
-                return x is not None or self.form == "right"  # the other way round x could be a vector
+                return x is not None or self.form == "right"  # on the right, x could be a vector
             if x is None or y is None or x.dim() != 3:
                 return False
             x_batch, y_batch = sizes((x.shape[0], y.shape[0]))
@@ -68,7 +68,7 @@ class Product:
 
     @property
     def layout(self) -> str | None:
-        """``NK`` or ``KN``: how the matmul reads the last two dimensions of its source; None for any other way."""
+        """``NK`` or ``KN``: the order of the source's last two dimensions in this matmul. None if it is neither."""
         last = (self.w.rank - 2, self.w.rank - 1)
         if self.batch not in (None, 0) or self.w.rank != (2 if self.batch is None else 3):
             return None
@@ -78,8 +78,8 @@ class Product:
 def read_product(node: Node, shape_of: Callable[[Node], Shape | None]) -> Product | None:
     """The matmul that ``node`` computes with a weight, or None.
 
-    A matmul of two activations is None by construction: neither operand leads to a source. Of two weights, the one on
-    the right counts as the weight.
+    A matmul of two activations gives None, as neither operand is a view of a source. If both operands are weights, the
+    right one counts as the weight.
 
     Args:
         node: any node.
@@ -98,7 +98,7 @@ _Follow = Callable[[object], Operand | None]
 
 
 def _product(node: Node, x: object, w: Operand, n: int | None, k: int | None, **fields: Any) -> Product | None:
-    """None if the channels of either side are a broadcast."""
+    """The matmul; None if x is no node, or if n or k is a broadcast dimension."""
     if not isinstance(x, Node) or n is None or k is None:
         return None
     return Product(node, x, w, n, k, **fields)
@@ -249,6 +249,6 @@ _READERS: dict[object, Callable[[Node, _Follow], Product | None]] = {
 
 
 def _transformers_grouped_mm() -> tuple[object, ...]:
-    """The op that transformers calls where torch has no grouped matmul, once transformers has defined it."""
+    """The op that transformers calls if torch has no grouped matmul. Empty until transformers has defined it."""
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
     return () if fallback is None else (fallback, fallback.default)

@@ -1,4 +1,4 @@
-"""What is known of a node's result without running it."""
+"""Shapes and dtypes of a node's result, as tracing recorded them."""
 
 from __future__ import annotations
 

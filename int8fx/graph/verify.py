@@ -1,4 +1,4 @@
-"""The check every rewrite ends with."""
+"""The check at the end of every rewrite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .values import sizes, value
 def verify(old: Node, new: Node) -> None:
     """Raises RuntimeError unless ``new`` has the shape, dtype and device that ``old`` had.
 
-    Nodes without ``meta["val"]`` (graphs of ``torch.fx.symbolic_trace``) have nothing to compare.
+    Nodes without ``meta["val"]`` (graphs of ``torch.fx.symbolic_trace``) are not checked.
     """
     if value(old) is None or value(new) is None:
         return

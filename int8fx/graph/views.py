@@ -1,4 +1,4 @@
-"""Rules for views of a weight: what a transpose, an expand, a slice or a cast makes of a matmul's operand."""
+"""Rules for views of a weight: how a transpose, an expand, a slice or a cast changes a matmul's operand."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Operand:
 
     dims: ``dims[i]`` is the dimension of the selected source that the operand's dimension i comes from. None if
         dimension i has size 1 or is a broadcast.
-    sizes: the operand's shape, None where it is not known. Rules compare numbers only: comparing a SymInt could add a
+    sizes: the operand's shape, None for an unknown size. Rules compare numbers only: comparing a SymInt could add a
         guard.
     rank: of the source after the selections.
-    selections: ``(op, dim, *args)`` to apply to the source: experts that are picked, output channels that are split
-        off. None goes along the source's last dimension.
+    selections: ``(op, dim, *args)`` to apply to the source, which select experts or split output channels. No selection
+        is along the source's last dimension.
     """
 
     source: Node
@@ -126,7 +126,7 @@ def expand(operand: Operand, *shape: Any) -> Operand | None:
 
 
 def select(operand: Operand, dim: int, index: int | Node) -> Operand | None:
-    """One expert, or one output channel of each: not one input channel, which a row's scale does not belong to."""
+    """One expert, or one output channel of each expert. Not one input channel: scales belong to output channels."""
     source_dim = operand.dims[dim]
     if source_dim is None or source_dim == operand.rank - 1 or operand.rank < 3:
         return None
@@ -173,7 +173,7 @@ def getitem(operand: Operand, index: object) -> Operand | None:
     """``w[i]``, ``w[None]``, ``w[a:b]`` on a tensor."""
     items = index if isinstance(index, tuple) else (index,)
     step: Operand | None = operand
-    for i in reversed(range(len(items))):  # from the right, so that the dimensions to the left keep their places
+    for i in reversed(range(len(items))):  # from the right, so that dimensions to the left keep their index
         item, dim = items[i], sum(before is not None for before in items[:i])
         if step is None:
             return None
@@ -189,10 +189,9 @@ def getitem(operand: Operand, index: object) -> Operand | None:
 
 
 def _cast(operand: Operand, *args: object, dtype: object = None) -> Operand | None:
-    """A cast to another float dtype. Integers and 8 bits are refused: the weight would lose digits that codes hold.
+    """A cast to another float dtype. Casts to integers or 8 bits give None: they would lose digits that the codes have.
 
-    ``w.to(x.dtype)`` in a graph without dtypes is taken for a cast to floats, which is what x has to hold if ``w`` is
-    to be multiplied with it.
+    In a graph without dtypes, ``w.to(x.dtype)`` is assumed to be a cast to a float dtype: x is multiplied with ``w``.
     """
 
     def is_float(a: object) -> bool:

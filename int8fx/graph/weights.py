@@ -1,7 +1,7 @@
 """Finds the weight that an argument of a matmul is a view of, unless something writes to the weight.
 
-A weight may count as written to although it is not: its matmul then stays as it is. It must never be the other way
-round, as the int8 codes do not follow a write.
+A weight that nothing writes to may count as written to: its matmul is then not rewritten. The opposite error must not
+happen, as a write to the float weight would not change the int8 codes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SAME_VALUES = ("memory_format", "layout", "pin_memory", "copy")  # keywords tha
 
 
 def _first(node: Node) -> tuple:
-    """What ``node`` takes as ``self``: a tensor or several."""
+    """The first argument of ``node``, one tensor or several, as a tuple."""
     first = node.args[0] if node.args else node.kwargs.get("input")
     return tuple(first) if isinstance(first, (list, tuple)) else (first,)
 
@@ -38,10 +38,10 @@ def _name(node: Node) -> str:
 def _writes(user: Node, node: Node) -> bool:
     """Whether ``user`` may change its argument ``node`` in place.
 
-    An aten operator says so in its schema. Functions and methods of torch have none, but they follow rules. What writes
-    to ``out`` calls it so. What writes to its first argument has a name that ends in ``_``, or is an in-place operator.
-    What does so on demand has a parameter ``inplace``; any True among its arguments counts as that one, and at worst
-    was another flag. Functions written elsewhere follow no rule, and count as writing.
+    The schema of an aten operator says so. torch's functions and methods have no schema, but they follow conventions: a
+    result that is written to an argument is called ``out``; a function that writes to its first argument has a name
+    that ends in ``_``, or is an in-place operator; a function that may do so has a parameter ``inplace``, and any True
+    among its arguments counts as this one. Functions from elsewhere follow no convention, and count as writing.
     """
     if isinstance(user.target, OpOverload):
         return _schema_writes(user, user.target, node)
@@ -82,7 +82,7 @@ def _is_view(user: Node, node: Node) -> bool:
 
 
 def _overloads(target: object, name: str) -> list[OpOverload]:
-    """The aten operators that ``target`` may run: itself, or all of the name that a function or a method has."""
+    """The aten operators that ``target`` may run: itself, or all operators with the name of a function or method."""
     if isinstance(target, OpOverload):
         return [target]
     packet = getattr(aten, name, None) if name else None
@@ -128,7 +128,7 @@ def follow(node: object, shape_of: Callable[[Node], Shape | None]) -> Operand | 
 
 
 def _same_shape(a: object, b: object) -> bool:
-    """Whether both are known to have one shape, symbols included."""
+    """Whether both have recorded shapes, and these are equal, symbols included."""
     vals = value(a), value(b)
     return None not in vals and sizes(vals[0].shape) == sizes(vals[1].shape)
 
@@ -139,7 +139,7 @@ _CHUNK = (aten.chunk.default, torch.chunk, "chunk")
 
 
 def _follow_split(node: Node, which: int, shape_of: Callable[[Node], Shape | None]) -> Operand | None:
-    """Part ``which`` of the parts that ``node`` makes by ``split``, ``chunk`` or ``unbind``."""
+    """Part ``which`` of the result of ``node``, a ``split``, ``chunk`` or ``unbind``."""
     target = target_of(node)
     if target not in (*_UNBIND, *_SPLIT, *_CHUNK) or not node.args:
         return None

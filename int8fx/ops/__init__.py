@@ -1,7 +1,7 @@
 """The ops of the ``int8fx`` library: schemas, fakes, autograd, autocast and the dispatch to kernels.
 
 Every op takes the fields of an `Int8Weight` and of an `Epilogue` in their order: ``linear(x, *weight, *epilogue)``.
-No output's shape depends on data: the number of outlier columns never leaves an op.
+No output's shape depends on data, so none depends on the number of outlier columns.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ grouped_linear = torch.ops.int8fx.grouped_linear
 dequantize = torch.ops.int8fx.dequantize
 
 
-# ---- arguments: as the dispatcher gives them, defaults left out, to types --------------------------------------------
+# ---- arguments as the dispatcher passes them (trailing defaults omitted) -> types ------------------------------------
 
 _WEIGHT_FIELDS = len(Int8Weight._fields)
 
@@ -81,7 +81,7 @@ _MATMULS: dict[str, tuple[Callable, Callable]] = {
     "linear_quantized": (_linear_quantized_arguments, check_linear_quantized),
     "grouped_linear": (_grouped_linear_arguments, check_grouped_linear),
 }
-"""Op name -> its arguments by type, and the check of them, which returns the shape of y."""
+"""Op name -> what turns its arguments into types, and the check of these, which returns the shape of y."""
 
 
 def _checked_matmul(name: str) -> Callable[..., Tensor]:
@@ -108,7 +108,7 @@ def _quantize_rowwise(
     columns: Tensor | None = None,
     for_linear: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``for_linear``: the result goes to `linear_quantized` alone. Where that does not read it, it is not computed."""
+    """``for_linear``: only `linear_quantized` gets the result, which stays uninitialised if it is not read."""
     check_quantize_rowwise(x, threshold, block, columns)
     if for_linear and form(count_rows(x), x.device.type, threshold, block, columns is not None) is not Form.QUANTIZED:
         return _empty_quantized(x)
@@ -136,9 +136,9 @@ def _empty_quantized(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _dequantize_kernel(*weight: Any, dtype: torch.dtype) -> Tensor:
-    """How a packed weight reads where no int8 matmul is known.
+    """The packed weight as floats, for code that has no int8 matmul.
 
-    The threshold does not enter the value. It tells the `lower` pass which int8 matmul replaces a dequantised one.
+    The threshold does not change the value. The `lower` pass reads it, to write the int8 matmul that replaces this op.
     """
     int8_weight = Int8Weight(*weight)
     check_dequantize(int8_weight, dtype)
@@ -152,7 +152,7 @@ def _dequantize_fake(*weight: Any, dtype: torch.dtype) -> Tensor:
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
-# Of x, through the dequantised weight, and of the bias. Weights are frozen.
+# x gets a gradient through the dequantised weight, and the bias gets one. Weights are frozen.
 
 
 def _save_for_backward(ctx, op: str, output: Tensor, weight: Int8Weight, epilogue: Epilogue) -> None:
@@ -248,7 +248,7 @@ def kernel_on(kernels: ModuleType, name: str) -> Callable:
 
 
 def _without_library(name: str) -> Callable:
-    """What CPU tensors reach until the C++ kernels are loaded: loads them, or runs `fallback` if that fails."""
+    """The kernel of CPU tensors until the C++ kernels are loaded: loads them, or runs `fallback` if that fails."""
     op, kernel = getattr(torch.ops.int8fx, name).default, kernel_on(fallback, name)
 
     def run(x, *args, **kwargs):
@@ -264,7 +264,7 @@ _CHECKED: dict[str, Callable] = {
     "quantize_rowwise": _quantize_rowwise,
 }
 for _name in _CHECKED:
-    # An alias key: the library's kernels, for the key CPU, go before it.
+    # An alias key. The C++ kernels are registered for the key CPU, which takes precedence.
     _LIB.impl(_name, _without_library(_name), "CompositeExplicitAutograd")
     _LIB.impl(_name, kernel_on(gpu, _name), "CUDA")  # and ROCm
 _LIB.impl("dequantize", _dequantize_kernel, "CompositeExplicitAutograd")

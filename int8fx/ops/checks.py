@@ -23,7 +23,7 @@ def _refuse(op: str, found: str, legal: str) -> NoReturn:
     raise ValueError(f"int8fx::{op}: {found}; legal: {legal}")
 
 
-def _of(tensor: Tensor) -> str:
+def _described(tensor: Tensor) -> str:
     return f"shape {tuple(tensor.shape)}, dtype {tensor.dtype}"
 
 
@@ -51,7 +51,7 @@ def _check_quantisation(op: str, K: int, threshold: float | None, block: int, co
     if block > 1 and threshold is not None:
         _refuse(op, f"threshold {threshold} and block {block}", "a threshold or a rotation (block above 1), not both")
     if columns is not None and (columns.dtype != torch.int64 or columns.dim() != 1):
-        _refuse(op, f"columns has {_of(columns)}", f"[C] int64 indices below K = {K}")
+        _refuse(op, f"columns has {_described(columns)}", f"[C] int64 indices below K = {K}")
 
 
 def check_columns(columns: Tensor | None, K: int) -> None:
@@ -68,8 +68,8 @@ def _check_weight(op: str, weight: Int8Weight, dims: Shape | None = None) -> Non
     if codes.dim() not in dims if dims is not None else codes.dim() == 0:
         _refuse(op, f"weight has {codes.dim()} dimensions", "[..., K]" if dims is None else " or ".join(map(str, dims)))
     if not _is_float(scale) or scale.shape != codes.shape[:-1]:
-        found = f"weight_scale has {_of(scale)} for a weight {tuple(codes.shape)}"
-        _refuse(op, found, "one float scale per output channel")
+        problem = f"weight_scale has {_described(scale)} for a weight {tuple(codes.shape)}"
+        _refuse(op, problem, "one float scale per output channel")
     K = codes.shape[-1]
     if K > MAX_K:
         _refuse(op, f"K = {K}", f"K <= {MAX_K}, or int32 sums could overflow")
@@ -80,8 +80,8 @@ def _check_weight(op: str, weight: Int8Weight, dims: Shape | None = None) -> Non
     if columns is not None and columns_weight is not None:
         shape = (*codes.shape[:-1], columns.shape[0])
         if not _is_float(columns_weight) or columns_weight.shape != shape:
-            found = f"columns_weight has {_of(columns_weight)}"
-            _refuse(op, found, f"the float weights of those columns, {shape}")
+            problem = f"columns_weight has {_described(columns_weight)}"
+            _refuse(op, problem, f"the float weights of those columns, {shape}")
 
 
 def _check_matmul(op: str, x: Tensor, weight: Int8Weight, bias: Tensor | None, dims: Shape) -> None:
@@ -91,7 +91,7 @@ def _check_matmul(op: str, x: Tensor, weight: Int8Weight, bias: Tensor | None, d
     if x.shape[-1] != K:
         _refuse(op, f"x has shape {tuple(x.shape)}", f"[..., {K}] for K = {K}")
     if bias is not None and (not _is_float(bias) or bias.shape != weight.codes.shape[:-1]):
-        _refuse(op, f"bias has {_of(bias)}", f"one float value per output channel, {tuple(channels)}")
+        _refuse(op, f"bias has {_described(bias)}", f"one float value per output channel, {tuple(channels)}")
 
 
 def _check_epilogue(op: str, shape: Shape, epilogue: Epilogue) -> None:
@@ -99,10 +99,10 @@ def _check_epilogue(op: str, shape: Shape, epilogue: Epilogue) -> None:
     if activation not in reference.ACTIVATIONS:
         _refuse(op, f"activation {activation!r}", ", ".join(reference.ACTIVATIONS))
     if binary not in reference.BINARIES or (binary == "none") != (other is None):
-        found = f"binary {binary!r} {'without' if other is None else 'with'} other"
-        _refuse(op, found, "add or mul with other, none without")
+        problem = f"binary {binary!r} {'without' if other is None else 'with'} other"
+        _refuse(op, problem, "add or mul with other, none without")
     if other is not None and (not _is_float(other) or other.shape != shape):
-        _refuse(op, f"other has {_of(other)}", f"float values in the shape of y, {tuple(shape)}")
+        _refuse(op, f"other has {_described(other)}", f"float values in the shape of y, {tuple(shape)}")
 
 
 def check_linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Shape:
@@ -136,7 +136,9 @@ def check_linear_quantized(
         ("outlier_mask", outlier_mask, (K,), torch.bool),
     ):
         if tensor.shape != expected or tensor.dtype != dtype:
-            _refuse(op, f"{name} has {_of(tensor)}", f"{tuple(expected)}, {dtype}: what quantize_rowwise(x) returns")
+            _refuse(
+                op, f"{name} has {_described(tensor)}", f"{tuple(expected)}, {dtype}: what quantize_rowwise(x) returns"
+            )
     shape = (*x.shape[:-1], weight.codes.shape[0])
     _check_epilogue(op, shape, epilogue)
     return shape
@@ -148,8 +150,8 @@ def check_grouped_linear(x: Tensor, offsets: Tensor, weight: Int8Weight, bias: T
     _check_matmul(op, x, weight, bias, (3,))
     experts = weight.codes.shape[:1]
     if x.dim() != 2 or offsets.shape != experts or offsets.dtype not in (torch.int32, torch.int64):
-        found = f"x has shape {tuple(x.shape)}, offsets {tuple(offsets.shape)}, dtype {offsets.dtype}"
-        _refuse(op, found, f"[S, K] and one integer end per group, [{experts[0]}]")
+        problem = f"x has shape {tuple(x.shape)}, offsets {tuple(offsets.shape)}, dtype {offsets.dtype}"
+        _refuse(op, problem, f"[S, K] and one integer end per group, [{experts[0]}]")
     return x.shape[0], weight.codes.shape[1]
 
 

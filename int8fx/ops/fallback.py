@@ -1,4 +1,4 @@
-"""The ops in torch's operators, for any device and dtype: on CPUs without a C++ compiler, and for float64 on a GPU."""
+"""The ops in torch's operators, for any device and dtype: used without a C++ compiler, and for float64 on GPUs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def int8_matmul(codes: Tensor, weight: Tensor, dtype: torch.dtype = torch.float3
     x = codes.to(dtype)
     step = max(1, _BLOCK // max(K, 1))
     exact = _EXACT_K if dtype == torch.float32 else max(K, 1)
-    widened = codes.new_empty(min(step, N), K, dtype=dtype)  # one buffer: a fresh one per block costs its page faults
+    widened = codes.new_empty(min(step, N), K, dtype=dtype)  # one buffer: new ones would cost page faults
     for n in range(0, N, step):
         block = widened[: min(step, N - n)].copy_(weight[n : n + step])
         out = y[:, n : n + step] if step < N else y
@@ -75,7 +75,7 @@ def _float_matmul(x: Tensor, weight: Tensor) -> Tensor:
 def quantize_rowwise(
     x: Tensor, threshold: float | None, block: int = 1, columns: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes ``[M, K]``, scale ``[M]`` and outlier mask ``[K]`` of x, as `reference.linear` makes them."""
+    """Codes ``[M, K]``, scale ``[M]`` and outlier mask ``[K]`` of x, as `reference.linear` computes them."""
     x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     x = _without_columns(x, columns)
     mask = outlier_mask(x, threshold, columns)
@@ -108,7 +108,7 @@ def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Tensor:
 def linear_quantized(
     x: Tensor, codes: Tensor, x_scale: Tensor, mask: Tensor, weight: Int8Weight, epilogue: Epilogue
 ) -> Tensor:
-    """`linear` of x whose `quantize_rowwise` is given. Forms other than QUANTIZED do not read it."""
+    """`linear` of x, given what `quantize_rowwise` returned for it. Only the form QUANTIZED reads that."""
     if _form(x, weight) is not Form.QUANTIZED:
         return linear(x, weight, epilogue)
     check_columns(weight.columns, x.shape[-1])
@@ -165,7 +165,7 @@ def _finish(y: Tensor, x: Tensor, x2d: Tensor, weight: Int8Weight, epilogue: Epi
 def _add_columns(y: Tensor, x: Tensor, weight: Tensor) -> None:
     """``y[M, N] += x[M, C] @ weight[N, C].T``, column after column, each product and each sum rounded once.
 
-    So a row's result depends on nothing but that row: a GEMM sums in an order that depends on M.
+    So a row's result depends on that row only. A GEMM would sum in an order that depends on M.
     """
     step = max(1, _TILE // max(y.shape[1], 1))
     weight = weight.t().contiguous()
@@ -178,8 +178,8 @@ def _add_columns(y: Tensor, x: Tensor, weight: Tensor) -> None:
 def _activate(y: Tensor, function: Callable[[Tensor], Tensor]) -> None:
     """``y[:] = function(y)`` in pieces of one size, the last one padded.
 
-    torch computes what does not fill a SIMD register, at the end of a tensor and of each thread's part, by scalar code
-    that may round differently: a row's result would depend on where in the batch the row stands.
+    At the end of a tensor, and of each thread's part of it, torch computes elements that do not fill a SIMD register by
+    scalar code, which may round differently. A row's result would then depend on its position in the batch.
     """
     for piece in y.split(_PIECE):
         padded = piece if piece.numel() == _PIECE else F.pad(piece, (0, _PIECE - piece.numel()))

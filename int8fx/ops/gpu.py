@@ -1,4 +1,4 @@
-"""The ops on CUDA and ROCm: which of `int8fx.triton_kernels` multiplies what. float64 runs `fallback`, for checks."""
+"""The ops on CUDA and ROCm: chooses and launches `int8fx.triton_kernels`. float64 runs `fallback`, for checks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Tensor:
 def quantize_rowwise(
     x: Tensor, threshold: float | None, block: int = 1, columns: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes ``[M, K]``, scale ``[M]`` and outlier mask ``[K]`` of x, as `reference.linear` makes them."""
+    """Codes ``[M, K]``, scale ``[M]`` and outlier mask ``[K]`` of x, as `reference.linear` computes them."""
     if x.dtype == torch.float64:
         return fallback.quantize_rowwise(x, threshold, block, columns)
     with torch.cuda.device_of(x):
@@ -50,7 +50,7 @@ def quantize_rowwise(
 def linear_quantized(
     x: Tensor, codes: Tensor, x_scale: Tensor, mask: Tensor, weight: Int8Weight, epilogue: Epilogue
 ) -> Tensor:
-    """`linear` of x whose `quantize_rowwise` is given. Forms other than QUANTIZED do not read it."""
+    """`linear` of x, given what `quantize_rowwise` returned for it. Only the form QUANTIZED reads that."""
     if x.dtype == torch.float64:
         return fallback.linear_quantized(x, codes, x_scale, mask, weight, epilogue)
     with torch.cuda.device_of(x):
@@ -107,13 +107,14 @@ def _matmul(
         quantized = _quantize(x, weight.threshold, weight.block, weight.columns, offsets, weight.codes.shape[0])
     codes, x_scale, mask = quantized
     outliers = None if mask is None else extract_outliers(x, mask, offsets)
-    columns = None
+    unquantised = None
     if weight.columns is not None and weight.columns_weight is not None and len(weight.columns):
-        columns = x, weight.columns.contiguous(), weight.columns_weight.contiguous()
+        unquantised = x, weight.columns.contiguous(), weight.columns_weight.contiguous()
     bias, *after = epilogue
     return int8_matmul(
-        codes, x_scale, weight.codes, weight.scale, outliers, bias, x.dtype, *after, kept=columns, offsets=offsets
-    )
+        codes, x_scale, weight.codes, weight.scale, outliers, bias, x.dtype, *after,
+        unquantised=unquantised, offsets=offsets,
+    )  # fmt: skip
 
 
 def _quantize(

@@ -51,7 +51,7 @@ AMX = InstructionSet("amx", "AVX512", (*AVX512_VNNI.flags, "-mamx-tile", "-mamx-
 
 
 def instruction_set() -> InstructionSet:
-    """The best one of this CPU, within what ``ATEN_CPU_CAPABILITY`` allows torch itself."""
+    """The best instruction set of this CPU that ``ATEN_CPU_CAPABILITY`` allows torch to use."""
     capability, features = torch.backends.cpu.get_cpu_capability(), torch.cpu.get_capabilities()
     if capability == "AVX512" and features.get("avx512_vnni", False):
         return AMX if features.get("amx_int8", False) and _tiles_permitted() else AVX512_VNNI
@@ -104,7 +104,7 @@ def build(isa: InstructionSet) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.parent / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # which the system takes back from a process that dies
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it if the process dies
         if path.exists():
             return path
         print(f"int8fx: compiling the CPU kernels for {isa.name}, once: about half a minute", file=sys.stderr)
@@ -136,7 +136,7 @@ _loaded: bool | None = None
 
 
 def load() -> bool:
-    """Whether the C++ kernels serve CPU tensors; builds and loads them at the first call. Warns if that fails."""
+    """Whether the C++ kernels run for CPU tensors. Builds and loads them at the first call; warns if that fails."""
     global _loaded
     if _loaded is None:
         with _loading:

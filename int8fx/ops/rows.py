@@ -1,6 +1,6 @@
-"""Which form of a kernel serves how many rows on which device, and so whether x is quantised before the matmul.
+"""Which form of a linear layer runs for a number of rows on a device, and so whether x is quantised before the matmul.
 
-Kernels, passes, the bench and the tests read it here; the C++ kernels are compiled with its numbers (`native.command`).
+Kernels, passes, the bench and the tests call `form`. The C++ kernels are compiled with its numbers (`native.command`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ takes 26 to 31 us this way, and 31 us weight-only."""
 class Form(enum.Enum):
     """How one call of a linear layer runs."""
 
-    WEIGHT_ONLY = "x is not quantised: int8 weights are widened to floats, which is exact up to the weights"
+    WEIGHT_ONLY = "x is not quantised: only the rounding of the weights adds error"
     FUSED = "x is quantised inside the launch that multiplies"
     QUANTIZED = "x is quantised first: several layers can share its codes"
 
@@ -43,7 +43,7 @@ def form(rows: int, device_type: str, threshold: float | None, block: int, has_c
         return Form.QUANTIZED
     if device_type != "cuda":
         return Form.WEIGHT_ONLY if rows <= WEIGHT_ONLY_ROWS_CPU else Form.QUANTIZED
-    if has_columns:  # the other Triton kernels know no unquantised columns
+    if has_columns:  # the Triton kernels of the other forms do not handle unquantised columns
         return Form.QUANTIZED
     if threshold == 0:
         return Form.WEIGHT_ONLY

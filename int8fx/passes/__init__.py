@@ -22,7 +22,7 @@ class Report:
 
     lowered: matmuls with dequantised weights that became int8 matmuls.
     shared: quantisations of an activation that were saved.
-    folded: operations that went into a matmul's epilogue.
+    folded: operations that became part of a matmul's epilogue.
     linears: int8 matmuls in the rewritten graph.
     dequantized: packed weights that the rewritten graph still reads as floats.
     """

@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="int8fx")``: Inductor with the passes, whatever its configuration holds."""
+"""``torch.compile(model, backend="int8fx")``: Inductor with the passes, also if they are not installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .inductor import PASSES, installed_passes
 def int8fx(
     gm: GraphModule, example_inputs: list, *, mode: str | None = None, options: dict[str, Any] | None = None
 ) -> Callable:
-    """Compiles ``gm`` by Inductor with `inductor.PASSES` after the joint-graph passes of others, for this graph only.
+    """Compiles ``gm`` by Inductor. `inductor.PASSES` run after other joint-graph passes, for this graph only.
 
     Args:
         gm, example_inputs: as Dynamo gives them to a backend.
@@ -31,5 +31,5 @@ def int8fx(
     patches: dict[str, Any] = {**list_mode_options(mode or "default"), **(options or {})}
     patches["joint_custom_pre_pass"] = passes if PASSES in passes else [*passes, PASSES]
     compiled = compile_fx(gm, example_inputs, config_patches=patches)
-    assert callable(compiled)  # AOTInductor alone gives files
+    assert callable(compiled)  # only AOTInductor returns files
     return compiled

@@ -14,7 +14,7 @@ After::
     h = int8fx.linear(x, wu, su, 6.0, other=g, binary="mul")
     y = int8fx.linear(h, wd, sd, 6.0, bias=bias, other=skip, binary="add")
 
-Only where the matmul's result has no other use, and nothing broadcasts or changes dtype.
+An operation is folded only if it is the only use of the matmul's result, and does not broadcast or change the dtype.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
 _BINARIES: dict[object, str] = {aten.add.Tensor: "add", aten.mul.Tensor: "mul"}
 
 _Step = tuple[Node, Epilogue]
-"""A node that computes what may go into a matmul's epilogue, and the epilogue with it."""
+"""A node that can be folded into a matmul, and the matmul's epilogue that includes it."""
 
 
 def fold(graph: Graph) -> int:
@@ -65,7 +65,7 @@ def _replace(graph: Graph, node: Node, old: Node, epilogue: Epilogue) -> Node:
 
 
 def _drop_clone(node: Node) -> None:
-    """``clone(y)`` of a matmul with no other use is y: dropout in eval mode leaves one."""
+    """Replaces ``clone(y)`` by the matmul y if y has no other use. Dropout in eval mode leaves such a clone."""
     user = _only_user(node)
     if user is not None and user.target is aten.clone.default and user.users and value(user).is_contiguous():
         user.replace_all_uses_with(node)
@@ -80,7 +80,7 @@ def _only_user(node: Node) -> Node | None:
 
 
 def _next(node: Node) -> _Step | None:
-    """The operation that can be folded into ``node`` next, and the epilogue that does both."""
+    """The operation that can be folded into ``node`` next, and the epilogue that includes it."""
     epilogue = read_epilogue(node)
     if epilogue.other is not None:  # nothing follows the binary operation
         return None
@@ -148,7 +148,7 @@ _ACTIVATIONS = (
 
 
 def _match_activation(y: Node, pattern: tuple) -> Node | None:
-    """The node that computes ``pattern`` of ``y`` and, but for it, is all that ``y`` is used for."""
+    """The node that computes ``pattern`` of ``y``, if ``y`` has no use outside the pattern."""
     reached, frontier = {y}, [y]
     for _ in range(_depth(pattern) + 2):  # and a cast to float32 and back
         frontier = [user for node in frontier for user in node.users if user not in reached]
@@ -180,7 +180,7 @@ def _matches(node: object, pattern: Any, y: Node, inner: set[Node]) -> bool:
     target, *operands = pattern
     if node.target is not target or len(node.args) != len(operands) or node.kwargs:
         return False
-    orders = [operands, operands[::-1]] if target in _BINARIES else [operands]  # those commute
+    orders = [operands, operands[::-1]] if target in _BINARIES else [operands]  # addition and multiplication commute
     for order in orders:
         inside = {node}
         if all(_matches(a, p, y, inside) for a, p in zip(node.args, order, strict=True)):

@@ -37,7 +37,7 @@ def _source_hash() -> str:
 
 
 class Int8fxPasses(CustomGraphPass):
-    """The passes as Inductor takes them. A graph without int8fx ops is left alone."""
+    """The passes as Inductor takes them. A graph without int8fx ops is not changed."""
 
     def __init__(self) -> None:
         self.reports: deque[Report] = deque(maxlen=1024)

@@ -14,8 +14,8 @@ After::
 
 The same for mm, bmm (experts, or a broadcast weight), baddbmm, matmul, linear, einsum and grouped_mm, with the weight
 on either side. A view of the weight may permute dimensions, add or remove dimensions of size 1, pick an expert, or
-split the output channels (cross-attention's q and kv). What does not match stays a matmul with a dequantised weight:
-right, and slower.
+split the output channels (cross-attention's q and kv). A matmul that does not match keeps its dequantised weight: its
+result is correct, and it is slower.
 """
 
 from __future__ import annotations

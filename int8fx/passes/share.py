@@ -35,7 +35,7 @@ from ..graph.verify import verify
 from ..ops.rows import Form, form
 
 aten = torch.ops.aten
-_SAME_VALUE = (  # of equal arguments, these give equal tensors: autocast casts x once per layer
+_SAME_VALUE = (  # with equal arguments they return equal tensors: autocast casts x once per layer
     torch.ops.prims.convert_element_type.default,
     aten._to_copy.default,
     aten.view.default,
@@ -81,7 +81,7 @@ def _x(node: Node) -> Node:
 def _quantizes(node: Node) -> bool:
     """Whether this ``linear`` quantises x as `quantize_rowwise` does. A symbolic number of rows may be large.
 
-    Experts do not: the outlier columns of each are those of its rows.
+    Experts do not: outlier columns are chosen for each expert, from its rows.
     """
     weight, x = read_weight(node), value(_x(node))
     if x is None or value(weight.codes) is None or value(weight.codes).dim() != 2:

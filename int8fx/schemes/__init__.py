@@ -22,13 +22,13 @@ def _is_number(value: object) -> bool:
 
 
 def _count_columns(share: float, K: int) -> int:
-    """How many of K columns a share of them is: rounded, at least one of a share above 0."""
+    """``share`` of K columns as a number of columns: rounded, and at least 1 if the share is above 0."""
     return min(K, max(1, round(share * K))) if share else 0
 
 
 @dataclass(frozen=True)
 class LLMInt8:
-    """LLM.int8(); made by `llm_int8`, `weight_only` and `plain`."""
+    """LLM.int8(). `llm_int8`, `weight_only` and `plain` return it."""
 
     threshold: float | None = DEFAULT_THRESHOLD
     columns: float = 0.0
@@ -64,7 +64,7 @@ class LLMInt8:
 
 @dataclass(frozen=True)
 class Rotated:
-    """Rotated int8; made by `rotated`."""
+    """Rotated int8. `rotated` returns it."""
 
     block: int = 64
     columns: float = 0.01
@@ -122,7 +122,7 @@ def llm_int8(threshold: float | None = DEFAULT_THRESHOLD, columns: float = 0.0) 
             other columns; those use the weight's int8 codes.
 
     Raises:
-        ValueError: the threshold is negative, NaN or no number, or columns is no share.
+        ValueError: the threshold is negative, NaN or not a number, or columns is not in [0, 1).
     """
     return LLMInt8(threshold, columns)
 
@@ -143,8 +143,8 @@ def rotated(block: int = 64, columns: float = 0.01, rounding: str = "nearest") -
     ``y = int8(rotate(x_int8)) @ int8(rotate(W_int8)).T * scales + x[:, columns] @ W[:, columns].T``; see
     `rotate.rotate` and `reference.linear`. The idea is QuaRot's (Ashkboos et al. 2024, arXiv 2404.00456), here block by
     block, inside each matmul, with nothing folded into other layers. Shapes are fixed. A row's result does not depend
-    on the other rows of its batch. (With ``block=1``, no rotation, it depends on how many they are: few rows take a
-    more exact kernel, as in LLM.int8().)
+    on the other rows of its batch. (Without a rotation, ``block=1``, it depends on their number: few rows take a more
+    exact kernel, as in LLM.int8().)
 
     Args:
         block: size of the Hadamard blocks, a power of two; 1 for no rotation. The columns after the last whole block
@@ -154,11 +154,11 @@ def rotated(block: int = 64, columns: float = 0.01, rounding: str = "nearest") -
             `calibrate`'s data; without data, those whose weights have the largest Euclidean norm.
         rounding: of the weight to codes. ``nearest`` rounds each value alone. ``gptq`` makes the matmul's error small
             on the data of ``calibrate(moments=True)`` (`gptq.round_weight`); the weights of unquantised columns then
-            compensate for errors of the others, and are no exact copies. It takes time when the model is converted
+            compensate for errors of the others, and are not exact copies. It takes time when the model is converted
             and none later: what is stored has the same form.
 
     Raises:
-        ValueError: an argument is none of these.
+        ValueError: an argument is illegal.
     """
     return Rotated(block, columns, rounding)
 
@@ -172,12 +172,12 @@ _MAKERS: dict[str, Callable[..., Scheme]] = {
 
 
 def parse_scheme(text: str) -> Scheme:
-    """The scheme that ``text`` writes as Python does: ``llm_int8``, ``rotated(block=32, columns=0)``, ``plain``.
+    """The scheme of a Python expression: ``llm_int8``, ``rotated(block=32, columns=0)``, ``plain``.
 
-    It reads what ``str(scheme)`` gives.
+    The inverse of ``str(scheme)``.
 
     Raises:
-        ValueError: it writes something else.
+        ValueError: ``text`` is not such an expression.
     """
     try:
         tree = ast.parse(text.strip(), mode="eval").body

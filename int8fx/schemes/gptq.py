@@ -16,7 +16,7 @@ _COLUMNS = 128  # rounded before their errors reach all later columns
 
 
 def round_weight(weight: Tensor, moments: Tensor, block: int = 1, columns: Tensor | None = None) -> PackedTensors:
-    """Codes and unquantised columns with a small ``sum_n E[((w[n] - v[n]) . x) ** 2]``: w the weight, v its stand-in.
+    """Codes and unquantised columns with a small ``sum_n E[((w[n] - v[n]) . x) ** 2]``: w the weight, v its rounding.
 
     In the coordinates of the matmul, ``z = rotate(x without columns)`` and ``k = x[columns]``, the loss of a row is
     ``d H d`` with ``H = E[(z, k) (z, k)^T]`` and d the row's error there. Unquantised columns are not rounded, so they
@@ -40,7 +40,7 @@ def round_weight(weight: Tensor, moments: Tensor, block: int = 1, columns: Tenso
         columns: ``[C]`` int64, the unquantised columns.
 
     Returns:
-        ``columns_weight`` has weight's dtype. It is corrected, and so no exact copy of the weight's columns.
+        ``columns_weight`` has weight's dtype. It is corrected, so it is not an exact copy of the weight's columns.
     """
     _, scale = quantize_weight(weight, block, columns)
     *lead, K = weight.shape

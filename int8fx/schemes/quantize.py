@@ -54,15 +54,14 @@ def outlier_mask(x: Tensor, threshold: float | None, columns: Tensor | None = No
 def quantize_rowwise(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``scale[m] = max_k(abs(x[m, k])) / 127``, ``codes[m, k] = round(x[m, k] / scale[m])`` over the unmasked columns.
 
-    Rounding is half to even; masked columns get code 0 and do not count for the maximum (the paper's
-    rule). Then ``abs(x - codes * scale) <= scale / 2 * (1 + 2**-16)``: half a step, plus the rounding of
-    the division. The scale is never below the smallest normal float32, so that a row of zeros or
-    denormals needs no special case. A row that holds NaN or inf in an unmasked column gets scale NaN;
-    its codes are undefined.
+    Rounding is half to even. Masked columns get code 0 and do not count for the maximum (the paper's rule). Then
+    ``abs(x - codes * scale) <= scale / 2 * (1 + 2**-16)``: half a step, plus the rounding of the division. The scale is
+    never below the smallest normal float32, so a row of zeros or denormals needs no special case. A row that holds NaN
+    or inf in an unmasked column gets scale NaN, and its codes are undefined.
 
     Args:
         x: ``[M, K]``, any float dtype.
-        mask: ``[K]`` bool, the columns to leave out; None for none.
+        mask: ``[K]`` bool, the masked columns; None for none.
 
     Returns:
         ``codes [M, K]`` int8 in [-127, 127] and ``scale [M]``, float32 (float64 for float64 x).
@@ -100,7 +99,7 @@ def quantize_weight(weight: Tensor, block: int = 1, columns: Tensor | None = Non
                 rows = rows.index_fill(-1, columns, 0)
             rows = rotate(rows.to(compute_dtype(rows.dtype)), block) if block > 1 else rows
             block_codes, block_scale = quantize_rowwise(rows)
-            if rows.dtype == torch.float64:  # the codes must fit the scale as stored
+            if rows.dtype == torch.float64:  # round to the scale that is stored, which is float32
                 block_codes = (rows / block_scale.float().double().unsqueeze(-1)).round().to(torch.int8)
             c[i : i + step] = block_codes
             s[i : i + step] = block_scale

@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue = NO_EPILOGUE) -> T
             + x[:, columns] @ columns_weight.T
 
     ``codes`` are those of ``R(W without columns)``. ``x_int8`` is x with zeros in ``columns`` and in the outlier
-    columns. R is orthonormal, so its product with R(x) is that of W with x. A rotation takes no threshold: the columns
+    columns. R is orthonormal, so ``R(x) @ R(W).T == x @ W.T``. A rotation takes no threshold: the columns
     of rotated codes are not the columns of x.
 
     Sums are float32 (float64 for float64 x) and the result is rounded once. Against ``y = x @ w.T + bias`` in
@@ -71,7 +71,7 @@ def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue = NO_EPILOGUE) -> T
 
     Args:
         x: ``[..., K]``; float16, bfloat16, float32 or float64. ``[E, M, K]`` for the weights of E experts: then
-            ``y[e]`` is the product of ``x[e]`` and the weight of expert e, each with its own outlier columns.
+            ``y[e]`` is `linear` of ``x[e]`` and the weight of expert e. Outlier columns are chosen for each expert.
         weight: codes ``[N, K]`` or ``[E, N, K]``.
         epilogue: bias, activation and binary.
 
@@ -102,7 +102,7 @@ def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue = NO_EPILOGUE) -> T
 
 
 def grouped_linear(x: Tensor, offsets: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
-    """`linear` of groups of rows, each with the weight of its expert and its own outlier columns.
+    """`linear` of groups of rows, each with the weight of its expert. Outlier columns are chosen for each group.
 
     Args:
         x: ``[S, K]``, sorted by expert.

@@ -24,11 +24,11 @@ def rotation_blocks(K: int, block: int) -> list[tuple[int, int]]:
 def rotate(x: Tensor, block: int) -> Tensor:
     """``y[..., i + j] = sum_k(x[..., i + k] * H[k, j]) / sqrt(n)`` in each block ``(i, n)`` of `rotation_blocks`.
 
-    H is Sylvester's Hadamard matrix, ``H[k, j] = (-1) ** popcount(k & j)``; over ``sqrt(n)`` it is orthonormal and its
-    own inverse, so ``rotate(x) @ rotate(w).T == x @ w.T`` and ``rotate(rotate(x)) == x`` in exact arithmetic.
+    H is Sylvester's Hadamard matrix, ``H[k, j] = (-1) ** popcount(k & j)``. ``H / sqrt(n)`` is orthonormal and
+    inverse to itself, so ``rotate(x) @ rotate(w).T == x @ w.T`` and ``rotate(rotate(x)) == x`` in exact arithmetic.
 
     Floats are summed in one order on every device and for every M: butterflies ``(a + b, a - b)`` of columns at
-    distance 1, 2, 4, ..., n / 2, each rounded once, then one product with ``n ** -0.5``. To first order::
+    distance 1, 2, 4, ..., n / 2, each rounded once, then a multiplication by ``n ** -0.5``. To first order::
 
         abs(error[m, k]) <= (log2(n) + 2) * u / sqrt(n) * sum_block(abs(x[m, j]))
 

@@ -32,7 +32,9 @@ SCHEMES = ("llm_int8", "weight_only", "plain", "rotated", "rotated(columns=0)")
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    parser = argparse.ArgumentParser("int8fx", description="LLM.int8() as a rewrite of FX graphs.")
+    parser = argparse.ArgumentParser(
+        "int8fx", description="8-bit linear layers for PyTorch models: measure, inspect, compare."
+    )
     parser.add_argument("--version", action="version", version=f"int8fx {__version__}")
     commands = parser.add_subparsers(dest="command")
     _add_demo(commands)
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _lacks(command: str, extra: str, needs: tuple[str, ...]) -> bool:
-    """Whether a package is missing; says which, and how to get it."""
+    """Whether a package is missing. Prints which, and how to install it."""
     missing = [name for name in needs if find_spec(name) is None]
     if missing:
         print(f'int8fx {command} needs {", ".join(missing)}: pip install "int8fx[{extra}]"', file=sys.stderr)
@@ -71,7 +73,7 @@ def _lacks(command: str, extra: str, needs: tuple[str, ...]) -> bool:
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser(
         "demo",
-        help="convert a real model to int8, compile it, and compare it with bfloat16",
+        help="convert a real model to int8, compile it, and compare it with float32 and bfloat16",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--model", default="smollm2", help="smollm2, minilm, a directory, or a name of the hub")
@@ -124,12 +126,14 @@ def _add_measured(parser: argparse.ArgumentParser, windows: int, width: int) -> 
         "--text",
         action="append",
         metavar="FILE",
-        help="pydoc (Python's documentation) or a text file; may be repeated; the last tenth of each calibrates "
+        help="pydoc (Python's documentation) or a text file; may be repeated; calibration uses the last tenth of each "
         "(default: pydoc)",
     )
-    parser.add_argument("--windows", type=int, default=windows, help=f"how many windows to read (default: {windows})")
+    parser.add_argument("--windows", type=int, default=windows, help=f"how many windows of text (default: {windows})")
     parser.add_argument("--width", type=int, default=width, help=f"tokens in a window (default: {width})")
-    parser.add_argument("--calibration", type=int, default=8, help="windows to calibrate with; 0: none (default: 8)")
+    parser.add_argument(
+        "--calibration", type=int, default=8, help="windows of text to calibrate with; 0: none (default: 8)"
+    )
     parser.add_argument("--json", type=Path, help="a file to write every figure to")
     parser.add_argument("--png", type=Path, help="a file to draw a picture to")
 
@@ -157,14 +161,17 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     )
     _add_measured(parser, 2, 256)
     parser.add_argument(
-        "--threshold", type=float, default=DEFAULT_THRESHOLD, help="values of at least this size are outliers"
+        "--threshold",
+        type=float,
+        default=DEFAULT_THRESHOLD,
+        help=f"size from which on a value is an outlier (default: {DEFAULT_THRESHOLD})",
     )
     parser.set_defaults(run=_inspect, error=parser.error)
 
 
 @dataclass
 class _Loaded:
-    """What `eval` and `inspect` work on: a model, its kind, windows to measure and to calibrate on, the schemes."""
+    """The inputs of `eval` and `inspect`: a model, its kind, windows to measure and to calibrate on, the schemes."""
 
     model: Any
     kind: str
@@ -191,7 +198,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _plans(loaded: _Loaded, sizes: list[float], progress: bool) -> dict[str, Any]:
-    """A plan for each size; all are chosen by the same measurements."""
+    """A plan for each size, all from the same measurements."""
     if not sizes:
         return {}
     from ..calibration.plan import plan
@@ -223,7 +230,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> _Loaded | None:
-    """Loads what the options name; prints the error and returns None if it cannot."""
+    """Loads what the options name. Prints the error and returns None if that fails."""
     for name, least in (("windows", 2), ("width", 2), ("calibration", 0)):
         if getattr(args, name) < least:
             args.error(f"--{name} is {getattr(args, name)}; legal: {least} or more")
@@ -272,20 +279,24 @@ def _finish(args: argparse.Namespace, report: Evaluation | Inspection, draw: Cal
 def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "bench",
-        help="measure int8fx against its peers and against this machine's limits",
+        help="time int8fx, other libraries and the limits of this machine",
         description="Without a suite, all of them run. Best and median of interleaved rounds; tables, CSV, PNG plots.",
     )
     for name, suite in SUITES.items():
         parser.add_argument(f"--{name}", action="append_const", dest="suites", const=name, help=suite.help)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds, models of two layers")
-    parser.add_argument("--rounds", type=int, help="of each case, at most (10; 3 with --quick)")
-    parser.add_argument("--threads", type=int, help="of torch and its peers (torch's default)")
-    parser.add_argument("--output", type=Path, default=Path("int8fx-bench"), help="directory for CSV and plots")
+    parser.add_argument(
+        "--rounds", type=int, help="at most this many rounds for each case (default: 10; 3 with --quick)"
+    )
+    parser.add_argument("--threads", type=int, help="number of threads for all candidates (default: torch's)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("int8fx-bench"), help="directory for CSV and plots (default: int8fx-bench)"
+    )
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
-        help="cuda (or ROCm): checks the Triton kernels, then times products and models (default: cpu)",
+        help="cuda (or ROCm): checks the Triton kernels, then times layers and models (default: cpu)",
     )
     parser.set_defaults(run=_bench, error=parser.error)
 

@@ -1,4 +1,4 @@
-"""Decoding token by token with a static cache, whose shapes stay the same: the form that torch.compile needs."""
+"""Decoding token by token with a static cache: its shapes do not change, as torch.compile requires."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ Calls = Mapping[str, Callable[[], object]]  # by label
 
 FLOAT32, BFLOAT16, LLM_INT8, ROTATED = "float32", "bfloat16", "llm_int8", "rotated"
 INT8 = (LLM_INT8, ROTATED)
-COMPILED = (BFLOAT16, *INT8)  # not float32, the reference of the outputs: to compile it takes a minute or more
+COMPILED = (BFLOAT16, *INT8)  # not float32, the reference: compiling it takes a minute or more
 LABELS = (FLOAT32, *COMPILED)
 _FIDELITY = {  # `evaluate`'s metrics -> the demo's titles and formats
     "KL mean": ("KL to float32, nats", ".5f"),
@@ -85,7 +85,7 @@ class Demo:
         reference, tokenizer, kind = load(self.name)
         bfloat16 = load(self.name, torch.bfloat16)[0]
         samples, calibration = self._windows(tokenizer, kind, reference.config)
-        self._say(f"converting to int8; {ROTATED} chooses its 16-bit columns by {len(calibration)} windows of text")
+        self._say(f"converting to int8; {ROTATED} chooses its 16-bit columns from {len(calibration)} windows of text")
         models = {
             BFLOAT16: bfloat16,
             LLM_INT8: int8fx.convert(float_copy(bfloat16), int8fx.llm_int8(self.threshold)),

@@ -33,9 +33,9 @@ class Estimate:
 class Result:
     """The measurements of one model.
 
-    bytes: of its parameters and buffers; tied ones count once.
+    bytes: of its parameters and buffers; tied ones are counted once.
     converted: how many of its weights are int8.
-    seconds: of its fastest forward of a sample.
+    seconds: time of the fastest forward of one sample.
     metrics: name -> `Estimate`.
     """
 
@@ -90,12 +90,12 @@ def evaluate(
     figure has a bootstrap interval over samples.
 
     Args:
-        model: of transformers, float; it stays as it is.
+        model: a float model of transformers; it is not changed.
         kind: ``lm`` or ``encoder``.
         samples: keyword arguments for the model, one sample per call: ``input_ids [1, T]``.
         schemes: label -> scheme, or a `Plan` for this model.
-        calibration: samples that unquantised columns are chosen by; none: they are chosen by the weights.
-        name: of the model, for the table.
+        calibration: samples from which unquantised columns are chosen; if empty, they are chosen from the weights.
+        name: the model's name, for the table.
         progress: whether to show a bar on stderr.
 
     Raises:
@@ -131,7 +131,7 @@ def compare(
     *,
     progress: bool = False,
 ) -> tuple[Result, dict[str, Result]]:
-    """Reads each sample with ``model`` and with each of ``models`` in turn, and compares their outputs.
+    """Runs ``model`` and each of ``models`` on each sample in turn, and compares their outputs.
 
     Args:
         model: the reference.
@@ -233,11 +233,11 @@ def _estimate(groups: list[Tensor], statistic: Callable[[Tensor], Tensor]) -> Es
 
 
 def float_copy(model: nn.Module) -> nn.Module:
-    """A copy of the modules to convert; it shares the Parameters of ``model``."""
+    """A copy of ``model``'s modules, to convert; it shares the Parameters."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def count_bytes(*tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages of ``tensors``; a storage that several share counts once."""
+    """Bytes of the storages of ``tensors``; a shared storage is counted once."""
     storages = [tensor.untyped_storage() for group in tensors for tensor in group]
     return sum({(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages}.values())

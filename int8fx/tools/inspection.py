@@ -100,10 +100,10 @@ def inspect(
     ``sqrt(sum((y_scheme - y) ** 2) / sum(y ** 2))``.
 
     Args:
-        model: float, not converted; it stays as it is.
-        data: batches, as `calibrate` takes them. Schemes that find outliers in each call get one batch at a time.
+        model: float, not converted; it is not changed.
+        data: batches, as `calibrate` takes them. Outliers of a call are found in one batch at a time.
         schemes: label -> scheme.
-        calibration: what unquantised columns are chosen by; None: they are chosen by the weights.
+        calibration: statistics from which unquantised columns are chosen; None: from the weights.
         threshold: values of at least this size are outliers (LLM.int8(), arXiv 2208.07339, section 3.2: 6).
         progress: whether to show a bar on stderr.
 

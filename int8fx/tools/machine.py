@@ -1,4 +1,4 @@
-"""What a measurement runs on: the machine, the versions, what is installed."""
+"""Describes the machine, the versions and the installed packages, for measurements."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .. import __version__
 from ..ops import native
 
 PACKAGES = ("int8fx", "torch", "transformers", "bitsandbytes", "torchao", "onnxruntime", "auto-round-lib")
-CACHE_BYTES = 32 << 20  # of a last-level cache that the system does not describe
+CACHE_BYTES = 32 << 20  # assumed for a last-level cache that the system does not describe
 
 
 def machine() -> str:
-    """The CPU, its number of threads and the versions on one line; then what to know before reading times."""
+    """The CPU, its number of threads and the versions on one line; then what affects times."""
     line = (
         f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, transformers {version('transformers')}, int8fx {__version__}"

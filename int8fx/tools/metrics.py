@@ -1,4 +1,4 @@
-"""How far a model's outputs are from a reference's, with confidence intervals."""
+"""Distances of a model's outputs from a reference's, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _nearest(vectors: Tensor, k: int) -> Tensor:
 def bootstrap(
     groups: list[Tensor], statistic: Callable[[Tensor], Tensor], resamples: int = 1000, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """``statistic`` of all values, and the bounds of its percentile bootstrap interval over whole groups.
+    """``statistic`` of all values, and the bounds of its percentile bootstrap interval over groups.
 
     Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, sections 13.3 and 8.6. Values that depend on one
     another (the tokens of a window) form a group and are drawn together. The same groups give the same interval.

@@ -1,4 +1,4 @@
-"""``int8fx.convert``: its arguments, plans, what it refuses, what it says, and in which contexts it may be called."""
+"""``int8fx.convert``: its arguments, plans, errors, log lines, and the contexts in which it may be called."""
 
 import copy
 import logging
@@ -120,7 +120,7 @@ def test_a_plan_may_name_a_shared_module_by_any_of_its_paths():
     [
         (plan_of(up=int8fx.plain(), wup=int8fx.plain()), ValueError, "a scheme for layer 'wup', which this model does"),
         (plan_of(up=int8fx.plain(), w="rotated"), TypeError, "the plan has 'rotated' for layer 'w'; legal: a scheme"),
-        (plan_of(up=int8fx.plain(), w=int8fx.rotated(rounding="gptq")), ValueError, "knows nothing of .* layer 'w'"),
+        (plan_of(up=int8fx.plain(), w=int8fx.rotated(rounding="gptq")), ValueError, "has no moments of .* layer 'w'"),
         (plan_of("data", up=int8fx.plain()), TypeError, "calibration is 'data'"),
     ],
 )
@@ -139,7 +139,7 @@ def test_layers_that_share_a_weight_need_one_scheme_of_a_plan():
     assert converted_names(model) == {"down"}
     different = "the plan has different schemes for its weight: as up and as up_again"
     assert reasons(model) == {
-        "up": different, "up_again": different, "embed": "an embedding: a table of rows, not a product",
+        "up": different, "up_again": different, "embed": "an embedding: rows are looked up, no matmul",
         "lm_head": "not in the plan",
     }  # fmt: skip
     model, _ = models.tied_lm()
@@ -156,7 +156,7 @@ def test_it_logs_what_was_left_and_why(caplog):
         int8fx.convert(model, skip="k_proj")
     (line,) = [record.getMessage() for record in caplog.records if record.name == "int8fx"]
     assert line == (
-        f"convert: 12 weights to int8; left: 2 (skipped), 1 (an embedding: a table of rows, not a product), 1 ({HEAD})"
+        f"convert: 12 weights to int8; left: 2 (skipped), 1 (an embedding: rows are looked up, no matmul), 1 ({HEAD})"
     )
 
 

@@ -208,7 +208,7 @@ def test_other_convolutions_are_left(conv):
     model = nn.Sequential(copy.deepcopy(conv), nn.Linear(8, 8))
     int8fx.convert(model, **EVERYTHING)
     assert converted_names(model) == {"1"}
-    assert reasons(model)["0"] == "a convolution; only 1x1 convolutions without groups or padding are products"
+    assert reasons(model)["0"] == "a convolution; only 1x1 convolutions without groups or padding are matmuls"
 
 
 # ---- experts --------------------------------------------------------------------------------------------------------

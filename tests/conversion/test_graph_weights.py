@@ -1,4 +1,4 @@
-"""Conversion of graphs of five kinds: what is rewritten, what is left, and under which names."""
+"""Conversion of graphs of five kinds: what is rewritten, what is not, and under which names."""
 
 import copy
 from typing import Any
@@ -349,7 +349,7 @@ def test_a_weight_next_to_a_tensor_with_the_name_of_its_scale_is_left(kind):
     program = PROGRAMS[kind](Scaled(), {"x": torch.randn(2, 8)})
     int8fx.convert(program)
     assert converted_names(program) == {"v"}
-    assert reasons(program) == {"w": "its module has a 'w_scale' of its own"}
+    assert reasons(program) == {"w": "its module already has a 'w_scale'"}
     assert torch.equal(tensors(program)["w_scale"], torch.ones(8))
 
 

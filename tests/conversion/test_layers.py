@@ -1,4 +1,4 @@
-"""Which weights of a model are converted, which are left and why, and how ties are kept."""
+"""Which weights of a model are converted, which are not and why, and how tied weights stay tied."""
 
 import copy
 from contextlib import nullcontext
@@ -281,8 +281,8 @@ def test_modules_that_use_the_names_of_packed_ones_are_left():
     int8fx.convert(model)
     assert converted_names(model) == {"linear"}
     assert reasons(model) == {
-        "scale": "its module has a 'weight_scale' of its own",
-        "codebook.codes": "its module has a 'dequantize' of its own",
+        "scale": "its module already has a 'weight_scale'",
+        "codebook.codes": "its module already has a 'dequantize'",
     }
     assert all(map(torch.equal, y, [model["scale"](x), model["codebook"](x)]))
 
@@ -298,7 +298,7 @@ def test_a_forward_that_cannot_be_traced_is_left():
     model = Bare("w", forward=lambda self, x: x @ self.w if x.sum() > 0 else x)
     with pytest.warns(UserWarning, match="no layer was converted"):
         int8fx.convert(model)
-    assert "its use is not known: forward cannot be traced" in reasons(model)["w"]
+    assert "its use cannot be determined: forward cannot be traced" in reasons(model)["w"]
 
 
 @pytest.mark.parametrize(("name", "router"), [("mixtral", "mlp.gate"), ("gpt_oss", "mlp.router")])
@@ -380,11 +380,11 @@ def test_a_subset_of_tied_layers_is_left():
     model, _ = models.tied_lm()
     with pytest.warns(UserWarning, match="no layer was converted"):
         int8fx.convert(model, select="up")
-    assert reasons(model)["up"] == "tied to up_again, which stays as it is"
+    assert reasons(model)["up"] == "tied to up_again, which is not converted"
     assert model.up.weight is model.up_again.weight
     int8fx.convert(model, skip="up")
     assert converted_names(model) == {"down"}
-    assert reasons(model)["up_again"] == "tied to up, which stays as it is"
+    assert reasons(model)["up_again"] == "tied to up, which is not converted"
 
 
 def test_layers_that_read_a_shared_weight_differently_are_left():
@@ -393,8 +393,8 @@ def test_layers_that_read_a_shared_weight_differently_are_left():
     int8fx.convert(model)
     assert converted_names(model) == {"other"}
     assert model["conv1d"].weight is model["linear"].weight
-    assert reasons(model)["linear"] == "its weight is shared with conv1d, which reads it the other way round"
-    assert reasons(model)["conv1d"] == "its weight is shared with linear, which reads it the other way round"
+    assert reasons(model)["linear"] == "its weight is shared with conv1d, which uses it transposed"
+    assert reasons(model)["conv1d"] == "its weight is shared with linear, which uses it transposed"
 
 
 def _scaled(model: nn.Module) -> dict:
@@ -422,7 +422,7 @@ def test_an_embedding_that_stays_keeps_its_head(what):
     y = outputs(model, inputs)
     with pytest.warns(UserWarning, match="no layer was converted"):
         int8fx.convert(model, select="lm_head", **arguments)
-    assert reasons(model)["lm_head"] == "tied to embed, which stays as it is"
+    assert reasons(model)["lm_head"] == "tied to embed, which is not converted"
     assert equal(outputs(model, inputs), y)
     assert model.lm_head.weight is model.embed.weight
 

@@ -1,4 +1,4 @@
-"""Whole models, converted: as good as the reference, layer by layer and in every dtype, and still the same object."""
+"""Converted models: within the reference's error, layer by layer and in every dtype, and still the same object."""
 
 import copy
 

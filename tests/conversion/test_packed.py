@@ -1,4 +1,4 @@
-"""A packed module: what it reads as, and everything torch does to modules."""
+"""A packed module: its dequantised weights, and everything torch does to modules."""
 
 import copy
 import gc

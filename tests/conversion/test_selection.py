@@ -134,7 +134,7 @@ def test_reasons():
     left = reasons(model)
     assert left["model.layers.0.self_attn.q_proj"] == "skipped"
     assert left["lm_head"] == "the output embeddings: left in 16 bits unless selected"
-    assert left["model.embed_tokens"] == "an embedding: a table of rows, not a product"
+    assert left["model.embed_tokens"] == "an embedding: rows are looked up, no matmul"
 
 
 def test_parameters_of_other_names_are_selected_by_them():

@@ -1,4 +1,4 @@
-"""``int8fx.summary``: every weight, its scheme or why it was left, bytes and parameters."""
+"""``int8fx.summary``: every weight, its scheme or why it was not converted, bytes and parameters."""
 
 import copy
 
@@ -31,10 +31,10 @@ def test_rows_of_a_converted_model():
     int8fx.convert(model)
     assert int8fx.summary(model).rows == (
         Row("up", "Linear", (6, 8), "llm_int8", "", 96, 48 + 24),
-        Row("embed", "Embedding", (10, 8), "", "an embedding: a table of rows, not a product", 160, 160),
+        Row("embed", "Embedding", (10, 8), "", "an embedding: rows are looked up, no matmul", 160, 160),
         Row("conv", "Conv2d", (4, 8, 1, 1), "", "a 1x1 convolution: converted if selected", 64, 64),
         Row("wide", "Conv2d", (4, 8, 3, 3), "",
-            "a convolution; only 1x1 convolutions without groups or padding are products", 576, 576),
+            "a convolution; only 1x1 convolutions without groups or padding are matmuls", 576, 576),
         Row("lm_head", "Linear", (10, 8), "", "the output embeddings: left in 16 bits unless selected", 160, 160),
     )  # fmt: skip
 
@@ -56,8 +56,8 @@ def test_reasons_after_a_selection():
     model = small()
     int8fx.convert(model, select=["up", "lm_head"], skip="lm_head")
     assert {n: r.reason for n, r in by_name(model).items()} == {
-        "up": "", "embed": "an embedding: a table of rows, not a product", "conv": "not selected", "lm_head": "skipped",
-        "wide": "a convolution; only 1x1 convolutions without groups or padding are products",
+        "up": "", "embed": "an embedding: rows are looked up, no matmul", "conv": "not selected", "lm_head": "skipped",
+        "wide": "a convolution; only 1x1 convolutions without groups or padding are matmuls",
     }  # fmt: skip
     int8fx.convert(model, select="conv")
     rows = by_name(model)
@@ -101,9 +101,9 @@ def test_text():
     model = nn.ModuleDict({"up": nn.Linear(8, 6), "embed": nn.Embedding(1000, 8)})
     int8fx.convert(model, int8fx.rotated(columns=0))
     assert str(int8fx.summary(model)) == (
-        "layer  module     shape   scheme, or why not                            bytes before   after\n"
-        "up     Linear     6x8     rotated(columns=0.0)                                   192      72\n"
-        "embed  Embedding  1000x8  an embedding: a table of rows, not a product        32,000  32,000\n"
+        "layer  module     shape   scheme, or why not                           bytes before   after\n"
+        "up     Linear     6x8     rotated(columns=0.0)                                  192      72\n"
+        "embed  Embedding  1000x8  an embedding: rows are looked up, no matmul        32,000  32,000\n"
         "1 of 2 weights converted, 48 of 8,054 parameters; weights: 32,192 -> 32,072 bytes"
     )
 
@@ -164,7 +164,7 @@ def test_graphs(kind):
     program = program.module() if kind == "unlifted" else program
     forecast = by_name(program)
     assert {n: r.reason for n, r in forecast.items()} == {
-        "up": "float (not converted yet)", "w": "float (not converted yet)", "gain": "not the weight of a product",
+        "up": "float (not converted yet)", "w": "float (not converted yet)", "gain": "not the weight of a matmul",
     }  # fmt: skip
     int8fx.convert(program)
     for converted in (program, copy.deepcopy(program)):
@@ -174,5 +174,5 @@ def test_graphs(kind):
         assert {n: (r.shape, r.bytes_before, r.bytes_after) for n, r in rows.items()} == {
             "up": ((6, 8), 96, 72), "w": ((4, 6), 48, 40), "gain": ((1, 4), 8, 8),
         }  # fmt: skip
-        assert rows["gain"].reason == "not the weight of a product"
+        assert rows["gain"].reason == "not the weight of a matmul"
     assert {n: r.bytes_after for n, r in forecast.items()} == {n: r.bytes_after for n, r in by_name(program).items()}

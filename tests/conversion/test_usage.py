@@ -1,4 +1,4 @@
-"""`read_usage`: which Parameters of a module are product weights, which way round, and that reading leaves no trace."""
+"""`read_usage`: which Parameters of a module are weights of matmuls, in which layout; the module does not change."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ USED = {
     "two weights": (lambda self, x: F.linear(x, self.w) @ self.e[0], {"w": "NK", "e": "KN"}),
     "a helper and an alias": (lambda self, x: self.helper(x), NK),
     "a closure": (lambda self, x: (lambda y: F.linear(y, self.w))(x), NK),
-    "behind a child": (lambda self, x: F.linear(self.child(x).relu(), self.w), NK),
+    "after a child": (lambda self, x: F.linear(self.child(x).relu(), self.w), NK),
     "elementwise as well": (lambda self, x: F.linear(x, self.w) + self.w.sum(), NK),
     "under no_grad": (lambda self, x: F.linear(x, self.w.detach()), NK),
     "whatever is given": (lambda self, *given: F.linear(given[0], self.w), NK),
-    "behind a buffer": (lambda self, x: F.linear(x @ self.table, self.w), NK),
+    "after a buffer": (lambda self, x: F.linear(x @ self.table, self.w), NK),
 }
 
 

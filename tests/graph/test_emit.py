@@ -1,4 +1,4 @@
-"""Calls of int8fx ops in a graph, and the removal of what is then dead."""
+"""Calls of int8fx ops in a graph, and the removal of unused nodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever views stand between a weight and a matmul, the rewritten graph gives the same result."""
+"""With any views between a weight and a matmul, the rewritten graph gives the same result."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_any_chain_of_views_gives_the_same_answer_in_graphs_of_aten_operations(l
 
 LOWERED = {
     "expert": (lambda x, w: F.linear(x, w[1]), (4, 3), (2, 2, 3)),
-    "expert behind a new dimension": (lambda x, w: F.linear(x, w[None, 1].squeeze(0)), (4, 3), (2, 2, 3)),
+    "expert after a new dimension": (lambda x, w: F.linear(x, w[None, 1].squeeze(0)), (4, 3), (2, 2, 3)),
     "expert by unbind": (lambda x, w: F.linear(x, w.unbind(0)[-1]), (4, 3), (2, 2, 3)),
     "chunk": (lambda x, w: F.linear(x, w.chunk(2)[1]), (4, 3), (5, 3)),
     "split": (lambda x, w: F.linear(x, w.split(2)[2]), (4, 3), (5, 3)),

@@ -1,4 +1,4 @@
-"""The ops under autocast: as `F.linear`, with scales and float64 as they are."""
+"""The ops under autocast: x is cast as for `F.linear`; scales and float64 are not cast."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the ops refuse, in which words: kernels, fakes and meta tensors alike."""
+"""Illegal arguments of the ops and the error messages, the same for kernels, fakes and meta tensors."""
 
 import math
 

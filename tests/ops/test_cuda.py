@@ -67,9 +67,9 @@ def test_unquantised_columns_add_up_to_the_same_bits_in_every_tile(dtype):
     codes = torch.randint(-127, 128, (M, K), device="cuda", dtype=torch.int8)
     weight = torch.randint(-127, 128, (1, N, K), device="cuda", dtype=torch.int8)
     x_scale, weight_scale = torch.rand(M, device="cuda"), torch.rand(1, N, device="cuda")
-    kept = x, torch.randperm(K, device="cuda")[:C], columns_weight
+    unquantised = x, torch.randperm(K, device="cuda")[:C], columns_weight
     first, *others = (
-        int8_matmul(codes, x_scale, weight, weight_scale, None, None, torch.float32, kept=kept, tile=tile)
+        int8_matmul(codes, x_scale, weight, weight_scale, None, None, torch.float32, unquantised=unquantised, tile=tile)
         for tile in one_per_height.values()
     )
     assert len(others) >= 1

@@ -1,4 +1,4 @@
-"""How torch's operators multiply codes, and which of two ways a CPU takes. `test_kernels` tests the ops."""
+"""How torch's operators multiply int8, and which of two ways a CPU takes. `test_kernels` tests the ops."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Whichever way a matmul is run, it is the same: eager, exported, compiled; and the reference, within its error."""
+"""A matmul gives the same result eager, exported and compiled, and the reference's within its error."""
 
 from __future__ import annotations
 

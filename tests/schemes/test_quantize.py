@@ -1,4 +1,4 @@
-"""Quantisation of rows and weights, outlier columns, and reading a weight back."""
+"""Quantisation of rows and weights, outlier columns, and dequantisation."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Cases of the bench with times that are made up."""
+"""Cases of the bench with invented times."""
 
 from int8fx.tools.bench.candidates import BITSANDBYTES, INT8FX
 from int8fx.tools.bench.timing import Case, Measured

@@ -107,7 +107,7 @@ FAMILIES = {
         shared=2 * LAYERS,
         folded=3 * LAYERS,
     ),
-    # encoder: q, k, v, o, gate, up, down; decoder: 4 more; T5 asks for the dtype of down's weight, twice per layer.
+    # encoder: q, k, v, o, gate, up, down; decoder: 4 more; T5 reads the dtype of down's weight, twice per layer.
     # All decoder layers quantise the encoder's output once. Folds: gelu and gate; 2 skip connections, 3 in the decoder
     "t5": Family(
         captured={"linear": 18 * LAYERS, "dequantize": 4 * LAYERS},

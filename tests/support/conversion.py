@@ -249,7 +249,7 @@ class Interrupt:
         return self.function(*args)
 
     def __get__(self, owner: Any, _: type) -> Callable:
-        """Also in the place of a method."""
+        """Also if it replaces a method."""
         return self if owner is None else lambda *args: self(owner, *args)
 
 

@@ -118,10 +118,10 @@ def matmul(kernel: str, p: Problem, tile: Tile = TILE, offsets: Tensor | None = 
             x, weight.codes, weight.scale, bias, weight.threshold, *after, **CONSTANTS, offsets=offsets, tile=tile
         )
     codes, x_scale, outliers = quantized(x, weight, offsets)
-    kept = None if weight.columns is None else (x, weight.columns, weight.columns_weight)
+    unquantised = None if weight.columns is None else (x, weight.columns, weight.columns_weight)
     return int8_matmul(
         codes, x_scale, weight.codes, weight.scale, outliers, bias, x.dtype, *after,
-        kept=kept, offsets=offsets, tile=tile,
+        unquantised=unquantised, offsets=offsets, tile=tile,
     )  # fmt: skip
 
 

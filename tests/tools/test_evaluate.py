@@ -189,7 +189,7 @@ def test_what_int8fx_refuses_ends_in_a_line(tmp_path, capsys):
     for command in ("eval", "inspect"):
         assert cli.main([command, "--model", model, *sizes, *gptq]) == 1
         assert (
-            capsys.readouterr().err.strip().split("\n")[-1].startswith("int8fx.convert: rounding='gptq' knows nothing")
+            capsys.readouterr().err.strip().split("\n")[-1].startswith("int8fx.convert: rounding='gptq' has no moments")
         )
     assert cli.main(["eval", "--model", model, "--width", "97"]) == 1
     assert "--width is 97; " in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a measurement says of the machine that it ran on."""
+"""The description of the machine that a measurement reports."""
 
 import torch
 

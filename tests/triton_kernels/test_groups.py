@@ -1,4 +1,4 @@
-"""Rows meet the weight and the outliers of their group, and nothing of other rows."""
+"""Rows are multiplied by the weight of their group, with its outliers, and do not depend on other groups."""
 
 import math
 from dataclasses import replace

@@ -177,7 +177,7 @@ Quantized quantize(const Tensor& x, std::optional<double> threshold, int64_t blo
   return q;
 }
 
-// x [M, K], codes [N, K], all contiguous; q is not read where x is not quantised.
+// x [M, K], codes [N, K], all contiguous; q is not read if x is not quantised.
 void product_into(
     const Tensor& y, const Tensor& x, const Quantized& q, const Int8Weight& weight, const Epilogue& epilogue) {
   dispatch(x, [&](auto of) {

@@ -28,7 +28,7 @@
 
 namespace int8fx {
 
-#if defined(INT8FX_TILE)  // tests choose a tile that the instruction set would not
+#if defined(INT8FX_TILE)  // tests choose another tile than the instruction set's
 using Tile = INT8FX_TILE;
 #elif defined(__AMX_INT8__)
 using Tile = AmxTile;
@@ -117,7 +117,7 @@ struct Product {
 
   // sums[r][n] = sum_k(rows[r, k] * weight[n0 + n, k]), in enough vectors of partial sums that additions (four cycles each)
   // do not wait for each other. Several rows take two channels at a time, and AT_ONCE k of them, which the first-level
-  // cache holds. One row, whose time is that of reading, takes the weight in the order of memory.
+  // cache holds. One row is bound by bandwidth, so it reads the weight in the order of memory.
   template <int ROWS>
   void dot_floats(const T* rows, int64_t n0, int64_t count, T (&sums)[ROWS][WIDTH]) const {
     constexpr int L = Lanes<T>::N, PARTS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1, CHANNELS = ROWS == 1 ? 1 : 2;
@@ -182,10 +182,10 @@ struct Product {
             p.floats[(tile * C + c) * MR + m] = m < rows ? static_cast<T>(x[(m0 + m) * K + float_column(c)]) : T(0);
       }
     });
-    const int64_t panels = (N + NR - 1) / NR, tasks = 2 * at::get_num_threads();  // or more: with fewer, threads would wait
+    const int64_t panels = (N + NR - 1) / NR, tasks = 2 * at::get_num_threads();  // at least: with fewer, threads would wait
     const int64_t by_size = (tiles * MR + Tile::BLOCK_M - 1) / Tile::BLOCK_M, by_threads = (tasks + panels - 1) / panels;
     const int64_t wanted = few ? 1 : std::max(by_size, by_threads);
-    const int64_t block_tiles = (tiles + wanted - 1) / wanted;  // blocks of one size: threads get as many each
+    const int64_t block_tiles = (tiles + wanted - 1) / wanted;  // blocks of one size, so that threads get equal work
     const int64_t blocks = (tiles + block_tiles - 1) / block_tiles;
     const int64_t grain = few ? std::max<int64_t>(1, 32768 / (K * NR + 1)) : 1;
     at::parallel_for(0, blocks * panels, grain, [&](int64_t begin, int64_t end) {

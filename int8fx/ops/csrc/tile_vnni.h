@@ -7,7 +7,7 @@
 //   w panel: 32 channels                   x panel: 12 rows
 //   [32] int32, then [k / 4][32][4] int8   [k / 4][12][4] uint8, each four broadcast to all channels
 //
-// Without the instruction, `dot` is a loop. That is slow, and lets other CPUs test the rest.
+// Without the instruction, `dot` is a loop. That is slow, and lets other CPUs test all else.
 #pragma once
 
 #include <cstdint>

@@ -1,1 +1,1 @@
-"""What Triton's compilers produce for the kernels, on six targets, without a GPU."""
+"""Examines the code that Triton compiles the kernels to, for six targets, without a GPU."""

@@ -1,6 +1,6 @@
-"""``python -m int8fx.tools.audit``: what every Triton kernel compiles to on every target, without a GPU.
+"""``python -m int8fx.tools.audit``: the compiled code of every Triton kernel for every target, without a GPU.
 
-Registers, spills, shared memory and instructions are the compilers'. Nothing runs, and no time is predicted.
+Registers, spills, shared memory and instructions are read from it. No kernel runs, and no time is predicted.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _columns(dtype: str) -> tuple[tuple[str, Any], ...]:
 
 
 _GATHERED = (*_NO_OUTLIERS, ("columns_weight_ptr", "*bf16:16"), ("C", "i32:16"))
-"""Unquantised columns of many rows: `gather_columns` put their values and weights side by side."""
+"""Unquantised columns of many rows, whose values and weights `gather_columns` has made contiguous."""
 
 
 def shipped(target: str) -> Iterator[Variant]:
@@ -188,7 +188,7 @@ class Row:
 
     int8, float16: matrix instructions of the innermost loop that has any. instruction: its int8 matrix instruction.
     residual: all float matrix instructions of the kernel. others: the loop's other instructions, per warp and step of
-    K. wide: its 16-byte loads, per thread and step; weight_loads: how many of those the weight needs. fits: the shared
+    K. wide: its 16-byte loads, per thread and step; weight_loads: those for the weight. fits: the shared
     memory is within `SHARED_LIMIT`.
     """
 

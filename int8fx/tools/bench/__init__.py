@@ -1,10 +1,10 @@
-"""``int8fx bench``: int8fx against its peers and against the limits of this machine.
+"""``int8fx bench``: times int8fx, other libraries and the limits of this machine.
 
-    timing      interleaved rounds, and what they measured
-    limits      the most that this CPU can do (limits.cpp)
+    timing      interleaved rounds and their results
+    limits      int8 peak and bandwidth of this CPU (limits.cpp)
     settings    the command's options
-    candidates  linear layers by int8fx and by each peer
-    products    suites of single products: products, outliers, schemes, overhead, scaling
+    candidates  linear layers of int8fx and of each other library
+    products    suites of single linear layers: products, outliers, schemes, overhead, scaling
     models      suites of language models: models; profile (by kind of kernel); memory (a separate process each)
     cuda        the suites on a GPU
     check       the Triton kernels on a GPU against the reference

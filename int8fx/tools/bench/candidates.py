@@ -1,4 +1,4 @@
-"""int8fx and each of its peers: how each computes a linear layer, or the linear layers of a model."""
+"""int8fx and each other library: how each computes a linear layer, or the linear layers of a model."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-# ---- how they convert ------------------------------------------------------------------------------------------------
+# ---- conversions -----------------------------------------------------------------------------------------------------
 
 
 def _int8fx(scheme: Scheme) -> Callable[[Any], Any]:
@@ -174,7 +174,7 @@ def _torchao(weight_only: bool) -> Callable[[nn.Module], nn.Module]:
 
 
 def _onnxruntime(layer: nn.Linear) -> Layer:
-    """The graph that its ``quantize_dynamic`` makes per channel: uint8 activations with one scale, int8 weights."""
+    """The graph of onnxruntime's ``quantize_dynamic`` per channel: uint8 activations with one scale, int8 weights."""
     import numpy
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
@@ -214,9 +214,9 @@ def _share_onnxruntime_threads() -> None:
 
 
 def _auto_round(layer: nn.Linear) -> Layer:
-    """The calls of its ``QuantLinear``: float32 inside, one group of K channels.
+    """The calls of auto-round's ``QuantLinear``: float32 inside, one group of K channels.
 
-    It packs for all of the machine's threads; with fewer its products are wrong.
+    It packs for all of the machine's threads. With fewer threads its results are wrong.
     """
     import auto_round_kernel as kernels
 

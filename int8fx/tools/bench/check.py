@@ -40,7 +40,7 @@ class Check:
 
 
 def show(console: Console, device: str) -> bool:
-    """Runs `checks` and prints those that fail; returns whether none does."""
+    """Runs `checks` and prints those that fail; returns whether all pass."""
     done = list(checks(device))
     wrong = [check for check in done if not check.right]
     for check in wrong:
@@ -59,11 +59,11 @@ def checks(
 
     Codes, scales and masks must be equal. Results from the same codes may differ by the rounding of float32 sums and of
     the result: ``2 * (K + 32) * u * sum(abs(x * w)) + 2 * U * abs(y)``, with u and U half the machine epsilons of
-    float32 and of x's dtype. By the form of the call (`rows.form`):
+    float32 and of x's dtype. The reference depends on the form of the call (`rows.form`):
 
-    * WEIGHT_ONLY: the reference is the float64 product, since x is not quantised.
-    * FUSED: each block of K has scales of its own. The reference is again the float64 product, and the error may also
-      be what the scheme's codes may add, ``x_scale / 2 * (1 + 2**-16) * sum_in(abs(w))`` of `reference.linear`.
+    * WEIGHT_ONLY: the reference is the float64 matmul, since x is not quantised.
+    * FUSED: each block of K has its scales. The reference is again the float64 matmul. The error may include the
+      scheme's rounding of x, ``x_scale / 2 * (1 + 2**-16) * sum_in(abs(w))`` of `reference.linear`.
     * QUANTIZED: the reference is `reference.linear`.
     """
     for dtype in dtypes:
@@ -125,7 +125,7 @@ def _case(device: str, dtype: torch.dtype, M: int, N: int, K: int) -> Iterator[C
 
 
 def _tiles(device: str, where: str, x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Iterator[Check]:
-    """Every tile of the product of quantised rows, whichever the sizes would choose."""
+    """Every tile of `int8_matmul`, not only the one that would be chosen for these sizes."""
     from ...triton_kernels.int8_matmul import int8_matmul
     from ...triton_kernels.outliers import extract_outliers
     from ...triton_kernels.tiles import int8_matmul_tiles, target_of

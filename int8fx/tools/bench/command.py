@@ -22,7 +22,7 @@ WIDTH = 130  # of tables in a file
 def run(settings: Settings, console: Console | None = None) -> int:
     """Measures, prints the tables, writes ``bench.csv`` and the plots, or ``bench-cuda.csv`` of a GPU.
 
-    What was measured so far is printed and written also if the run is interrupted. On a GPU nothing is timed unless its
+    If the run is interrupted, what was measured until then is printed and written. On a GPU nothing is timed unless its
     kernels agree with the reference.
 
     Returns:
@@ -55,7 +55,7 @@ def run(settings: Settings, console: Console | None = None) -> int:
 
 
 def _begin(console: Console, settings: Settings) -> tuple[dict[str, str], Settings]:
-    """Prints what the machine is; on a GPU, checks the kernels.
+    """Prints a description of the machine; on a GPU, checks the kernels.
 
     Raises:
         BenchError: nothing can be timed.

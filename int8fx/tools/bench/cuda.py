@@ -1,6 +1,6 @@
 """Suites on a GPU: the Triton kernels, checked against the reference and timed against peers and the GPU's limits.
 
-Products are recorded as CUDA graphs, and models compiled with them: what is timed is the GPU, not the launches.
+Linear layers are recorded as CUDA graphs, and models are compiled with CUDA graphs, so that launches are not timed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .timing import Case, Measured, Work, failure, interleave
 
 SIZES: Sizes = (((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192)), (1, 16, 128, 2048))
 QUICK_SIZES: Sizes = (((4096, 4096),), (1, 2048))
-GRAPH_SECONDS = 2e-3  # that a recorded graph runs: a hundred times what it takes to launch it and to wait for it
+GRAPH_SECONDS = 2e-3  # duration of a recorded graph: a hundred times as long as its launch and synchronisation
 READ_BYTES, PEAK_SIDE = 1 << 30, 8192
 
 
@@ -31,7 +31,7 @@ class Recorded:
 
     run: replays the graph and waits for it.
     calls: how many of them it holds.
-    note: why they are called one by one instead, if so.
+    note: why the calls run one by one instead; empty if they are recorded.
     """
 
     run: Callable[[], object]
@@ -40,7 +40,7 @@ class Recorded:
 
 
 def record(work: Work) -> Recorded:
-    """Records the calls of ``work`` in turns, as often as fills `GRAPH_SECONDS`, as a CUDA graph.
+    """Records the calls of ``work`` in turns as a CUDA graph that runs for `GRAPH_SECONDS`.
 
     A call that waits for the GPU, as bitsandbytes' does for its outliers, cannot be recorded: then they are called one
     by one.
@@ -93,7 +93,7 @@ def limits(device: str) -> dict[str, tuple[Callable[[], object], float]]:
 
 
 def products(settings: Settings) -> Iterator[Case]:
-    """Each shape and M: every candidate's layer, six outlier columns, weights that no cache holds."""
+    """Each shape and M: every candidate's layer, six outlier columns, weights that are not in the cache."""
     cache = torch.cuda.get_device_properties(settings.device).L2_cache_size
     bounds = limits(settings.device)
     shapes, rows = settings.sizes(SIZES, QUICK_SIZES)
@@ -138,7 +138,7 @@ def _measure(work: dict[str, Work], rounds: int) -> dict[str, Measured]:
 
 
 def language_models(settings: Settings) -> Iterator[Case]:
-    """A language model made from its configuration: forwards and decode steps, with Inductor's CUDA graphs."""
+    """A language model with random weights: forwards and decode steps, with Inductor's CUDA graphs."""
     with torch.device(settings.device), torch._inductor.config.patch({"triton.cudagraphs": True}):
         model = models.load(models.LARGE, models.num_layers(settings)).to(settings.device)
         yield from models.compare(settings, model, models.title_of(settings, models.LARGE), FOR_GPUS)

@@ -1,4 +1,4 @@
-"""The most that this CPU can do: int8 operations and bytes read per second (limits.cpp)."""
+"""The limits of this CPU: int8 operations and bytes read per second (limits.cpp)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .timing import Measured, Work
 
 PEAK, READS = "int8 peak", "reads"
 SOURCE = Path(__file__).parent / "limits.cpp"
-_SECONDS = 0.005  # of a call that measures the peak: it fills a slice of a round as products do
-_PARTS = 4  # of the buffer; a call reads one of them, for the same reason
+_SECONDS = 0.005  # of a call that measures the peak: about as long as a slice of a round (`timing.SLICE`)
+_PARTS = 4  # of the buffer; a call reads one of them, so that it is as short
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The two limits, as calls to interleave with other work. `load_limits` makes them.
+    """The two limits, as calls to interleave with other work. `load_limits` returns them.
 
     turns: of the loop that measures the int8 peak, in one call.
-    buffer: int8, what is read; larger than the last-level cache.
+    buffer: the int8 tensor that is read; larger than the last-level cache.
     library: limits.cpp, compiled; None if it cannot be.
     reason: why the limits cannot be measured.
     """

@@ -23,7 +23,7 @@ from .models import MODELS, load, num_layers, num_tokens, title_of
 from .settings import Settings
 from .timing import Case, Measured
 
-IDEAL = "codes + scales + 16-bit rest"
+IDEAL = "ideal: int8 weights, scales, 16-bit others"
 BYTES, LIVE, PEAK = "parameters and buffers", "all tensors after a forward", "peak resident memory of a forward"
 
 

@@ -32,11 +32,11 @@ Steps = Iterator[tuple[str, dict[str, Work]]]  # the name of a case, and each ca
 def load(name: str, layers: int | None = None) -> Any:
     """The causal language model ``name`` of `MODELS` in bfloat16 and eval mode.
 
-    `LARGE` has random weights. Six channels of every norm are large in it, as in trained models: the inputs of its
-    products have six outlier columns. `SMALL` is made likewise if it is cut to ``layers``; uncut, it is the real one.
+    `LARGE` has random weights. Six channels of each of its norms are large, as in trained models, so the inputs of its
+    linear layers have six outlier columns. `SMALL` is the trained model, or, if cut to ``layers``, built like `LARGE`.
 
     Raises:
-        ModelError: the real one cannot be loaded.
+        ModelError: the trained model cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 

@@ -1,4 +1,4 @@
-"""Suites of single products: against the peers, with more and more outliers, overhead of a call, scaling."""
+"""Suites of single linear layers: other libraries, outliers, schemes, overhead of a call, scaling."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .timing import Case, Work, interleave, thread_warning
 
 SIZES: Sizes = (((4096, 4096), (11008, 4096), (4864, 896), (576, 576)), (1, 4, 16, 128, 512))
 QUICK_SIZES: Sizes = (((4864, 896), (576, 576)), (1, 16, 128))
-COLD_ROWS = 4  # up to this M, time is reading the weight: each call takes another one
+COLD_ROWS = 4  # up to this M, reading the weight takes the time: each call takes another weight, not in the cache
 OUTLIERS = 6  # columns
 MAX_SIZE = 2048  # of M in the scaling suite
 PLAIN = of_scheme(int8fx.plain())
@@ -42,21 +42,21 @@ def weights_beyond_cache(N: int, K: int, cache: int) -> int:
 
 
 def products(settings: Settings) -> Iterator[Case]:
-    """Each shape and M: int8fx and every peer, six outlier columns, cold weights for M <= `COLD_ROWS`."""
+    """Each shape and M: int8fx and every other library, six outlier columns, uncached weights for M <= `COLD_ROWS`."""
     shapes, rows = settings.sizes(SIZES, QUICK_SIZES)
     for N, K in shapes:
         yield from compare(settings, "products", N, K, rows, FOR_LAYERS)
 
 
 def overhead(settings: Settings) -> Iterator[Case]:
-    """A 64 x 64 layer, where a call's overhead is its time."""
+    """A 64 x 64 layer, whose time is almost only the overhead of the call."""
     settings = replace(settings, rounds=5 * settings.max_rounds)
     for case in compare(settings, "overhead", 64, 64, (1, 16), FOR_OVERHEAD, cold_rows=0):
         yield replace(case, base="F.linear")
 
 
 def outliers(settings: Settings) -> Iterator[Case]:
-    """The default threshold with 6, 1 % and all of the columns outliers, against int8 without outliers."""
+    """The default threshold with six outlier columns, 1 % and all, compared with int8 without outliers."""
     shapes, rows = settings.sizes(SIZES, QUICK_SIZES)
     for N, K in shapes:
         layers = _linears(N, K, rows)
@@ -122,12 +122,12 @@ def compare(
     Args:
         N, K: of the weight.
         candidates: the first one is the base. The layers of each are built once.
-        cold_rows: up to which M each call takes a weight that no cache holds.
+        cold_rows: up to this M, each call takes a weight that is not in the cache.
     """
     linears = _linears(N, K, rows, cold_rows)
     built, absent = build_each(candidates, lambda candidate: candidate.layers(linears))
     for M in rows:
-        torch._dynamo.reset()  # a graph for each M: they would pass the limit of recompilations
+        torch._dynamo.reset()  # one graph for each M would exceed the limit of recompilations
         settings.say(f"{suite}: [{N}, {K}], M = {M}")
         x = inputs(M, K, OUTLIERS)
         work: dict[str, Work] = {
@@ -147,7 +147,7 @@ def _calls(layers: Sequence[Layer], x: object, M: int, cold_rows: int = COLD_ROW
 
 
 def _measure(settings: Settings, case: Case, work: dict[str, Work]) -> Case:
-    """``case`` with ``work`` measured, the machine's limits between its rounds."""
+    """``case`` with ``work`` measured, and the machine's limits measured between its rounds."""
     threads = settings.num_threads
     with torch.no_grad():
         measured = interleave(work | settings.limits.work(threads), settings.max_rounds)

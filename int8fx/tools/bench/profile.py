@@ -1,4 +1,4 @@
-"""Where the time of a compiled forward goes: by kind of kernel, according to torch's profiler."""
+"""The time of a compiled forward by kind of kernel, according to torch's profiler."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .timing import SLOW, Case, Measured
 
 KINDS = {  # kind -> patterns of its kernels' names; a kernel belongs to the first kind that matches
     "quantisation": ("int8fx::quantize_rowwise",),
-    "products": ("int8fx::*", "aten::mm", "aten::addmm", "aten::bmm", "mkldnn::*", "aten::mkldnn*", "aten::linear"),
+    "linears": ("int8fx::*", "aten::mm", "aten::addmm", "aten::bmm", "mkldnn::*", "aten::mkldnn*", "aten::linear"),
     "attention": ("aten::_scaled_dot_product*",),
     "norms": ("*cpp_fused*rsqrt*",),
     "fused by Inductor": ("*cpp_fused*",),
-    "the rest": ("*",),
+    "other kernels": ("*",),
 }
 TOTAL = "all"
 PROFILED = (INT8FX, BFLOAT16)
@@ -64,7 +64,7 @@ def forwards_by_kind(model: torch.nn.Module, candidate: Candidate, tokens: int) 
     torch._dynamo.reset()
     decoder = converted.compile(converted.decoder)
     ids = torch.randint(0, converted.decoder.config.vocab_size, (1, tokens))
-    with torch.no_grad(), config.patch({"cpp.enable_kernel_profile": True}):  # so that fused kernels have names
+    with torch.no_grad(), config.patch({"cpp.enable_kernel_profile": True}):  # gives fused kernels names
 
         def forward() -> Tensor:
             return decoder(input_ids=ids, use_cache=False).last_hidden_state

@@ -24,7 +24,7 @@ COLUMNS = (
 def rows(cases: Iterable[Case], machine: Mapping[str, str]) -> list[dict[str, object]]:
     """One row for each candidate of each case, by `COLUMNS`; a field is empty if nothing was measured.
 
-    best, median: seconds a call or bytes, according to unit. ratio, median_ratio: as multiples of the base's.
+    best, median: seconds per call or bytes, according to unit. ratio, median_ratio: as multiples of the base's.
     peak_ops, read_bytes_per_s: the machine's best between the same rounds, per second.
     """
     table: list[dict[str, object]] = []
@@ -64,7 +64,7 @@ def _field(value: object) -> object:
 
 
 def write_csv(path: Path, cases: Iterable[Case], machine: Mapping[str, str]) -> None:
-    """Writes `rows` to ``path``, below a line with `COLUMNS`."""
+    """Writes `rows` to ``path``, after a header line with `COLUMNS`."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -86,7 +86,7 @@ def show(console: Console, cases: Sequence[Case]) -> None:
 
 
 def _comparison(console: Console, name: str, cases: list[Case]) -> None:
-    """A row for each candidate, a column for each case; below, what did not run and why."""
+    """A row for each candidate, a column for each case; then which candidates did not run and why."""
     factor = 1e6 if cases[0].suite == "overhead" else 1e3
     table = Table(title=name or None, box=box.SIMPLE, title_justify="left")
     table.add_column(no_wrap=True)
@@ -100,7 +100,7 @@ def _comparison(console: Console, name: str, cases: list[Case]) -> None:
         table.add_section()
         table.add_row("int8 peak here, GOP/s", *(f"{case.peak.most / 1e9:,.0f}" for case in cases))
         table.add_row(f"of it, {cases[0].base}", *(f"{case.share_of_peak(case.base):.0%}" for case in cases))
-        table.add_row("reads here, GB/s", *(f"{case.reads.most / 1e9:.1f}" for case in cases))
+        table.add_row("read bandwidth here, GB/s", *(f"{case.reads.most / 1e9:.1f}" for case in cases))
         table.add_row(f"of it, {cases[0].base}", *(f"{case.share_of_reads(case.base):.0%}" for case in cases))
     console.print(table)
     _notes(console, cases)
@@ -140,7 +140,7 @@ def _notes(console: Console, cases: Sequence[Case]) -> None:
 
 def _scaling(cases: list[Case]) -> Table:
     table = Table(box=box.SIMPLE)
-    for title in ("", "M", "N", "K", "threads", "ms", "GOP/s", "of the int8 peak", "GB/s", "of the reads"):
+    for title in ("", "M", "N", "K", "threads", "ms", "GOP/s", "of the int8 peak", "GB/s", "of the bandwidth"):
         table.add_column(title, justify="right" if title else "left")
     for case in cases:
         base = case.measured[case.base]
@@ -172,9 +172,9 @@ def _memory(cases: list[Case]) -> Table:
 
 
 def floors(cases: Sequence[Case]) -> Table:
-    """`Case.floor` of each product in us, and which share of it each candidate reaches.
+    """`Case.floor` of each layer in us, and the floor as a share of each candidate's time.
 
-    Candidates with 16-bit weights cannot reach more than half of what reading int8 codes takes.
+    Where the floor is the time to read the int8 weights, candidates with 16-bit weights reach at most half.
     """
     labels = list(dict.fromkeys(label for case in cases for label in case.measured))
     table = Table(box=box.SIMPLE, title="Share of the floor", title_justify="left")

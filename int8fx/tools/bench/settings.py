@@ -15,17 +15,17 @@ Sizes = tuple[Sequence[tuple[int, int]], Sequence[int]]  # shapes (N, K) of weig
 
 @dataclass(frozen=True)
 class Settings:
-    """The command's options, and what the suites take besides.
+    """The command's options, and other settings of the suites.
 
     suites: names of `suites.SUITES`; empty: all that run on the device.
     quick: fewer sizes and rounds, models of two layers.
-    rounds: of each case, at most; None: 10, or 3 if ``quick``.
-    threads: of torch and its peers; None: as many as torch has.
+    rounds: the largest number of rounds of a case; None: 10, or 3 if ``quick``.
+    threads: of all candidates; None: as many as torch has.
     output: folder for the CSV file and the plots.
     device: ``cpu`` or ``cuda`` (which is also ROCm's name).
-    shapes, rows: sizes of the products; None: those of the suite.
+    shapes, rows: sizes of the linear layers; None: those of the suite.
     limits: of this CPU, measured between the rounds.
-    say: takes a line about what happens now.
+    say: prints a line of progress.
     """
 
     suites: tuple[str, ...] = ()

@@ -10,15 +10,15 @@ from .settings import Settings
 from .timing import Case
 
 Measure = Callable[[Settings], Iterator[Case]]
-_TIMES = "the best of the rounds above the median"
+_TIMES = "first line: best round; second line: median"
 
 
 class Suite(NamedTuple):
     """A suite.
 
-    help: of its option.
-    title: of its tables.
-    on_cpu, on_gpu: what measures it, case by case; None: not on a GPU.
+    help: help text of its option.
+    title: title of its tables.
+    on_cpu, on_gpu: function that measures it, case by case; None: it does not run on a GPU.
     """
 
     help: str
@@ -29,8 +29,8 @@ class Suite(NamedTuple):
 
 SUITES = {
     "products": Suite(
-        "single products, against every peer that is installed and the machine's limits",
-        f"Products: ms, and as multiples of int8fx's time; {_TIMES}",
+        "single linear layers: int8fx, every other library that is installed, and the machine's limits",
+        f"Linear layers: ms, and as multiples of int8fx's time; {_TIMES}",
         products.products,
         cuda.products,
     ),
@@ -45,8 +45,8 @@ SUITES = {
         products.schemes,
     ),
     "overhead": Suite(
-        "what a call costs beyond F.linear",
-        f"Overhead of a call: us, and what is beyond F.linear; {_TIMES}",
+        "time of a call in addition to that of F.linear",
+        f"Overhead of a call: us, and difference to F.linear; {_TIMES}",
         products.overhead,
     ),
     "scaling": Suite(
@@ -61,24 +61,24 @@ SUITES = {
         cuda.language_models,
     ),
     "profile": Suite(
-        "their forwards by kind of kernel",
-        "Profiles of compiled forwards: ms by kind of kernel, and as multiples of int8fx's; best above median",
+        "forwards of the language models, by kind of kernel",
+        f"Profiles of compiled forwards: ms by kind of kernel, and as multiples of int8fx's; {_TIMES}",
         profile.profile,
     ),
     "memory": Suite(
         "bytes of a converted model, peak of a forward",
-        "Memory: MB, and as multiples of codes + scales + rest, or of bfloat16's peak",
+        "Memory: MB, and as multiples of the ideal size, or of bfloat16's peak",
         memory.memory,
     ),
 }
 
 
 class BenchError(Exception):
-    """The bench cannot run; says why."""
+    """The bench cannot run; the message says why."""
 
 
 def chosen(names: Sequence[str], device: str) -> dict[str, Measure]:
-    """What measures each suite of ``names`` on ``device``, or each suite that it has if ``names`` is empty.
+    """Suite name -> function that measures it on ``device``: for ``names``, or for all suites if ``names`` is empty.
 
     Raises:
         BenchError: a suite of ``names`` does not run on this device.

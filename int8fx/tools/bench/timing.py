@@ -1,4 +1,4 @@
-"""Interleaved timing: in every round each candidate runs once, so that all meet the same state of the machine."""
+"""Interleaved timing: each candidate runs once in every round, so that all run on the machine in the same state."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from itertools import cycle, islice
 from statistics import median
 
-Work = Sequence[Callable[[], object]]  # calls that take turns: the same product with distinct weights
+Work = Sequence[Callable[[], object]]  # calls that take turns: the same layer with distinct weights
 
 SLICE = 0.01  # seconds that one candidate runs in a round, at least one call
-WARM = 0.1  # seconds: shorter calls follow an untimed one in each round, which fetches what the others evicted
+WARM = 0.1  # seconds: in each round an untimed call precedes shorter ones, to fetch what other candidates evicted
 SLOW, SLOWEST = 2.0, 30.0  # seconds a call: above these, a candidate gets a fifth of the rounds, or one call
-PARALLEL = 1e-3  # seconds: shorter calls may rightly run on one thread
+PARALLEL = 1e-3  # seconds: it is legal for shorter calls to run on one thread
 
 
 @dataclass
@@ -48,13 +48,13 @@ class Measured:
 
 @dataclass
 class Case:
-    """What several candidates did, and how the machine was meanwhile.
+    """The measurements of several candidates, and of the machine between them.
 
     suite: a name of `suites.SUITES`.
     name: what was measured, such as ``[4096, 4096]`` (N, K) or ``decode, batch 1``.
     base: the candidate that the others are compared with.
     measured: by the candidate's name.
-    M, N, K: the sizes of a product, else None.
+    M, N, K: the sizes of a linear layer, else None.
     subject: the model, if it is one.
     unit: of the values, ``s`` or ``B``.
     peak, reads: the machine's limits between the same rounds, in operations and bytes per second; empty if unknown.
@@ -75,7 +75,7 @@ class Case:
 
     @property
     def group(self) -> str:
-        """What cases that are shown in one table have in common."""
+        """A key: cases of equal group are shown in one table."""
         return self.name if self.M else self.subject
 
     def ratio(self, candidate: str) -> float:
@@ -87,15 +87,15 @@ class Case:
         return self._of(candidate).median / self._of(self.base).median
 
     def operations(self) -> float:
-        """``2 M N K``: int8 multiplications and additions of the product."""
+        """``2 M N K``: int8 multiplications and additions of the layer."""
         return 2.0 * (self.M or 0) * (self.N or 0) * (self.K or 0)
 
     def weight_bytes(self) -> float:
-        """``N K``: bytes of the product's int8 codes."""
+        """``N K``: bytes of the layer's int8 weight."""
         return float((self.N or 0) * (self.K or 0))
 
     def floor(self) -> float:
-        """``max(N K / reads, 2 M N K / peak)``: seconds that no product with int8 weights can beat; NaN if unknown."""
+        """``max(N K / reads, 2 M N K / peak)``: the least seconds of a layer with int8 weights; NaN if unknown."""
         return max(self.weight_bytes() / self.reads.most, self.operations() / self.peak.most)
 
     def share_of_peak(self, candidate: str) -> float:
@@ -103,7 +103,7 @@ class Case:
         return self.operations() / self._of(candidate).best / self.peak.most
 
     def share_of_reads(self, candidate: str) -> float:
-        """``N K / best(candidate) / reads``: of the read bandwidth, by the bytes of int8 codes; NaN if unknown."""
+        """``N K / best(candidate) / reads``: share of the read bandwidth, counting int8 weights; NaN if unknown."""
         return self.weight_bytes() / self._of(candidate).best / self.reads.most
 
     def _of(self, candidate: str) -> Measured:
@@ -157,8 +157,8 @@ def rounds_for(seconds: float, rounds: int) -> tuple[int, str]:
 def thread_warning(measured: Mapping[str, Measured], threads: int) -> str:
     """A line that names the candidates that used far fewer or more CPUs than ``threads`` in some rounds; empty if none.
 
-    Their times are those of another number of threads, or of a busy machine. Legal is from half way between 1 and
-    ``threads`` to a tenth more than ``threads``. Calls shorter than `PARALLEL` are not judged.
+    Such a time is of another number of threads, or of a busy machine. Legal is from ``(1 + threads) / 2`` to
+    ``1.1 * threads``. Calls shorter than `PARALLEL` are not checked.
     """
     least, most = (1 + threads) / 2 if threads > 1 else 0, 1.1 * threads
     odd_rounds = []

@@ -1,4 +1,4 @@
-"""Windows of real text: some to measure on, others to calibrate on."""
+"""Windows of real text, to measure on and to calibrate on."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CALIBRATION_SHARE = 0.1  # the end of each source, which is not measured on
-_CHARACTERS = 64  # of text per token that are tokenised: more than any tokenizer needs, less than a whole source
+CALIBRATION_SHARE = 0.1  # the last part of each source, which is used for calibration only
+_CHARACTERS = 64  # characters per token that are passed to the tokenizer: more than it needs, and not the entire text
 
 
 class TextError(Exception):
@@ -19,7 +19,7 @@ class TextError(Exception):
 
 
 def read(source: str) -> str:
-    """The text of ``pydoc`` (the topics of Python's own documentation) or of a file, which gzip may have compressed."""
+    """The text of ``pydoc`` (the topics of Python's documentation) or of a file, which gzip may have compressed."""
     if source == "pydoc":
         from pydoc_data.topics import topics
 

@@ -1,4 +1,4 @@
-"""int8fx and its peers compute the same layer."""
+"""int8fx and the other libraries compute the same layer."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The suites of single products: which cases they have, and who is in them."""
+"""The suites of single linear layers: their cases and candidates."""
 
 import pytest
 import torch

@@ -14,12 +14,12 @@ from int8fx.tools.bench.candidates import BFLOAT16_EAGER, INT8FX
     ("kernel", "kind"),
     [
         ("int8fx::quantize_rowwise", "quantisation"),
-        ("int8fx::linear_quantized", "products"),
-        ("mkldnn::_linear_pointwise", "products"),
+        ("int8fx::linear_quantized", "linears"),
+        ("mkldnn::_linear_pointwise", "linears"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
         ("graph_0_cpp_fused__to_copy_add_mean_mul_pow_rsqrt_5", "norms"),
         ("graph_0_cpp_fused_cat_neg_slice_transpose_view_1", "fused by Inductor"),
-        ("aten::view", "the rest"),
+        ("aten::view", "other kernels"),
     ],
 )
 def test_kernels_have_a_kind(kernel, kind):
@@ -37,5 +37,5 @@ def test_a_profile_adds_up():
         assert all(len(rounds) == profile.ROUNDS for rounds in values)
         assert all(sum(of_round[:-1]) == pytest.approx(of_round[-1]) for of_round in zip(*values, strict=True))
     by_name = {case.name: case for case in cases}
-    assert all(min(by_name["products"].measured[c.name].values) > 0 for c in contenders)
+    assert all(min(by_name["linears"].measured[c.name].values) > 0 for c in contenders)
     assert max(by_name["quantisation"].measured[BFLOAT16_EAGER.name].values) == 0
