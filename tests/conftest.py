@@ -29,27 +29,6 @@ settings.register_profile("thorough", deadline=None, max_examples=1500, suppress
 if hardware.DEVICE:
     hardware.install()
 
-SLOW = (
-    "tests/test_examples.py",
-    "tests/tools/test_audit.py::test_every_shipped_tile_compiles",
-    "tests/tools/test_demo.py",
-    "tests/tools/bench/test_check.py",
-    "tests/tools/bench/test_memory.py::test_a_process_reports_its_memory",
-    "tests/tools/bench/test_memory.py::test_bytes_of_a_converted_model",
-    "tests/conversion/test_compiled.py",
-    "tests/conversion/test_interruptions.py::test_float_weights_of_graphs_are_freed_one_by_one",
-    "tests/conversion/test_interruptions.py::test_peak_memory_is_the_source_model_plus_one_layer",
-    "tests/conversion/test_packed.py::test_a_pickled_model_opens_in_a_fresh_process",
-    "tests/ops/test_gpu.py::test_a_model_is_lowered_shared_folded_and_as_exact_as_on_the_cpu",
-    "tests/ops/test_gpu.py::test_a_rotated_row_has_the_same_bits_in_every_batch",
-    "tests/ops/test_gpu.py::test_opcheck",
-    "tests/passes/test_export.py::test_models_export",
-    "tests/triton_kernels/test_int8_matmul.py::test_a_row_depends_on_no_other_row_and_no_split",
-    "tests/triton_kernels/test_int8_matmul.py::test_many_rows_gather",
-    "tests/triton_kernels/test_weight_only.py::test_a_row_depends_on_no_other_row",
-)
-"""How the ids of slow tests begin, where a file does not mark them itself."""
-
 
 def pytest_configure(config: pytest.Config) -> None:
     lane = "fast" if config.option.markexpr == "fast" else "ci"
@@ -59,8 +38,6 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.nodeid.startswith(SLOW):
-            item.add_marker("slow")
         if item.get_closest_marker("slow") is None:
             item.add_marker("fast")
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import int8fx
 
+pytestmark = pytest.mark.slow
+
 K = 60
 
 

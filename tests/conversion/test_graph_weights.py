@@ -49,6 +49,7 @@ def stored(weight: Tensor, layout: str) -> Tensor:
 # ---- what is rewritten ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PROGRAMS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_kind_of_product_is_an_int8_product(kind, scheme):
@@ -131,6 +132,7 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"),
     [*((name, "exported") for name in SMALL), ("llama", "unlifted"), ("t5", "unlifted"), ("bert", "decomposed")],

@@ -109,6 +109,7 @@ def test_an_interrupted_convert_leaves_a_graph_that_runs(kind, where, monkeypatc
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_peak_memory_is_the_source_model_plus_one_layer(kind, dtype):
@@ -143,6 +144,7 @@ class Stack(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NAMED)
 @pytest.mark.parametrize("scheme", [int8fx.llm_int8(), int8fx.rotated()])
 def test_float_weights_of_graphs_are_freed_one_by_one(kind, scheme, monkeypatch):

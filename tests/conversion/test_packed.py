@@ -371,6 +371,7 @@ def test_every_pickle_protocol(protocol):
     assert_same_buffers(other, buffers(module))
 
 
+@pytest.mark.slow
 def test_a_pickled_model_opens_in_a_fresh_process(tmp_path):
     model, inputs = converted("llama")
     inputs.pop("use_cache")

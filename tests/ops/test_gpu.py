@@ -122,6 +122,7 @@ def test_grouped_linear(scheme, sizes, rows_after, dtype, has_bias, seed):
     assert (y[begin:] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_rotated_row_has_the_same_bits_in_every_batch(dtype):
     """Other schemes run other kernels after 1 and after 32 rows; 128 rows gather unquantised columns."""
@@ -230,6 +231,7 @@ def samples(dtype=torch.float16):
 SAMPLES = [(name, i) for i, (name, _) in enumerate(samples())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "i"), SAMPLES)
 def test_opcheck(name, i):
     _, args = list(samples())[i]
@@ -294,6 +296,7 @@ MODEL_SCHEMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "dtype"), [("rotated columns", torch.float32), *((name, torch.bfloat16) for name in MODEL_SCHEMES)]
 )

@@ -136,6 +136,7 @@ def test_inputs_are_left_as_they_were(kernels, p):
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [3, 6])
 def test_long_inner_dimension(kernels, scheme, dtype, M):
@@ -340,6 +341,7 @@ def test_a_rotated_rows_result_is_bit_equal_for_every_batch_on_all_kernels(kerne
 # ---- threads ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("M", [1, 4, 5, 200])
 def test_the_number_of_threads_changes_no_bit(kernels, scheme, set_threads, M):
     """Sizes that are split among threads: rows, channels, and both. Of torch's operators it may change roundings."""

@@ -103,6 +103,7 @@ def test_programs_come_back_from_a_file(small):
     assert torch.equal(loaded.module()(x), small(x))
 
 
+@pytest.mark.slow
 def test_decompositions_leave_int8fx_ops(small):
     program = exported(small).run_decompositions()
     assert count_ops(program.graph) == {"linear": 2, "dequantize": 1}
@@ -110,6 +111,7 @@ def test_decompositions_leave_int8fx_ops(small):
     assert torch.equal(program.module()(x), small(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_models_export(name):
     model, inputs = models.ALL[name]()

@@ -33,6 +33,7 @@ def column_tiles(target):
     return len(with_epilogue) + sum(tile.BLOCK_M >= tiles.MANY_ROWS for tile in with_epilogue)
 
 
+@pytest.mark.slow
 def test_every_shipped_tile_compiles(rows):
     expected = sum(
         len(tiles.INT8_MATMUL[target]) + column_tiles(target) + len(tiles.WEIGHT_ONLY["cuda"]) + 2 for target in TARGETS
@@ -41,6 +42,7 @@ def test_every_shipped_tile_compiles(rows):
     assert {row["target"] for row in rows} == set(TARGETS)
 
 
+@pytest.mark.slow
 def test_no_shipped_tile_spills_or_needs_more_shared_memory_than_there_is(rows):
     for row in rows:
         assert row["spills"] == 0, row["label"]

@@ -15,6 +15,8 @@ from int8fx.tools.data.models import load
 from int8fx.tools.decoding import StaticDecoder, greedy
 from int8fx.tools.demo import BFLOAT16, COMPILED, FLOAT32, LLM_INT8, ROTATED, Demo
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _dynamo(monkeypatch):

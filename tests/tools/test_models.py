@@ -85,6 +85,7 @@ def test_without_cache_and_network_it_says_what_to_do(wheelhouse, tmp_path):
     assert cached(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["subprocess.run", "zipfile.ZipFile", "os.replace"])
 def test_an_interrupted_run_leaves_nothing_behind(where, wheelhouse, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):

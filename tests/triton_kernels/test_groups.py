@@ -76,6 +76,7 @@ def test_a_batch_of_weights_is_a_matmul_each(kernel, E, M, N, dtype, layout, see
         assert_right(kernel, y[e], Problem(x[e], p.weight.of_expert(e)), splits=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
     ("kernel", "fields"),

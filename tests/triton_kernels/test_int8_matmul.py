@@ -17,6 +17,7 @@ def test_it_is_as_exact_as_the_reference(p):
     assert_within_budget(matmul("int8_matmul", p), *p)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("K", [64, 1100])
 @pytest.mark.parametrize("outliers", ["some", "columns", "none"])
 def test_many_rows_gather_the_weight_of_their_outliers_once(K, outliers, monkeypatch):
@@ -28,6 +29,7 @@ def test_many_rows_gather_the_weight_of_their_outliers_once(K, outliers, monkeyp
     assert_within_budget(expected, *p)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns_dtype", [None, torch.float32])
 @pytest.mark.parametrize("grouped", [False, True])
@@ -46,6 +48,7 @@ def test_many_rows_gather_unquantised_columns_once(dtype, columns_dtype, grouped
     assert torch.equal(matmul("int8_matmul", p, offsets=offsets), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", INVARIANT)
 def test_a_row_depends_on_no_other_row_and_no_split(scheme, dtype):

@@ -25,6 +25,7 @@ def test_it_rounds_its_sums_and_nothing_else(p, split):
         assert_within_bound(y, *p)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [1, 4])
 def test_a_row_depends_on_no_other_row(split):
     p = problem(33, 97, 33, dtype=torch.bfloat16)

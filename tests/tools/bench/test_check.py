@@ -11,6 +11,8 @@ from support import interpreter  # noqa: F401  # computes what hardware computes
 from int8fx.ops import gpu
 from int8fx.tools.bench import check
 
+pytestmark = pytest.mark.slow
+
 ROWS, SIZES = (1, 3, 65), ((17, 70),)
 
 

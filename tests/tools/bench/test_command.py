@@ -23,6 +23,7 @@ def measure_instead(monkeypatch):
     return replace
 
 
+@pytest.mark.slow
 def test_a_run_prints_tables_and_writes_files(tmp_path, capsys):
     output = tmp_path / "new" / "folder"
     settings = Settings(("products", "outliers"), quick=True, rounds=2, output=output, shapes=((96, 64),), rows=(8,))

@@ -10,6 +10,7 @@ from int8fx.tools.bench import memory, models, report
 from int8fx.tools.bench.candidates import BFLOAT16, INT8FX
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_bytes_of_a_converted_model(tied):
     """Counted by hand; the peak is only there."""
@@ -40,6 +41,7 @@ def test_a_process_that_failed_is_noted():
         assert not case.measured[INT8FX.name].values
 
 
+@pytest.mark.slow
 def test_a_process_reports_its_memory():
     result = memory.measure(models.SMALL, 1, 8, True, 1)
     assert set(result) == {memory.IDEAL, memory.BYTES, memory.LIVE, memory.PEAK}

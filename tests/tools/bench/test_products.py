@@ -47,6 +47,7 @@ def test_suites_run(suite, base, count):
         assert all(measured.values and not measured.note for measured in case.measured.values())
 
 
+@pytest.mark.slow
 def test_scaling_varies_one_size_at_a_time():
     lines: list[str] = []
     cases = products.scaling(Settings(quick=True, rounds=1, threads=1, say=lines.append))
