@@ -234,7 +234,7 @@ ILLEGAL = {
         {"int8fx/graph/a.py": "import importlib\nimportlib.import_module('int8fx.tools.b')\n", "int8fx/tools/b.py": ""},
         ["int8fx/graph/a.py:2: int8fx.graph.a imports int8fx.tools.b; legal: graph imports from schemes, ops"],
     ),
-    "beside": (
+    "unknown folder": (
         {"int8fx/tools/a.py": "from ..integrations import b\n", "int8fx/integrations/b.py": ""},
         ["int8fx/tools/a.py:1: int8fx.tools.a imports int8fx.integrations.b; legal: tools imports from schemes, ops, "
          "graph, passes, conversion, calibration"],
