@@ -245,7 +245,7 @@ ILLEGAL = {
          "packages in tools, integrations",
          "int8fx/graph/a.py:2: int8fx.graph.a imports int8fx.tools; legal: graph imports from schemes, ops"],
     ),
-    "beside": (
+    "unknown folder": (
         {"int8fx/tools/a.py": "from ..integrations import b\n", "int8fx/integrations/b.py": ""},
         ["int8fx/tools/a.py:1: int8fx.tools.a imports int8fx.integrations.b; legal: tools imports from schemes, ops, "
          "graph, passes, conversion, calibration"],

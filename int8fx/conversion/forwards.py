@@ -49,9 +49,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """``nn.MultiheadAttention`` without its fused inference path, which takes float weights only."""
     if query.is_nested:
-        raise ValueError(
-            "int8fx: the query of attention is a nested tensor; legal: convert the nn.TransformerEncoder around it"
-        )
+        raise ValueError("int8fx: query is a nested tensor; legal: convert the nn.TransformerEncoder with its layers")
     batch_first = self.batch_first and query.dim() == 3
     if batch_first:  # equal tensors must stay the same object: self-attention is one matmul for q, k and v
         q = query.transpose(0, 1)
