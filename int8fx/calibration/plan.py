@@ -98,7 +98,7 @@ def plan(
     calibration: Calibration | None = None,
     progress: bool = False,
 ) -> Plan:
-    """Chooses a scheme or 16 bits for each linear layer: the least loss within ``budget_bytes``, or the least bytes.
+    """Chooses a scheme or 16 bits for each linear layer, within a limit for the bytes or for the loss.
 
     The loss of an option is estimated to second order, from the error ``delta[m]`` that it causes in the layer's output
     and the gradient ``g[m]`` of the log-likelihood of tokens that are drawn from the model's output::
@@ -108,8 +108,8 @@ def plan(
     This is the Fisher information of the output distribution (Kunstner et al. 2019, arXiv 1905.12558, section 2), with
     the errors of different rows taken as independent. The losses of layers are added, as in Dong et al. 2020 (arXiv
     1911.03852). An output without ``logits`` counts as the mean of unit normals, so its loss is half the squared
-    distance. The choice starts with the smallest option of every layer. It then makes the upgrade that lowers the KL
-    most per byte, until the budget is spent.
+    distance. The choice is greedy. It starts with the smallest option of every layer. It then makes the upgrade
+    that lowers the KL most per byte, until the limit is met or spent.
 
     Args:
         model: float, in eval mode; it is not changed. Gradients pass through it, so it needs memory as in training.

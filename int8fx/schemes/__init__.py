@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .quantize import DEFAULT_THRESHOLD, MAX_THRESHOLD
+from .quantize import DEFAULT_THRESHOLD, MAX_K, MAX_THRESHOLD
 
 
 def _share_of_columns(value: object) -> float:
@@ -72,8 +72,8 @@ class Rotated:
 
     def __post_init__(self) -> None:
         is_int = isinstance(self.block, int) and not isinstance(self.block, bool)
-        if not is_int or self.block < 1 or self.block & (self.block - 1):
-            raise ValueError(f"block must be a power of two, found {self.block!r}")
+        if not is_int or not 1 <= self.block <= MAX_K or self.block & (self.block - 1):
+            raise ValueError(f"block must be a power of two up to {MAX_K:,}, found {self.block!r}")
         if self.rounding not in ("nearest", "gptq"):
             raise ValueError(f"rounding must be 'nearest' or 'gptq', found {self.rounding!r}")
         object.__setattr__(self, "columns", _share_of_columns(self.columns))

@@ -53,6 +53,7 @@ def matmuls(rows):
     return [row for row in rows if row["kernel"] in audit.MATMULS]
 
 
+@pytest.mark.slow
 def test_int8_matmuls_run_on_int8_matrix_instructions(rows):
     for row in matmuls(rows):
         if row["kernel"] == "weight_only":
@@ -62,6 +63,7 @@ def test_int8_matmuls_run_on_int8_matrix_instructions(rows):
             assert row["instruction"].startswith(tuple(TARGETS[row["target"]].split("|"))), row["label"]
 
 
+@pytest.mark.slow
 def test_weights_are_loaded_16_bytes_at_a_time(rows):
     for row in matmuls(rows):
         assert row["wide"] >= row["weight_loads"], row["label"]
@@ -73,6 +75,7 @@ ALIKE = {"HGMMA.64xNx16.F32.BF16": "HMMA.16816.F32.BF16"}
 """Instructions whose sums are equal in every bit on an H100: `test_cuda.test_unquantised_columns_...` compares them."""
 
 
+@pytest.mark.slow
 def test_every_tile_of_a_target_adds_unquantised_columns_by_the_same_instruction(rows):
     """So a row's result does not depend on the tile that computes it, whatever order the instruction sums in."""
     for target in TARGETS:
@@ -83,6 +86,7 @@ def test_every_tile_of_a_target_adds_unquantised_columns_by_the_same_instruction
         assert FLOAT_MATRIX.match(shapes)
 
 
+@pytest.mark.slow
 def test_the_lean_loop_is_lean(rows):
     """The loop of int8_matmul has its matrix instructions, the loads of its tile, their addresses, and little else."""
     for row in rows:
