@@ -13,6 +13,7 @@ Work = Sequence[Callable[[], object]]  # calls that take turns: the same layer w
 
 SLICE = 0.01  # seconds that one candidate runs in a round, at least one call
 WARM = 0.1  # seconds: in each round an untimed call precedes shorter ones, to fetch what other candidates evicted
+PAUSE = 0.02  # seconds before a turn, in which threads that wait by spinning (ONNX Runtime has such) stop
 SLOW, SLOWEST = 2.0, 30.0  # seconds a call: above these, a candidate gets a fifth of the rounds, or one call
 PARALLEL = 1e-3  # seconds: it is legal for shorter calls to run on one thread
 
@@ -140,6 +141,7 @@ def interleave(work: Mapping[str, Work], rounds: int) -> dict[str, Measured]:
         begin = i % max(len(labels), 1)
         for label in labels[begin:] + labels[:begin]:
             if i < turns[label].rounds:
+                time.sleep(PAUSE)
                 seconds, cpus = turns[label].run()
                 measured[label].values.append(seconds)
                 measured[label].cpus.append(cpus)
