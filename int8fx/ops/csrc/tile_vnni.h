@@ -131,15 +131,25 @@ struct VnniTile {
           std::memcpy(&channel, w[c] + k, K - k);
           sums[r][c] = dot(sums[r][c], (Bytes)channel ^ flip, row);
         }
+    Vector all[16] = {};
+    std::memcpy(all, sums, sizeof sums);
+    const Vector totals = sum_each(all);
     for (int r = 0; r < ROWS; ++r)
-      for (int c = 0; c < 4; ++c) {
-        int32_t total = -128 * x_sums[r];
-        for (int i = 0; i < 16; ++i) total += sums[r][c][i];
-        y[r * stride + c] = total;
-      }
+      for (int c = 0; c < 4; ++c) y[r * stride + c] = totals[r * 4 + c] - 128 * x_sums[r];
   }
 
  private:
+  // Lane i is the sum of the lanes of v[i]. Each round adds neighbouring lanes of all vectors, and halves their number.
+  static inline Vector sum_each(Vector (&v)[16]) {
+#pragma GCC unroll 4
+    for (int n = 8; n > 0; n /= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i)
+        v[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+            __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return v[0];
+  }
+
   static inline Codes load(const int8_t* codes) {
     Codes v;
     std::memcpy(&v, codes, sizeof v);
