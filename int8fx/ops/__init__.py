@@ -242,9 +242,17 @@ def _grouped_linear_backward(ctx, grad):
 
 
 def kernel_on(kernels: ModuleType, name: str) -> Callable:
-    """The op ``name`` on the kernels of one module, `fallback` or `gpu`, with its checks."""
+    """The op ``name`` on the kernels of one module, `fallback` or `gpu`, with its checks.
+
+    On a GPU, float64 runs `fallback`: no Triton kernel takes it.
+    """
     checked = _CHECKED[name]
-    return lambda *args, **kwargs: checked(kernels, *args, **kwargs)
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        serving = fallback if kernels is gpu and x.dtype == torch.float64 else kernels
+        return checked(serving, x, *args, **kwargs)
+
+    return run
 
 
 def _without_library(name: str) -> Callable:

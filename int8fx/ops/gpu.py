@@ -1,4 +1,4 @@
-"""The ops on CUDA and ROCm: chooses and launches `int8fx.triton_kernels`. float64 runs `fallback`, for checks."""
+"""The ops on CUDA and ROCm: chooses and launches `int8fx.triton_kernels`. x is not float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..schemes.quantize import INT8_MAX, TINY
 from ..schemes.weight import Epilogue, Int8Weight
-from . import fallback
 from .rows import Form, form
 
 _CONSTANTS: dict[str, Any] = {"int8_max": INT8_MAX, "tiny": TINY}
@@ -27,8 +26,6 @@ def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Tensor:
     | FUSED              | `fused_linear`: all in one kernel, scales per block of K                                   |
     | QUANTIZED          | `quantize_rowwise`, `int8_matmul`; with a threshold `outlier_mask` and `extract_outliers`  |
     """
-    if x.dtype == torch.float64:
-        return fallback.linear(x, weight, epilogue)
     with torch.cuda.device_of(x):
         x3d = x if weight.codes.dim() == 3 else x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1])
         y = _matmul(x3d, *_batched(weight, epilogue))
@@ -39,8 +36,6 @@ def quantize_rowwise(
     x: Tensor, threshold: float | None, block: int = 1, columns: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes ``[M, K]``, scale ``[M]`` and outlier mask ``[K]`` of x, as `reference.linear` computes them."""
-    if x.dtype == torch.float64:
-        return fallback.quantize_rowwise(x, threshold, block, columns)
     with torch.cuda.device_of(x):
         x3d = x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1])
         codes, x_scale, mask = _quantize(x3d, threshold, block, columns)
@@ -51,8 +46,6 @@ def linear_quantized(
     x: Tensor, codes: Tensor, x_scale: Tensor, mask: Tensor, weight: Int8Weight, epilogue: Epilogue
 ) -> Tensor:
     """`linear` of x, given what `quantize_rowwise` returned for it. Only the form QUANTIZED reads that."""
-    if x.dtype == torch.float64:
-        return fallback.linear_quantized(x, codes, x_scale, mask, weight, epilogue)
     with torch.cuda.device_of(x):
         x3d = x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1])
         outliers = None if weight.threshold is None else mask.contiguous()[None]
@@ -63,8 +56,6 @@ def linear_quantized(
 
 def grouped_linear(x: Tensor, offsets: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     """`reference.grouped_linear` on the GPU. The sizes of groups stay on the device: the grid fits any sizes."""
-    if x.dtype == torch.float64:
-        return fallback.grouped_linear(x, offsets, weight, bias)
     with torch.cuda.device_of(x):
         return _matmul(x[None], *_batched(weight, Epilogue(bias)), offsets=offsets.contiguous())
 
