@@ -6,6 +6,7 @@ The C++ kernels test the same conditions, and call the op's fake to raise the er
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import NoReturn
 
 import torch
@@ -55,10 +56,16 @@ def _check_quantisation(op: str, K: int, threshold: float | None, block: int, co
 
 
 def check_columns(columns: Tensor | None, K: int) -> None:
-    """Raises IndexError if one of the unquantised columns is out of range, as the C++ kernels do. CPU tensors only."""
-    for k in columns.tolist() if columns is not None and columns.device.type == "cpu" else ():
+    """Raises IndexError if an unquantised column is out of range or there twice, as the C++ kernels do. CPUs only."""
+    if columns is None or columns.device.type != "cpu":
+        return
+    numbers = columns.tolist()
+    for k in numbers:
         if not 0 <= k < K:
             raise IndexError(f"int8fx: columns has {k}; legal: 0 to K - 1 for K = {K}")
+    twice = next((k for k, count in Counter(numbers).items() if count > 1), None)
+    if twice is not None:
+        raise IndexError(f"int8fx: columns has {twice} twice; legal: different columns")
 
 
 def _check_weight(op: str, weight: Int8Weight, dims: Shape | None = None) -> None:

@@ -196,15 +196,23 @@ def test_the_limits_of_a_threshold_are_legal(name, threshold):
 
 
 @pytest.mark.parametrize("kernels", ["native", "fallback"])
-@pytest.mark.parametrize("index", [-1, K, 2**40])
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (-1, f"columns has -1; legal: 0 to K - 1 for K = {K}"),
+        (K, f"columns has {K}; legal: 0 to K - 1 for K = {K}"),
+        (2**40, f"columns has {2**40}; legal: 0 to K - 1 for K = {K}"),
+        (0, "columns has 0 twice; legal: different columns"),
+    ],
+)
 @pytest.mark.parametrize("name", ["linear", "linear_quantized", "grouped_linear", "quantize_rowwise"])
-def test_kernels_on_a_cpu_refuse_columns_that_x_does_not_have(name, index, kernels):
+def test_kernels_on_a_cpu_refuse_columns_that_x_does_not_have_or_that_are_there_twice(name, index, message, kernels):
     op = overload(name) if kernels == "native" else ops.kernel_on(fallback, name)
     order = {a.name: a.default_value for a in overload(name)._schema.arguments if not a.kwarg_only}
     wrong = {"columns": torch.tensor([0, index])}
     if name != "quantize_rowwise":
         wrong["columns_weight"] = torch.zeros(*legal(name)["weight"].shape[:-1], 2)
-    with pytest.raises(IndexError, match=rf"columns has {index}; legal: 0 to K - 1 for K = {K}"):
+    with pytest.raises(IndexError, match=message):
         op(*{**order, **legal(name), **wrong}.values())
 
 

@@ -48,9 +48,12 @@ bool quantisation_is_legal(
   if (!columns.has_value()) return true;
   if (columns->scalar_type() != at::kLong || columns->dim() != 1) return false;
   const Tensor indices = columns->contiguous();
+  std::vector<bool> seen(K);
   for (int64_t i = 0; i < indices.numel(); ++i) {
     const int64_t k = indices.const_data_ptr<int64_t>()[i];
     TORCH_CHECK_INDEX(0 <= k && k < K, "int8fx: columns has ", k, "; legal: 0 to K - 1 for K = ", K);
+    TORCH_CHECK_INDEX(!seen[k], "int8fx: columns has ", k, " twice; legal: different columns");
+    seen[k] = true;
   }
   return true;
 }
