@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graphs import LEVELS, count_nodes, integer_weight, integers, lowered, ops
+from support.graphs import LEVELS, check_left, check_lowered
 
 COMPOSITE = LEVELS[:2]
 
@@ -32,10 +32,7 @@ LOWERED = {
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", LOWERED)
 def test_is_lowered(name, level):
-    f, x, w = LOWERED[name]
-    count, gm = lowered(f, level, integers(*x), integer_weight(*w))
-    assert count == 1
-    assert count_nodes(gm.graph, ops.dequantize.default) == 0
+    check_lowered(LOWERED[name], level)
 
 
 LEFT = {
@@ -65,7 +62,4 @@ LEFT = {
 
 @pytest.mark.parametrize(("name", "level"), [(name, level) for name in LEFT for level in LEFT[name][3:] or LEVELS])
 def test_near_miss_is_left(name, level):
-    f, x, w, *_ = LEFT[name]
-    count, gm = lowered(f, level, integers(*x), integer_weight(*w))
-    assert count == 0
-    assert count_nodes(gm.graph, ops.dequantize.default) == 1
+    check_left(LEFT[name], level)

@@ -9,7 +9,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.graphs import LEVELS, aten, count_nodes, exact, integer_weight, integers, lowered, ops
+from support.graphs import (
+    LEVELS,
+    aten,
+    check_left,
+    check_lowered,
+    count_nodes,
+    exact,
+    integer_weight,
+    integers,
+    lowered,
+    ops,
+)
 from torch import Tensor
 
 from int8fx.graph.weights import follow
@@ -229,10 +240,7 @@ LOWERED = {
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", LOWERED)
 def test_is_lowered(name, level):
-    f, x, w = LOWERED[name]
-    count, gm = lowered(f, level, integers(*x), integer_weight(*w))
-    assert count == 1
-    assert count_nodes(gm.graph, ops.dequantize.default) == 0
+    check_lowered(LOWERED[name], level)
 
 
 LEFT = {
@@ -249,10 +257,7 @@ LEFT = {
 
 @pytest.mark.parametrize(("name", "level"), [(name, level) for name in LEFT for level in LEFT[name][3:] or LEVELS])
 def test_near_miss_is_left(name, level):
-    f, x, w, *_ = LEFT[name]
-    count, gm = lowered(f, level, integers(*x), integer_weight(*w))
-    assert count == 0
-    assert count_nodes(gm.graph, ops.dequantize.default) == 1
+    check_left(LEFT[name], level)
 
 
 @pytest.mark.parametrize("ids", [torch.tensor([1, 0, 1]), torch.tensor([1], dtype=torch.int32)], ids=["int64", "int32"])

@@ -184,6 +184,22 @@ def lowered(f: Callable, level: str, x: Tensor, w: Packed, *extra: Tensor) -> tu
     return count, gm
 
 
+def check_lowered(case: tuple, level: str, dequantized: int = 0) -> None:
+    """``case``: ``(f, shape of x, shape of w)``. Its matmul is lowered, and ``dequantized`` dequantisations stay."""
+    f, x, w = case
+    count, gm = lowered(f, level, integers(*x), integer_weight(*w))
+    assert count == 1
+    assert count_nodes(gm.graph, ops.dequantize.default) == dequantized
+
+
+def check_left(case: tuple, level: str) -> None:
+    """``case``: ``(f, shape of x, shape of w, levels ...)``. Nothing of it is lowered."""
+    f, x, w, *_ = case
+    count, gm = lowered(f, level, integers(*x), integer_weight(*w))
+    assert count == 0
+    assert count_nodes(gm.graph, ops.dequantize.default) == 1
+
+
 # ---- the same result, the count, the old op gone, the new op there ---------------------------------------------------
 
 
