@@ -115,14 +115,8 @@ def _quantize_rowwise(
     return kernels.quantize_rowwise(x, threshold, block, columns)
 
 
-def _quantize_rowwise_fake(
-    x: Tensor,
-    threshold: float | None = None,
-    block: int = 1,
-    columns: Tensor | None = None,
-    for_linear: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_quantize_rowwise(x, threshold, block, columns)
+def _quantize_rowwise_fake(x: Tensor, *quantisation: Any, for_linear: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    check_quantize_rowwise(x, *quantisation)
     return _empty_quantized(x)
 
 

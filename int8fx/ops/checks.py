@@ -124,7 +124,9 @@ def check_linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Shape:
     return shape
 
 
-def check_quantize_rowwise(x: Tensor, threshold: float | None, block: int, columns: Tensor | None) -> None:
+def check_quantize_rowwise(
+    x: Tensor, threshold: float | None = None, block: int = 1, columns: Tensor | None = None
+) -> None:
     """Returns if the arguments are legal."""
     _check_x("quantize_rowwise", x)
     _check_quantisation("quantize_rowwise", x.shape[-1], threshold, block, columns)
