@@ -12,6 +12,7 @@ from ..passes.lower import lower
 from ..schemes.weight import SCALE, PackedTensors
 from .graph_weights import READINGS, packed_in, read_recipes, replace_weight
 from .layers import Layer, PackedLayer, grouped
+from .packed import is_codes
 from .quantizer import Quantizer
 
 
@@ -21,7 +22,8 @@ def root_of(program: ExportedProgram) -> nn.Module:
 
 def packed_of(program: ExportedProgram) -> list[PackedLayer]:
     holder = nn.Module()
-    holder._buffers.update(program.state_dict)
+    for name, tensor in program.state_dict.items():
+        (holder._parameters if is_codes(name, tensor) else holder._buffers)[name] = tensor
     readings = program.graph_module.meta.get(READINGS, {})
     return packed_in(holder, readings) if count_ops(program.graph) else []
 
@@ -30,7 +32,9 @@ def layers_of(program: ExportedProgram) -> list[Layer]:
     """The Parameters of the program, each in a new module that only its `Layer` uses."""
     signature, state = program.graph_signature, program.state_dict
     names = dict(signature.inputs_to_parameters)  # placeholder name -> Parameter name
-    weights: dict[str, Tensor] = {name: state[name] for name in names.values() if state[name].dim() >= 2}
+    weights: dict[str, Tensor] = {
+        name: state[name] for name in names.values() if state[name].dim() >= 2 and not is_codes(name, state[name])
+    }
 
     def name_of(node: Node) -> str | None:
         return names.get(node.name) if node.op == "placeholder" else None
@@ -76,7 +80,7 @@ def _pack_layer(
     graph, mode, nodes = use.graph, use.meta["val"].fake_mode, {}
     reading = program.graph_module.meta.setdefault(READINGS, {})[layer.name] = quantizer.reading(layer)
     with graph.inserting_before(use):
-        for suffix, tensor in tensors.buffers("").items():
+        for suffix, tensor in tensors.named("").items():
             nodes[suffix] = graph.placeholder(f"{use.name}_int8{suffix}")
             nodes[suffix].meta["val"] = mode.from_tensor(tensor, static_shapes=True)
     replace_weight(use, reading.weight(PackedTensors.of(nodes, "")), layer, reading.dtype)
@@ -90,5 +94,5 @@ def _pack_layer(
             specs.append(InputSpec(InputKind.BUFFER, argument, layer.full_name + suffix, persistent=True))
     graph.erase_node(use)
     program._graph_signature = ExportGraphSignature(specs, program.graph_signature.output_specs)
-    program._state_dict.update(tensors.buffers(layer.full_name))
+    program._state_dict.update(tensors.named(layer.full_name))
     del layer.module._parameters[layer.parameter]  # the last reference to the float weight

@@ -11,11 +11,12 @@ from torch.fx import GraphModule, Node
 
 from ..graph.count import count_ops
 from ..passes.lower import lower
+from ..schemes import Scheme
 from ..schemes.weight import PackedTensors
 from .graph_weights import READINGS, packed_in, read_recipes, replace_weight
-from .layers import Layer, PackedLayer, grouped, packed_layers, walk
+from .layers import Layer, PackedLayer, grouped, layer_name, packed_layers, walk
 from .modules import pack_layers
-from .packed import PackedBuffers, codes_in
+from .packed import PackedState, codes_in, is_codes, join, store
 from .quantizer import Quantizer
 from .recipes import Recipe
 
@@ -34,7 +35,8 @@ def layers_of(model: GraphModule) -> list[Layer]:
 
 
 def _layers(model: GraphModule) -> Iterator[Layer]:
-    weights = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.dim() >= 2}
+    parameters = model.named_parameters(remove_duplicate=False)
+    weights = {name: p for name, p in parameters if p.dim() >= 2 and not is_codes(name, p)}
     called = sorted({str(node.target) for node in model.graph.find_nodes(op="call_module")})
     in_calls = {id(p) for target in called for p in model.get_submodule(target).parameters()}
     read = {id(weights[name]) for node in model.graph.nodes if (name := _attribute(node)) in weights}
@@ -87,24 +89,28 @@ def _pack_layer(model: GraphModule, layer: Layer, tensors: PackedTensors, quanti
     for use in model.graph.find_nodes(op="get_attr", target=layer.full_name):
         nodes = {}
         with model.graph.inserting_before(use):
-            for name, tensor in tensors.buffers(layer.full_name).items():
+            for name, tensor in tensors.named(layer.full_name).items():
                 nodes[name] = model.graph.create_node("get_attr", name)
                 if with_val and "val" in use.meta:
                     nodes[name].meta["val"] = use.meta["val"].new_empty(tensor.shape, dtype=tensor.dtype)
         replace_weight(use, reading.weight(PackedTensors.of(nodes, layer.full_name)), layer, reading.dtype)
         model.graph.erase_node(use)
-    del layer.module._parameters[layer.parameter]
-    layer.module._buffers.update(tensors.buffers(layer.parameter))
+    store(layer.module, layer.parameter, tensors, reading.scheme)
 
 
 # ---- the class of a converted GraphModule ---------------------------------------------------------------------------
 
 
-class Int8GraphModule(PackedBuffers, GraphModule):
+class Int8GraphModule(PackedState, GraphModule):
     """The class of a converted GraphModule: what `packed.PackedModule` is for other modules."""
 
-    def _packed_places(self) -> list[tuple[str, nn.Module, str]]:
-        return codes_in(self)
+    def _packed_places(self) -> list[tuple[str, nn.Module, str, Scheme | None]]:
+        readings = self.meta.get(READINGS, {})
+        places = []
+        for path, owner, name in codes_in(self):
+            reading = readings.get(layer_name(join(path, name)))
+            places.append((path, owner, name, reading and reading.scheme))
+        return places
 
     def __reduce__(self):
         return _unpickle, super().__reduce__()[:2]

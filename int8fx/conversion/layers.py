@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from ..schemes.quantize import INT8_MAX, MAX_K
-from .packed import PackedModule, Reading, clash, join
+from .packed import PackedModule, Reading, clash, is_codes, join
 from .recipes import NO_PRODUCT, Kind, Recipe, matrices, recipe_for, uninitialized
 from .selection import Choice
 
@@ -91,7 +91,7 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[Layer]:
     for path, module in model.named_modules(prefix=prefix, remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
     for path, module in model.named_modules(prefix=prefix):
-        parameters = matrices(module)
+        parameters = [name for name in matrices(module) if not is_codes(name, module._parameters[name])]
         package = quantised_by(module)
         if isinstance(module, PackedModule):
             recipe = Recipe(refused=dict.fromkeys(parameters, "its module is converted in part"))
@@ -258,15 +258,13 @@ def check_weight(name: str, weight: Tensor, K: int) -> None:
 
     if weight.layout != torch.strided:
         refuse(f"has a {str(weight.layout).removeprefix('torch.')} weight", "dense weights")
-    if weight.is_meta:
-        refuse("is on the meta device", "a model with its weights loaded")
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         refuse(f"has {weight.dtype} weights", "float16, bfloat16, float32 or float64")
     if type(weight) not in (nn.Parameter, Tensor) and not isinstance(weight, FakeTensor):
         refuse(f"has a weight of type {type(weight).__name__}", "plain tensors")
     if K > MAX_K:
         refuse(f"has K = {K} input channels", f"K <= {MAX_K}, or int32 sums could overflow")
-    if weight.numel() and not isinstance(weight, FakeTensor):
+    if weight.numel() and not weight.is_meta and not isinstance(weight, FakeTensor):
         low, high = weight.detach().aminmax()
         if not (low.isfinite() and high.isfinite()):
             refuse("has NaN or inf in its weight", "finite weights")

@@ -7,7 +7,7 @@ from torch import nn
 from ..schemes.weight import PackedTensors
 from .forwards import FORWARDS
 from .layers import Layer, PackedLayer, grouped, packed_layers, walk
-from .packed import Weights, pack_modules, refuse_unfit
+from .packed import Weights, pack_modules, refuse_unfit, tie_equal_columns
 from .quantizer import Quantizer
 from .recipes import Kind
 
@@ -64,10 +64,11 @@ def _together(chosen: list[Layer]) -> list[list[Layer]]:
 
 
 def _check_what_is_loaded(model: nn.Module) -> None:
-    """Makes ``model.load_state_dict`` refuse tensors that do not fit, before it loads any."""
+    """Makes ``model.load_state_dict`` refuse tensors that do not fit, before it loads any, and tie columns again."""
     hooks = model._load_state_dict_pre_hooks.values()
     if all(getattr(wrapped, "hook", None) is not refuse_unfit for wrapped in hooks):
         model.register_load_state_dict_pre_hook(refuse_unfit)
+        model.register_load_state_dict_post_hook(tie_equal_columns)
 
 
 def _leave_fast_paths(model: nn.Module, converted: set[int]) -> None:

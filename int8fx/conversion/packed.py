@@ -1,18 +1,21 @@
-"""Packed weights: int8 codes and their scales as plain buffers of the module that held the float Parameter.
+"""Packed weights: int8 codes and their scales as plain tensors of the module that held the float Parameter.
 
 The class of a packed module is a subclass of the class that the module had. So ``isinstance``, hooks, shared modules
-and references to the module stay as they were. For a packed weight called ``weight`` the module has two buffers:
+and references to the module stay as they were. For a packed weight called ``weight`` the module has a frozen Parameter
+and two buffers:
 
-    weight        [..., N, K] int8      the codes, also if the module uses the weight as [..., K, N]
-    weight_scale  [..., N]    float32   absmax / 127 per output channel
+    weight_codes   [..., N, K] int8     the codes, also if the module uses the weight as [..., K, N]
+    weight_scale   [..., N]    float32  absmax / 127 per output channel
+    weight_format  [L]         uint8    which scheme this is (`format`)
 
-It has two more if some input columns are not quantised:
+It has two more buffers if some input columns are not quantised:
 
     weight_columns         [C]         int64   which columns they are
     weight_columns_weight  [..., N, C]         their weights, in the dtype of the float weight
 
-``state_dict`` holds exactly these. Reading ``module.weight`` gives ``int8fx::dequantize`` of them, in the shape and
-dtype that the module expects, so code without support for int8fx still computes the right result.
+``state_dict`` holds exactly these. There is no tensor called ``weight``: who expects a float weight finds it missing.
+The attribute ``module.weight`` is a view of the packed tensors as a float weight (`view.PackedWeight`); in a graph that
+is being captured it is ``int8fx::dequantize`` of them, which the passes turn into int8 matmuls.
 """
 
 from __future__ import annotations
@@ -32,7 +35,10 @@ from torch.fx import GraphModule
 from .. import ops  # noqa: F401  registers torch.ops.int8fx
 from ..graph.count import count_ops
 from ..schemes import Scheme
-from ..schemes.weight import COLUMNS, SCALE, SUFFIXES, Int8Weight, PackedTensors
+from ..schemes.quantize import INT8_MAX, quantize_weight
+from ..schemes.weight import CODES, COLUMNS, COLUMNS_WEIGHT, SCALE, SUFFIXES, Int8Weight, PackedTensors
+from .format import FORMAT, format_tensor, read_scheme, same_arithmetic
+from .view import PackedWeight, is_captured
 
 
 @dataclass(frozen=True)
@@ -43,50 +49,94 @@ class Reading:
     dtype: of the float weight that it expects.
     scheme: the scheme that the weight was quantised with.
     kernel_dims: how many dimensions of size 1 follow (2 for a 1x1 ``Conv2d``).
+    layer: the name that the layer had when it was converted, for messages.
     """
 
     layout: str
     dtype: torch.dtype
     scheme: Scheme
     kernel_dims: int = 0
+    layer: str = ""
 
     def weight(self, tensors: PackedTensors) -> Int8Weight:
         """The packed weight as the ops take it."""
         codes, scale, *columns = tensors
         return Int8Weight(codes, scale, self.scheme.threshold, self.scheme.block, *columns)
 
+    def oriented(self, w: Tensor) -> Tensor:
+        """``w [..., N, K]`` as a view in the shape that the module expects."""
+        if self.layout == "KN":
+            w = w.transpose(-1, -2)
+        return w.reshape(*w.shape, *[1] * self.kernel_dims) if self.kernel_dims else w
+
+
+# ---- the tensors of a module ----------------------------------------------------------------------------------------
+
+
+def tensors_of(owner: nn.Module, name: str) -> PackedTensors:
+    """The packed tensors of the weight called ``name`` in ``owner``."""
+    buffers = owner._buffers
+    scale, *columns = (buffers.get(name + suffix) for suffix in SUFFIXES[1:])
+    return PackedTensors(owner._parameters[name + CODES], scale, *columns)  # type: ignore[arg-type]  # they are there
+
+
+def store(owner: nn.Module, name: str, tensors: PackedTensors, scheme: Scheme) -> None:
+    """Gives ``owner`` the packed tensors of the weight called ``name``, in place of its Parameter of that name."""
+    codes, *others = tensors.named(name).items()
+    owner._parameters.pop(name, None)
+    owner._parameters[codes[0]] = nn.Parameter(codes[1], requires_grad=False)
+    owner._buffers.update(others)
+    owner._buffers[name + FORMAT] = format_tensor(scheme, codes[1].device)
+
 
 # ---- moving, loading and saving packed weights ----------------------------------------------------------------------
 
 
-class PackedBuffers(nn.Module):
-    """Moves, loads and saves the buffers of packed weights; mixed into the classes of modules that hold them."""
+class PackedState(nn.Module):
+    """Moves, loads and saves the tensors of packed weights; mixed into the classes of modules that hold them."""
 
-    def _packed_places(self) -> list[tuple[str, nn.Module, str]]:
-        """The packed weights that this class moves and loads: path of the owner module, that module, weight name."""
+    def _packed_places(self) -> list[tuple[str, nn.Module, str, Scheme | None]]:
+        """The packed weights that this class moves and loads: path of the owner module, that module, the weight's name,
+        and its scheme if that is known."""
         raise NotImplementedError
 
+    def _adopt(self, owner: nn.Module, name: str, scheme: Scheme) -> None:
+        """Called when tensors of ``scheme`` are loaded, which computes the same as the scheme that the weight had."""
+        owner._buffers[name + FORMAT] = format_tensor(scheme, owner._parameters[name + CODES].device)  # type: ignore[union-attr]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        keys = [(owner._buffers, name + suffix) for _, owner, name in self._packed_places() for suffix in SUFFIXES]
-        with _moved_separately([(buffers, key) for buffers, key in keys if key in buffers], fn):
+        keys = [(_holder(owner, s), name + s) for _, owner, name, _ in self._packed_places() for s in SUFFIXES]
+        with _moved_separately([(tensors, key) for tensors, key in keys if key in tensors], fn):
             super()._apply(fn, recurse)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         refuse_unfit(self, state_dict, prefix)
-        for path, owner, name in self._packed_places():
-            _untie_columns(owner._buffers, name, state_dict.get(prefix + join(path, name) + COLUMNS))
+        for path, owner, name, _ in self._packed_places():
+            key = prefix + join(path, name)
+            if key in state_dict:  # version 1
+                state_dict[key + CODES] = state_dict.pop(key)
+            if key + CODES in state_dict:
+                form = state_dict.get(key + FORMAT)
+                if form is not None and _readable(form):
+                    self._adopt(owner, name, read_scheme(form))
+                state_dict[key + FORMAT] = owner._buffers[name + FORMAT]
+            _untie_columns(owner._buffers, name, state_dict.get(key + COLUMNS))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any):
         """The state dict. Columns that weights share are copied in it: checkpoint formats refuse shared memory."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         prefix = args[1] if len(args) > 1 and not prefix else prefix
-        for path, _, name in self._packed_places():
+        for path, _, name, _ in self._packed_places():
             key = prefix + join(path, name) + COLUMNS
             if key in state:
                 state[key] = state[key].clone()
         return state
+
+
+def _holder(owner: nn.Module, suffix: str) -> dict[str, Any]:
+    return owner._parameters if suffix == CODES else owner._buffers
 
 
 def refuse_unfit(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
@@ -97,40 +147,97 @@ def refuse_unfit(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *
     problems = [
         problem
         for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, PackedBuffers)
-        for inner, owner, name in module._packed_places()
-        for problem in _unfit(owner._buffers, name, state_dict, prefix + join(path, join(inner, name)))
+        if isinstance(module, PackedState)
+        for inner, owner, name, scheme in module._packed_places()
+        for problem in _unfit(owner, name, scheme, state_dict, prefix + join(path, join(inner, name)))
     ]
     if problems:
         raise RuntimeError("\n\t".join([f"Error(s) in loading state_dict for {type(model).__name__}:", *problems]))
 
 
-def _unfit(buffers: Mapping[str, Tensor | None], name: str, state_dict: Mapping[str, Any], key: str) -> Iterator[str]:
+def _unfit(
+    owner: nn.Module, name: str, scheme: Scheme | None, state_dict: Mapping[str, Any], key: str
+) -> Iterator[str]:
     """Problems of the tensors that ``state_dict`` has for a packed weight, which is called ``key`` there."""
-    codes, columns = state_dict.get(key), state_dict.get(key + COLUMNS)
+    present = tensors_of(owner, name).named(key)
+    given = {k: state_dict[k] for k in (*present, key + FORMAT) if k in state_dict}
+    if key in state_dict and key + CODES not in state_dict:  # version 1, or a float weight
+        given[key + CODES] = state_dict[key]
+    for k, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            yield f'"{k}" is {type(tensor).__name__}; legal: a tensor'
+            return
+    codes, scale, columns, columns_weight = PackedTensors.of(given, key)
     if codes is not None and codes.dtype != torch.int8:
         yield f'"{key}" is packed and takes int8 codes, found {codes.dtype}; load float weights before int8fx.convert'
-    expected, present = buffers[name], buffers.get(name + COLUMNS)
-    if columns is None or present is None or expected is None or columns.shape != present.shape:
-        return  # torch names missing, unexpected and misshapen tensors
+        return
+    absent = sorted(present.keys() - given.keys())
+    if given.keys() & present.keys() and absent:
+        yield f'"{key}" is packed, and a part of it is missing: {", ".join(absent)}'
+        return
+    for k, tensor in present.items():
+        if k in given and given[k].shape != tensor.shape:
+            yield f'"{k}" has shape {tuple(given[k].shape)}; legal: {tuple(tensor.shape)}'
+            return
+    form = given.get(key + FORMAT)
+    if form is not None and _readable(form):
+        try:
+            found = read_scheme(form)
+        except ValueError as error:
+            yield f'"{key + FORMAT}": {error}'
+            return
+        if scheme is not None and not same_arithmetic(found, scheme):
+            yield f'"{key}" was quantised by {found}, and this layer by {scheme}; convert the model by {found} first'
+    if codes is not None and _readable(codes) and codes.numel() and int(codes.min()) < -INT8_MAX:
+        yield f'"{key + CODES}" has a code of {int(codes.min())}; legal: {-INT8_MAX} to {INT8_MAX}'
+    if scale is not None:
+        if scale.dtype != torch.float32:
+            yield f'"{key + SCALE}" has dtype {scale.dtype}; legal: torch.float32'
+        elif _readable(scale) and not bool((scale.isfinite() & (scale > 0)).all()):
+            yield f'"{key + SCALE}" has a scale that is NaN, inf, zero or negative; legal: finite and above 0'
+    if columns is not None and codes is not None:
+        yield from _unfit_columns(key, columns, codes.shape[-1])
+    if columns_weight is not None and not columns_weight.is_floating_point():
+        yield f'"{key + COLUMNS_WEIGHT}" has dtype {columns_weight.dtype}; legal: a float dtype'
+
+
+def _unfit_columns(key: str, columns: Tensor, K: int) -> Iterator[str]:
     if columns.dtype != torch.int64:
         yield f'"{key + COLUMNS}" takes the numbers of columns as torch.int64, found {columns.dtype}'
-    elif not columns.is_meta and not isinstance(columns, FakeTensor):
-        K, numbers = expected.shape[-1], columns.tolist()
+    elif _readable(columns):
         seen: set[int] = set()
-        wrong = [c for c in numbers if not 0 <= c < K or c in seen or seen.add(c)]  # type: ignore[func-returns-value]
+        wrong = [c for c in columns.tolist() if not 0 <= c < K or c in seen or seen.add(c)]  # type: ignore[func-returns-value]
         if wrong:
             what = "is there twice" if 0 <= wrong[0] < K else "is out of range"
             yield f'"{key + COLUMNS}": column {wrong[0]} {what}; legal: different columns, from 0 to {K - 1}'
 
 
+def _readable(tensor: Tensor) -> bool:
+    """Whether the values of ``tensor`` are there."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
 def _untie_columns(buffers: dict[str, Tensor | None], name: str, loaded: Tensor | None) -> None:
     """Gives a weight a copy of columns that it shares with other weights, if different ones will be loaded."""
     columns = buffers.get(name + COLUMNS)
-    if columns is not None and loaded is not None and not columns.is_meta:
-        readable = not loaded.is_meta and not isinstance(loaded, FakeTensor)
-        same = readable and loaded.shape == columns.shape and torch.equal(loaded.to(columns.device), columns)
+    if columns is not None and loaded is not None and _readable(columns):
+        same = _readable(loaded) and loaded.shape == columns.shape and torch.equal(loaded.to(columns.device), columns)
         buffers[name + COLUMNS] = columns if same else columns.clone()
+
+
+def tie_equal_columns(model: nn.Module, *_: Any) -> None:
+    """Makes equal unquantised columns of several weights one tensor: linears of the same x share its quantisation then.
+
+    `convert` registers it as a post-hook of the model's ``load_state_dict``.
+    """
+    tied: dict[tuple, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, PackedState):
+            for place in module._packed_places():
+                owner, name = place[1:3]
+                columns = owner._buffers.get(name + COLUMNS)
+                if columns is not None and _readable(columns):
+                    owner._buffers[name + COLUMNS] = tied.setdefault((columns.device, *columns.tolist()), columns)
 
 
 @contextmanager
@@ -139,22 +246,23 @@ def _moved_separately(places: list[tuple[dict[str, Any], str]], fn: Callable[[Te
 
     ``fn`` may change their device but not their dtype. Tied tensors stay tied, as Parameters do in ``nn.Module``.
     """
-    hidden = [buffers[key] for buffers, key in places]
-    for buffers, key in places:
-        buffers[key] = None
+    hidden = [tensors[key] for tensors, key in places]
+    for tensors, key in places:
+        tensors[key] = None
     try:
         yield
     finally:
-        for (buffers, key), tensor in zip(places, hidden, strict=True):
-            buffers[key] = tensor
-    for (buffers, key), tensor in zip(places, hidden, strict=True):
-        moved = fn(tensor)
+        for (tensors, key), tensor in zip(places, hidden, strict=True):
+            tensors[key] = tensor
+    for (tensors, key), tensor in zip(places, hidden, strict=True):
+        with torch.no_grad():
+            moved = fn(tensor)
         if moved.dtype != tensor.dtype:
             moved = tensor.to(moved.device)
         if torch._has_compatible_shallow_copy_type(tensor, moved):
             tensor.data = moved
         else:
-            buffers[key] = moved
+            tensors[key] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
 
 
 def join(path: str, leaf: str) -> str:
@@ -167,7 +275,7 @@ def join(path: str, leaf: str) -> str:
 _NEWOBJ = object.__reduce_ex__(object(), 2)[0]  # copyreg.__newobj__: how pickle makes an object of a class
 
 
-class PackedModule(PackedBuffers):
+class PackedModule(PackedState):
     """Mixed into the class of a module with packed weights. `packed_weights`: weight name -> how the module uses it."""
 
     packed_weights: dict[str, Reading]
@@ -179,41 +287,104 @@ class PackedModule(PackedBuffers):
             KeyError: the module has no packed weight of that name.
         """
         reading = self.packed_weights[name]
-        w = torch.ops.int8fx.dequantize.default(*self.packed(name), dtype=reading.dtype)
-        if reading.layout == "KN":
-            w = w.transpose(-1, -2)
-        return w.reshape(*w.shape, *[1] * reading.kernel_dims) if reading.kernel_dims else w
+        return reading.oriented(torch.ops.int8fx.dequantize.default(*self.packed(name), dtype=reading.dtype))
 
     def packed(self, name: str = "weight") -> Int8Weight:
         """The packed weight ``name`` as the ops take it."""
-        return self.packed_weights[name].weight(PackedTensors.of(self._buffers, name))
+        return self.packed_weights[name].weight(tensors_of(self, name))
 
     def packed_linear(self, x: Tensor, name: str = "weight", bias: Tensor | None = None) -> Tensor:
         """``int8fx::linear`` of x ``[..., K]`` with the packed weight ``name``: ``[..., N]``."""
         return torch.ops.int8fx.linear.default(x, *self.packed(name), bias)
 
-    def _packed_places(self) -> list[tuple[str, nn.Module, str]]:
-        return [("", self, name) for name in self.packed_weights]
+    def packed_weight(self, name: str) -> Tensor:
+        """The value of the attribute ``name``: a `PackedWeight`, or its float tensor if a graph is being captured."""
+        captured = is_captured(self._parameters[name + CODES])
+        return self.dequantize(name) if captured else PackedWeight(self, name)
+
+    @torch.no_grad()
+    def requantize(self, name: str, weight: Tensor) -> None:
+        """Stores ``weight``, rounded to nearest by the scheme of the packed weight ``name``, in place of that.
+
+        Args:
+            weight: ``[..., N, K]``, any float dtype.
+
+        Raises:
+            ValueError: it is not finite. Nothing is changed.
+        """
+        reading, tensors = self.packed_weights[name], tensors_of(self, name)
+        if not bool(weight.isfinite().all()):
+            raise ValueError(
+                f"int8fx: a write of NaN or inf into the packed weight {self.label(name)}; legal: finite values"
+            )
+        new = quantize_weight(weight, reading.scheme.block, tensors.columns)
+        for tensor, value in zip((tensors.codes, tensors.scale), new, strict=True):
+            tensor.data = value  # a new tensor: copies of the old weight that are in use keep their values
+        if tensors.columns is not None and tensors.columns_weight is not None:
+            columns_weight = weight.index_select(-1, tensors.columns)
+            tensors.columns_weight.data = columns_weight.to(tensors.columns_weight.dtype)
+
+    def label(self, name: str) -> str:
+        """The name of the packed weight ``name`` in messages."""
+        return repr(self.packed_weights[name].layer or f"{type(self).__name__}.{name}")
+
+    def _packed_places(self) -> list[tuple[str, nn.Module, str, Scheme | None]]:
+        return [("", self, name, reading.scheme) for name, reading in self.packed_weights.items()]
+
+    def _adopt(self, owner: nn.Module, name: str, scheme: Scheme) -> None:
+        super()._adopt(owner, name, scheme)
+        self.packed_weights[name] = replace(self.packed_weights[name], scheme=scheme)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        packed = self.__dict__.get("packed_weights", ())
+        if name in packed:
+            self._tie(name, value)
+        else:
+            if name.endswith(FORMAT) and (weight := name.removesuffix(FORMAT)) in packed:
+                self._check_format(weight, value)
+            super().__setattr__(name, value)
+
+    def _tie(self, name: str, value: Any) -> None:
+        """Makes the packed weight ``name`` the same tensors as another one."""
+        if not isinstance(value, PackedWeight) or not value.is_whole or value.shape != getattr(self, name).shape:
+            given = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(
+                f"int8fx: {self.label(name)} is packed, and {type(self).__name__}.{name} takes no new tensor, found "
+                f"{given}; legal: a write into it (module.{name}.data = w rounds w to int8), or the packed weight of "
+                "another module, to tie them; assign or resize weights before int8fx.convert"
+            )
+        other, reading = value.module, value.module.packed_weights[value.weight_name]
+        if reading.layout != self.packed_weights[name].layout:
+            raise TypeError(
+                f"int8fx: {self.label(name)} and {other.label(value.weight_name)} use their weights transposed"
+            )
+        mine, its = tensors_of(self, name).named(name), tensors_of(other, value.weight_name).named(name)
+        for key in mine.keys() - its.keys():
+            del self._buffers[key]
+        self._parameters[name + CODES] = its.pop(name + CODES)  # type: ignore[assignment]  # a Parameter
+        self._buffers.update(its)
+        self._buffers[name + FORMAT] = other._buffers[value.weight_name + FORMAT]
+        self.packed_weights[name] = replace(self.packed_weights[name], scheme=reading.scheme, dtype=reading.dtype)
+
+    def _check_format(self, name: str, value: Any) -> None:
+        """Raises ValueError if the format tensor ``value`` is of a scheme that the weight ``name`` does not have."""
+        if isinstance(value, Tensor) and _readable(value):
+            scheme, mine = read_scheme(value), self.packed_weights[name].scheme
+            if not same_arithmetic(scheme, mine):
+                raise ValueError(f"int8fx: {self.label(name)} is quantised by {mine}, found a format of {scheme}")
+            self.packed_weights[name] = replace(self.packed_weights[name], scheme=scheme)
+
+    def __delattr__(self, name: str) -> None:
         if name in self.__dict__.get("packed_weights", ()):
-            codes = self._buffers[name]
-            assert codes is not None
-            if not isinstance(value, Tensor) or value.dtype != torch.int8 or value.shape != codes.shape:
-                given = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                legal = f"int8 codes {tuple(codes.shape)}"
-                raise TypeError(
-                    f"{type(self).__name__}.{name} is packed: it takes {legal}, found {given}; assign, tie or "
-                    "resize weights before int8fx.convert"
-                )
-        super().__setattr__(name, value)
+            raise TypeError(f"int8fx: {self.label(name)} is packed and cannot be deleted; replace the module")
+        super().__delattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         super()._apply(fn, recurse)
         self.packed_weights = {
             name: replace(reading, dtype=fn(torch.empty(0, dtype=reading.dtype, device=codes.device)).dtype)
             for name, reading in self.packed_weights.items()
-            if (codes := self._buffers[name]) is not None
+            if (codes := self._parameters[name + CODES]) is not None
         }
         return self
 
@@ -239,10 +410,10 @@ def float_class(module: PackedModule) -> type[nn.Module]:
 def packed_class(base: type[nn.Module], names: tuple[str, ...], forward: Callable | None) -> type[nn.Module]:
     """The subclass of ``base`` whose weights ``names`` are packed; ``forward`` replaces that of ``base`` if given."""
 
-    def dequantized(name: str) -> property:
-        return property(lambda self: self.dequantize(name))
+    def attribute(name: str) -> property:
+        return property(lambda self: self.packed_weight(name))
 
-    body: dict[str, Any] = {name: dequantized(name) for name in names}
+    body: dict[str, Any] = {name: attribute(name) for name in names}
     body["__module__"], body["__doc__"] = base.__module__, base.__doc__
     if forward is not None:
         body["forward"] = forward
@@ -257,12 +428,15 @@ def _new_packed(base: type[nn.Module], names: tuple[str, ...], forward: Callable
 Weights = dict[str, tuple[PackedTensors, Reading]]
 
 
+_METHODS = ("packed_weights", "packed_weight", "packed", "packed_linear", "dequantize", "requantize", "label")
+
+
 def clash(module: nn.Module, parameter: str) -> str | None:
     """A name that packing would need, and that ``module`` already uses for something else; None if there is none."""
-    for suffix in SUFFIXES[1:]:
+    for suffix in (*SUFFIXES, FORMAT):
         if any(parameter + suffix in names for names in (module._parameters, module._buffers, module._modules)):
             return parameter + suffix
-    return next((n for n in ("packed_weights", "packed", "packed_linear", "dequantize") if hasattr(module, n)), None)
+    return next((n for n in _METHODS if hasattr(module, n)), None)
 
 
 def pack_modules(modules: Sequence[tuple[nn.Module, Weights, Callable | None]]) -> None:
@@ -286,31 +460,36 @@ def pack_modules(modules: Sequence[tuple[nn.Module, Weights, Callable | None]]) 
 
 def _pack(module: nn.Module, weights: Weights, forward: Callable | None) -> None:
     cls = packed_class(type(module), tuple(weights), forward)  # type: ignore[arg-type]  # classes are hashable
-    buffers = dict(module._buffers)
-    for name, (tensors, _) in weights.items():
-        buffers |= tensors.buffers(name)
     module.__dict__.update(
-        _parameters={k: v for k, v in module._parameters.items() if k not in weights},
-        _buffers=buffers,
+        _parameters=dict(module._parameters),
+        _buffers=dict(module._buffers),
         packed_weights={name: reading for name, (_, reading) in weights.items()},
     )
+    for name, (tensors, reading) in weights.items():
+        store(module, name, tensors, reading.scheme)
     object.__setattr__(module, "__class__", cls)
+
+
+def is_codes(name: str, tensor: Tensor | None) -> bool:
+    """Whether a Parameter is the codes of a packed weight."""
+    return name.endswith(CODES) and tensor is not None and tensor.dtype == torch.int8
 
 
 # ---- queries --------------------------------------------------------------------------------------------------------
 
 
 def codes_in(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """Packed weights that a graph reads from plain buffers: path of the module that holds it, that module, its name.
+    """Packed weights that a graph reads: path of the module that holds them, that module, name of the weight.
 
     Weights of packed modules, which a graph may call, are not among them.
     """
     return [
-        (path, owner, name)
+        (path, owner, name.removesuffix(CODES))
         for path, owner in model.named_modules()
         if not isinstance(owner, PackedModule)
-        for name, codes in owner._buffers.items()
-        if codes is not None and codes.dtype == torch.int8 and name + SCALE in owner._buffers
+        for name, codes in owner._parameters.items()
+        if is_codes(name, codes)
+        if name.removesuffix(CODES) + SCALE in owner._buffers
     ]
 
 
@@ -319,6 +498,6 @@ def is_packed(model: nn.Module | ExportedProgram) -> bool:
     if isinstance(model, ExportedProgram):
         return bool(count_ops(model.graph))
     return any(
-        isinstance(module, PackedBuffers) or (isinstance(module, GraphModule) and bool(count_ops(module.graph)))
+        isinstance(module, PackedState) or (isinstance(module, GraphModule) and bool(count_ops(module.graph)))
         for module in model.modules()
     )

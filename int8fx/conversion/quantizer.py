@@ -49,7 +49,7 @@ class Columns:
         size = torch.stack(absmax).amax(0) if absmax else norms[0]
         weight = tied[0].weight
         columns = size.to(weight.device).topk(count).indices.sort().values
-        if detect_fake_mode(weight) is not None:
+        if weight.is_meta or detect_fake_mode(weight) is not None:
             return columns
         return self._tied.setdefault((columns.device, *columns.tolist()), columns)
 
@@ -109,7 +109,7 @@ class Quantizer:
         with torch.inference_mode(False), torch.no_grad(), detect_fake_mode(weight) or nullcontext() as fake:
             count = scheme.static_columns(weight.shape[-1])
             columns = self.columns.choose(tied, count) if count else None
-            if scheme.rounding == "gptq" and fake is None:
+            if scheme.rounding == "gptq" and fake is None and not weight.is_meta:
                 tensors = round_weight(weight, self.calibration.moments[tied[0].name], scheme.block, columns)
             else:
                 columns_weight = None if columns is None else weight.index_select(-1, columns).clone()
@@ -122,4 +122,4 @@ class Quantizer:
     def reading(self, layer: Layer) -> Reading:
         """How the module of ``layer`` uses its packed weight."""
         assert layer.layout is not None
-        return Reading(layer.layout, layer.weight.dtype, self.scheme_of(layer), layer.recipe.kernel_dims)
+        return Reading(layer.layout, layer.weight.dtype, self.scheme_of(layer), layer.recipe.kernel_dims, layer.name)

@@ -13,7 +13,7 @@ from ..schemes.weight import PackedTensors
 from ..terminal import table
 from .convert import LEFT, kind_of
 from .layers import Layer, PackedLayer, decide
-from .packed import PackedModule, float_class
+from .packed import PackedModule, float_class, tensors_of
 from .selection import Choice
 
 
@@ -109,7 +109,7 @@ def summary(model: Any) -> Summary:
 
 
 def _tensors(layer: PackedLayer) -> PackedTensors:
-    return PackedTensors.of(layer.module._buffers, layer.parameter)
+    return tensors_of(layer.module, layer.parameter)
 
 
 def _shapeless(p: Tensor) -> bool:

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-SCALE, COLUMNS, COLUMNS_WEIGHT = "_scale", "_columns", "_columns_weight"
-SUFFIXES = ("", SCALE, COLUMNS, COLUMNS_WEIGHT)
-"""The suffixes of a packed weight's buffers, in the order of `PackedTensors`: a buffer is called name + suffix."""
+CODES, SCALE, COLUMNS, COLUMNS_WEIGHT = SUFFIXES = ("_codes", "_scale", "_columns", "_columns_weight")
+"""The suffixes of a packed weight's tensors, in the order of `PackedTensors`: a tensor is called name + suffix."""
 
 
 class PackedTensors(NamedTuple):
@@ -29,14 +28,14 @@ class PackedTensors(NamedTuple):
     columns: Tensor | None = None
     columns_weight: Tensor | None = None
 
-    def buffers(self, name: str) -> dict[str, Tensor]:
-        """Buffer name -> tensor, for the weight called ``name``. Fields that are None have no buffer."""
+    def named(self, name: str) -> dict[str, Tensor]:
+        """Name -> tensor, for the weight called ``name``. Fields that are None are left out."""
         return {name + suffix: t for suffix, t in zip(SUFFIXES, self, strict=True) if t is not None}
 
     @classmethod
-    def of(cls, buffers: Mapping[str, Any], name: str) -> PackedTensors:
-        """The tensors of the weight called ``name`` among ``buffers``."""
-        return cls(*(buffers.get(name + suffix) for suffix in SUFFIXES))  # type: ignore[arg-type]  # codes, scale: there
+    def of(cls, tensors: Mapping[str, Any], name: str) -> PackedTensors:
+        """The tensors of the weight called ``name`` among ``tensors``."""
+        return cls(*(tensors.get(name + suffix) for suffix in SUFFIXES))  # type: ignore[arg-type]  # codes, scale: there
 
 
 class Int8Weight(NamedTuple):

@@ -1,0 +1,440 @@
+"""`PackedWeight`: what ``module.weight`` of a packed module is in eager mode.
+
+It stands for the float weight and holds no copy of it. It knows the weight's shape, dtype and device. Matmuls with it
+run on the int8 codes, other reads dequantise the rows that they need, and writes round to int8 again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
+from torch._subclasses import FakeTensor
+from torch.utils._pytree import tree_map_only
+
+from ..schemes.weight import CODES, Int8Weight
+
+if TYPE_CHECKING:
+    from .packed import PackedModule, Reading
+
+aten = torch.ops.aten
+int8fx = torch.ops.int8fx
+
+
+def is_captured(tensor: Tensor | None) -> bool:
+    """Whether operations on ``tensor`` are being recorded into a graph, or are transformed by ``torch.func``.
+
+    Then the float weight is ``int8fx::dequantize``, an op that every transformation knows.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or isinstance(tensor, FakeTensor)
+        or _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+class PackedWeight(Tensor):
+    """The packed weight ``name`` of ``module`` as a float tensor of its shape, dtype and device, or a view of it.
+
+    - A view (``T``, ``w[i]``, ``split``, ``detach``, ``data`` ...) is again a PackedWeight of the same packed tensors.
+    - A matmul of an activation with it that sums over the input channels runs ``int8fx::linear``, or
+      ``int8fx::grouped_linear`` for a stack of experts. It has the gradient of the matmul with the dequantised weight.
+    - ``to`` another dtype is a PackedWeight of this dtype. It is a copy: a write to it does not change the module.
+    - Any other operation that reads it gets the float values (``int8fx::dequantize``).
+    - A write into it (``copy_``, ``w[0] = 0``, ``w.data += delta``, ``w.data = t``) changes the module: the values
+      after the write are rounded to int8 again (`PackedModule.requantize`). NaN and inf are refused.
+
+    Each read of ``module.weight`` makes a new one. It holds references only.
+    """
+
+    module: PackedModule
+    weight_name: str
+    copied: _Copy | None
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # everything is in dispatch
+
+    @staticmethod
+    def __new__(
+        cls,
+        module: PackedModule,
+        name: str,
+        view: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        copied: _Copy | None = None,
+    ) -> PackedWeight:
+        """``view``: a meta tensor, a view of a contiguous ``[..., N, K]`` weight; None: the whole weight as used.
+        ``copied``: the values of a copy."""
+        reading, codes = module.packed_weights[name], module._parameters[name + CODES]
+        assert codes is not None
+        if view is None:
+            shape, stride, offset = *_whole_geometry(reading, codes.shape), 0
+        else:
+            shape, stride, offset = view.shape, view.stride(), int(view.storage_offset())
+        self = Tensor._make_wrapper_subclass(
+            cls, shape, stride, offset, dtype=dtype or reading.dtype, device=codes.device
+        )
+        self.module, self.weight_name, self.copied = module, name, copied
+        self._is_param = view is None  # then isinstance(self, nn.Parameter)
+        return self
+
+    _is_hf_initialized = True  # transformers' init_weights leaves it alone
+
+    @property
+    def geometry(self) -> Tensor:
+        """A meta tensor: a view of a contiguous ``[..., N, K]`` weight that has the values of this one."""
+        size = self.module._parameters[self.weight_name + CODES].numel()  # type: ignore[union-attr]  # there
+        return torch.empty(size, device="meta").as_strided(self.shape, self.stride(), self.storage_offset())
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is the weight as the module uses it, not a part or a copy of it."""
+        return self._is_param
+
+    @property
+    def packed(self) -> Int8Weight:
+        return self.module.packed(self.weight_name) if self.copied is None else self.copied.packed
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]  # the stubs lack func
+        kwargs = kwargs or {}
+        multiply = _MATMULS.get(func)
+        if multiply is not None:
+            y = multiply(*args, **kwargs)
+            if y is not None:
+                return y
+        kind = _kind(func)
+        if kind == "view":
+            return _view(func, args, kwargs)
+        if kind == "write":
+            return _write(func, args, kwargs)
+        args, kwargs = tree_map_only(PackedWeight, dense, (args, kwargs))
+        return func(*args, **kwargs)
+
+    # ---- attributes of a Parameter -----------------------------------------------------------------------------------
+
+    @property
+    def data(self) -> Tensor:
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if isinstance(value, PackedWeight) and _owner(value) == _owner(self) and _places(value) == _places(self):
+            return  # what an in-place operation on ``data`` has written
+        if value.shape != self.shape:
+            raise ValueError(
+                f"int8fx: the packed weight {self.module.label(self.weight_name)} has shape {tuple(self.shape)}, found "
+                f"{tuple(value.shape)} for its data; legal: a tensor of its shape"
+            )
+        with torch.no_grad():
+            self.copy_(value)
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> PackedWeight:
+        if requires_grad:
+            raise TypeError(
+                f"int8fx: the packed weight {self.module.label(self.weight_name)} is int8 and takes no gradient; train "
+                "adapters (LoRA) on top, or leave the layer out: convert(model, skip=[...])"
+            )
+        return self
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        return memo.setdefault(id(self), dense(self))
+
+    def __reduce_ex__(self, protocol):
+        return dense(self).__reduce_ex__(protocol)
+
+    def numpy(self, *, force: bool = False):
+        return dense(self).numpy(force=force)
+
+    def tolist(self):
+        return dense(self).tolist()
+
+    def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
+        where = "" if self.device.type == "cpu" else f", device='{self.device}'"
+        scheme = self.module.packed_weights[self.weight_name].scheme
+        return (
+            f"PackedWeight({self.module.label(self.weight_name)}, {tuple(self.shape)}, {self.dtype}, {scheme}{where})"
+        )
+
+
+class _Copy:
+    """The values of a copy of a packed weight: packed, until something writes to it."""
+
+    def __init__(self, packed: Int8Weight) -> None:
+        tensors: dict[str, Any] = {k: t.detach() for k, t in packed._asdict().items() if isinstance(t, Tensor)}
+        self.packed = packed._replace(**tensors)
+        self.dense: Tensor | None = None  # [..., N, K]
+
+
+@lru_cache(maxsize=4096)
+def _whole_geometry(reading: Reading, shape: torch.Size) -> tuple[torch.Size, tuple[int, ...]]:
+    """Shape and strides of a weight as its module uses it; ``shape`` is that of its codes."""
+    whole = reading.oriented(torch.empty(shape, device="meta"))
+    return whole.shape, whole.stride()
+
+
+# ---- reads, views and writes -----------------------------------------------------------------------------------------
+
+
+def dense(w: PackedWeight) -> Tensor:
+    """The float values of ``w``, a new tensor. Only the rows of the weight that ``w`` has values of are dequantised."""
+    if w.copied is not None and w.copied.dense is not None:
+        return w.copied.dense.as_strided(*_places(w)).clone()
+    packed, K = w.packed, w.packed.codes.shape[-1]
+    if not w.numel():
+        return torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device)
+    first, last = _reach(w)
+    row, end = first // K, last // K + 1
+    rows = packed._replace(codes=packed.codes.flatten(0, -2)[row:end], scale=packed.scale.flatten()[row:end])
+    if packed.columns_weight is not None:
+        rows = rows._replace(columns_weight=packed.columns_weight.flatten(0, -2)[row:end])
+    values = int8fx.dequantize.default(*rows, dtype=w.dtype)
+    return values.as_strided(w.shape, w.stride(), w.storage_offset() - row * K)
+
+
+def _reach(view: Tensor) -> tuple[int, int]:
+    """The first and the last index of the weight that ``view``, which is not empty, has a value of."""
+    start = view.storage_offset()
+    return int(start), int(start + sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True)))
+
+
+def _places(view: Tensor) -> tuple:
+    return view.shape, view.stride(), view.storage_offset()
+
+
+@cache
+def _kind(func: Any) -> str:
+    """``view``, ``write`` or ``read``, by the schema of an operator."""
+    if any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments):
+        return "write"
+    if func is aten._unsafe_view.default or any(r.alias_info is not None for r in func._schema.returns):
+        return "view"
+    return "read"
+
+
+def _view(func: Any, args: tuple, kwargs: dict) -> Any:
+    w = args[0]
+    if not isinstance(w, PackedWeight) or func is aten.view.dtype:
+        args, kwargs = tree_map_only(PackedWeight, dense, (args, kwargs))
+        return func(*args, **kwargs)
+    geometry = func(w.geometry, *args[1:], **kwargs)
+
+    def wrap(view: Tensor) -> PackedWeight:
+        return PackedWeight(w.module, w.weight_name, view, w.dtype, w.copied)
+
+    return [wrap(g) for g in geometry] if isinstance(geometry, (list, tuple)) else wrap(geometry)
+
+
+def _write(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Runs an operator that writes into a packed weight on its float values, and stores these."""
+    written = [w for w in _written(func, args, kwargs) if isinstance(w, PackedWeight)]
+    whole: dict[tuple, Tensor] = {_owner(w): _whole(w) for w in written}
+    views = {id(w): whole[_owner(w)].as_strided(*_places(w)) for w in written}
+    args_, kwargs_ = tree_map_only(PackedWeight, lambda w: views[id(w)] if id(w) in views else dense(w), (args, kwargs))
+    result = func(*args_, **kwargs_)
+    for w in {_owner(w): w for w in written}.values():
+        if w.copied is not None:
+            w.copied.dense = whole[_owner(w)]
+        else:
+            w.module.requantize(w.weight_name, whole[_owner(w)])
+    back = {id(views[id(w)]): w for w in written}
+    return tree_map_only(Tensor, lambda t: back.get(id(t), t), result)
+
+
+def _written(func: Any, args: tuple, kwargs: dict) -> Iterator[Any]:
+    """The tensors that ``func`` writes to."""
+    arguments = func._schema.arguments
+    given = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
+    for argument, value in given:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from value if isinstance(value, (list, tuple)) else (value,)
+
+
+def _owner(w: PackedWeight) -> tuple:
+    return (id(w.module), w.weight_name) if w.copied is None else (id(w.copied),)
+
+
+def _whole(w: PackedWeight) -> Tensor:
+    """The float values of the weight that ``w`` is a view of, ``[..., N, K]``."""
+    if w.copied is not None and w.copied.dense is not None:
+        return w.copied.dense
+    return int8fx.dequantize.default(*w.packed, dtype=w.dtype)
+
+
+# ---- matmuls ---------------------------------------------------------------------------------------------------------
+
+
+def _rows(w: Any) -> Int8Weight | None:
+    """The rows of one packed weight that ``w [N', K]`` consists of, in order; None if it is no such matrix."""
+    if not isinstance(w, PackedWeight) or w.dim() != 2 or not w.numel():
+        return None
+    if w.copied is not None and w.copied.dense is not None:
+        return None
+    packed = w.packed
+    N, K = packed.codes.shape[-2:]
+    (rows, width), (step, inner) = map(int, w.shape), w.stride()
+    if width != K or (inner != 1 and K > 1) or w.storage_offset() % K or (rows > 1 and (step % K or not step)):
+        return None
+    e, first = divmod(w.storage_offset() // K, N)
+    by = step // K if rows > 1 else 1
+    end = first + (rows - 1) * by + 1
+    if end > N:  # of several experts
+        return None
+    if packed.codes.dim() == 3:
+        packed = packed.of_expert(e)
+    if rows == N:
+        return packed
+    part = slice(first, end, by)
+    columns_weight = None if packed.columns_weight is None else packed.columns_weight[part]
+    codes = packed.codes[part] if by == 1 else packed.codes[part].contiguous()
+    return packed._replace(codes=codes, scale=packed.scale[part].contiguous(), columns_weight=columns_weight)
+
+
+class _Stack(NamedTuple):
+    weight: Int8Weight
+    shared: bool
+
+
+def _stack(w: Any) -> _Stack | None:
+    """The packed weights of experts that ``w [B, N, K]`` consists of, in order, or the one that it repeats."""
+    if not isinstance(w, PackedWeight) or w.dim() != 3 or not w.numel():
+        return None
+    if w.stride(0) == 0 or w.shape[0] == 1:
+        one = _rows(w.select(0, 0))
+        return None if one is None else _Stack(one, shared=True)
+    packed = w.packed
+    N, K = packed.codes.shape[-2:]
+    if (w.copied is not None and w.copied.dense is not None) or packed.codes.dim() != 3 or w.shape[1:] != (N, K):
+        return None
+    if w.stride() != (N * K, K, 1) or w.storage_offset() % (N * K):
+        return None
+    first = w.storage_offset() // (N * K)
+    part = slice(first, first + w.shape[0])
+    columns_weight = None if packed.columns_weight is None else packed.columns_weight[part]
+    return _Stack(
+        packed._replace(codes=packed.codes[part], scale=packed.scale[part], columns_weight=columns_weight), False
+    )
+
+
+def _linear(x: Any, w: Any, bias: Any = None) -> Tensor | None:
+    """``x [M, K] @ w.T + bias`` for ``w [N, K]``."""
+    rows = _rows(w)
+    if rows is None or isinstance(x, PackedWeight) or isinstance(bias, PackedWeight):
+        return None
+    _same_dtype(x, w)
+    return int8fx.linear.default(x, *rows, bias)
+
+
+def _same_dtype(x: Tensor, w: Tensor) -> None:
+    if x.dtype != w.dtype:
+        raise RuntimeError(f"expected the activation and the weight to have one dtype, found {x.dtype} and {w.dtype}")
+
+
+def _mm(a: Any, b: Any) -> Tensor | None:
+    if isinstance(b, PackedWeight):
+        y = _linear(a, b.t())
+        if y is not None or not isinstance(a, PackedWeight):
+            return y
+    y = _linear(b.t(), a)
+    return None if y is None else y.t()
+
+
+def _addmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Tensor | None:
+    if beta == 1 and alpha == 1 and isinstance(b, PackedWeight) and bias.dim() == 1 and bias.shape[0] == b.shape[1]:
+        y = _linear(a, b.t(), bias)
+        if y is not None:
+            return y
+    y = _mm(a, b)
+    return None if y is None else _scaled(y, bias, beta, alpha)
+
+
+def _scaled(y: Tensor, bias: Any, beta: float, alpha: float) -> Tensor:
+    bias = dense(bias) if isinstance(bias, PackedWeight) else bias
+    return (y if alpha == 1 else y * alpha) + (bias if beta == 1 else bias * beta if beta else torch.zeros_like(bias))
+
+
+def _mv(a: Any, x: Any) -> Tensor | None:
+    y = None if isinstance(x, PackedWeight) else _linear(x.unsqueeze(0), a)
+    return None if y is None else y.squeeze(0)
+
+
+def _bmm(a: Any, b: Any) -> Tensor | None:
+    if isinstance(b, PackedWeight):
+        y = _batched(a, b.transpose(1, 2))
+        if y is not None or not isinstance(a, PackedWeight):
+            return y
+    y = _batched(b.transpose(1, 2), a)
+    return None if y is None else y.transpose(1, 2)
+
+
+def _batched(x: Any, w: Any) -> Tensor | None:
+    """``x [B, M, K] @ w.mT`` for ``w [B, N, K]``."""
+    stack = _stack(w)
+    if stack is None or isinstance(x, PackedWeight):
+        return None
+    _same_dtype(x, w)
+    B, M = x.shape[:2]
+    if stack.shared:
+        return int8fx.linear.default(x, *stack.weight)
+    offsets = (
+        torch.arange(M, (B + 1) * M, M, device=x.device) if M else torch.zeros(B, dtype=torch.int64, device=x.device)
+    )
+    return int8fx.grouped_linear.default(x.reshape(B * M, -1), offsets, *stack.weight).view(B, M, -1)
+
+
+def _baddbmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Tensor | None:
+    y = _bmm(a, b)
+    return None if y is None else _scaled(y, bias, beta, alpha)
+
+
+def _grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Tensor | None:
+    if not isinstance(b, PackedWeight) or b.dim() != 3 or isinstance(a, PackedWeight) or offs is None or a.dim() != 2:
+        return None
+    stack = _stack(b.transpose(1, 2))
+    if stack is None or stack.shared or bias is not None or out_dtype not in (None, a.dtype):
+        return None
+    return int8fx.grouped_linear.default(a, offs, *stack.weight)
+
+
+def _embedding(table: Any, ids: Tensor, *_: Any) -> Tensor | None:
+    """Rows of the table. ``index`` of a whole table is the same."""
+    rows = _rows(table)
+    if rows is None:
+        return None
+    columns_weight = None if rows.columns_weight is None else rows.columns_weight[ids]
+    rows = rows._replace(codes=rows.codes[ids], scale=rows.scale[ids], columns_weight=columns_weight)
+    return int8fx.dequantize.default(*rows, dtype=table.dtype)
+
+
+def _to(w: Any, *, dtype: torch.dtype | None = None, device: Any = None, **layout: Any) -> Tensor | None:
+    """A copy in another float dtype stays packed."""
+    elsewhere = device is not None and torch.device(device) != w.device
+    if elsewhere or dtype is None or not dtype.is_floating_point or dtype.itemsize < 2 or w.copied is not None:
+        return None
+    return PackedWeight(w.module, w.weight_name, w.geometry, dtype, _Copy(w.packed))
+
+
+_MATMULS: dict[Any, Callable[..., Tensor | None]] = {
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
+    aten.mv.default: _mv,
+    aten.bmm.default: _bmm,
+    aten.baddbmm.default: _baddbmm,
+    aten._grouped_mm.default: _grouped_mm,
+    aten.embedding.default: _embedding,
+    aten._to_copy.default: _to,
+}
+"""Operator -> its form on packed tensors, which returns None where it has none."""
