@@ -94,5 +94,6 @@ def _pack_layer(
             specs.append(InputSpec(InputKind.BUFFER, argument, layer.full_name + suffix, persistent=True))
     graph.erase_node(use)
     program._graph_signature = ExportGraphSignature(specs, program.graph_signature.output_specs)
+    del program._state_dict[layer.full_name]
     program._state_dict.update(tensors.named(layer.full_name))
     del layer.module._parameters[layer.parameter]  # the last reference to the float weight

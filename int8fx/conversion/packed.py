@@ -74,19 +74,25 @@ class Reading:
 
 
 def tensors_of(owner: nn.Module, name: str) -> PackedTensors:
-    """The packed tensors of the weight called ``name`` in ``owner``."""
-    buffers = owner._buffers
+    """The packed tensors of the weight called ``name`` in ``owner``. Replicas hold their codes as plain attributes."""
+    codes, buffers = owner._parameters.get(name + CODES), owner._buffers
     scale, *columns = (buffers.get(name + suffix) for suffix in SUFFIXES[1:])
-    return PackedTensors(owner._parameters[name + CODES], scale, *columns)  # type: ignore[arg-type]  # they are there
+    return PackedTensors(getattr(owner, name + CODES) if codes is None else codes, scale, *columns)  # type: ignore[arg-type]
+
+
+def frozen(codes: Tensor) -> nn.Parameter:
+    """``codes`` as a Parameter. Tied weights have one, so this is done once."""
+    return codes if isinstance(codes, nn.Parameter) else nn.Parameter(codes, requires_grad=False)
 
 
 def store(owner: nn.Module, name: str, tensors: PackedTensors, scheme: Scheme) -> None:
     """Gives ``owner`` the packed tensors of the weight called ``name``, in place of its Parameter of that name."""
     codes, *others = tensors.named(name).items()
     owner._parameters.pop(name, None)
-    owner._parameters[codes[0]] = nn.Parameter(codes[1], requires_grad=False)
-    owner._buffers.update(others)
-    owner._buffers[name + FORMAT] = format_tensor(scheme, codes[1].device)
+    with torch.inference_mode(False):
+        owner._parameters[codes[0]] = frozen(codes[1])
+        owner._buffers.update(others)
+        owner._buffers[name + FORMAT] = format_tensor(scheme, codes[1].device)
 
 
 # ---- moving, loading and saving packed weights ----------------------------------------------------------------------
@@ -100,9 +106,10 @@ class PackedState(nn.Module):
         and its scheme if that is known."""
         raise NotImplementedError
 
-    def _adopt(self, owner: nn.Module, name: str, scheme: Scheme) -> None:
-        """Called when tensors of ``scheme`` are loaded, which computes the same as the scheme that the weight had."""
-        owner._buffers[name + FORMAT] = format_tensor(scheme, owner._parameters[name + CODES].device)  # type: ignore[union-attr]
+    def _adopt(self, owner: nn.Module, name: str, form: Tensor) -> None:
+        """Called when tensors are loaded whose format tensor is ``form``, of the same arithmetic as the weight's."""
+        present = owner._buffers[name + FORMAT]
+        owner._buffers[name + FORMAT] = form.to(present.device if present is not None else None, copy=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         keys = [(_holder(owner, s), name + s) for _, owner, name, _ in self._packed_places() for s in SUFFIXES]
@@ -118,9 +125,10 @@ class PackedState(nn.Module):
                 state_dict[key + CODES] = state_dict.pop(key)
             if key + CODES in state_dict:
                 form = state_dict.get(key + FORMAT)
-                if form is not None and _readable(form):
-                    self._adopt(owner, name, read_scheme(form))
-                state_dict[key + FORMAT] = owner._buffers[name + FORMAT]
+                if form is None:  # version 1
+                    state_dict[key + FORMAT] = owner._buffers[name + FORMAT]
+                elif _readable(form):
+                    self._adopt(owner, name, form)
             _untie_columns(owner._buffers, name, state_dict.get(key + COLUMNS))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
@@ -144,19 +152,19 @@ def refuse_unfit(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *
 
     `convert` registers it as a pre-hook of the model's ``load_state_dict``.
     """
-    problems = [
-        problem
+    places = [
+        (owner, name, scheme, prefix + join(path, join(inner, name)))
         for path, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, PackedState)
         for inner, owner, name, scheme in module._packed_places()
-        for problem in _unfit(owner, name, scheme, state_dict, prefix + join(path, join(inner, name)))
     ]
+    problems = [problem for place in places for problem in _unfit(*place, state_dict)]
     if problems:
         raise RuntimeError("\n\t".join([f"Error(s) in loading state_dict for {type(model).__name__}:", *problems]))
 
 
 def _unfit(
-    owner: nn.Module, name: str, scheme: Scheme | None, state_dict: Mapping[str, Any], key: str
+    owner: nn.Module, name: str, scheme: Scheme | None, key: str, state_dict: Mapping[str, Any]
 ) -> Iterator[str]:
     """Problems of the tensors that ``state_dict`` has for a packed weight, which is called ``key`` there."""
     present = tensors_of(owner, name).named(key)
@@ -171,8 +179,9 @@ def _unfit(
     if codes is not None and codes.dtype != torch.int8:
         yield f'"{key}" is packed and takes int8 codes, found {codes.dtype}; load float weights before int8fx.convert'
         return
+    parts = given.keys() - {key + COLUMNS, key + FORMAT}  # these two are there for each name of a tied weight
     absent = sorted(present.keys() - given.keys())
-    if given.keys() & present.keys() and absent:
+    if parts and absent:
         yield f'"{key}" is packed, and a part of it is missing: {", ".join(absent)}'
         return
     for k, tensor in present.items():
@@ -299,7 +308,7 @@ class PackedModule(PackedState):
 
     def packed_weight(self, name: str) -> Tensor:
         """The value of the attribute ``name``: a `PackedWeight`, or its float tensor if a graph is being captured."""
-        captured = is_captured(self._parameters[name + CODES])
+        captured = is_captured(tensors_of(self, name).codes)
         return self.dequantize(name) if captured else PackedWeight(self, name)
 
     @torch.no_grad()
@@ -331,9 +340,9 @@ class PackedModule(PackedState):
     def _packed_places(self) -> list[tuple[str, nn.Module, str, Scheme | None]]:
         return [("", self, name, reading.scheme) for name, reading in self.packed_weights.items()]
 
-    def _adopt(self, owner: nn.Module, name: str, scheme: Scheme) -> None:
-        super()._adopt(owner, name, scheme)
-        self.packed_weights[name] = replace(self.packed_weights[name], scheme=scheme)
+    def _adopt(self, owner: nn.Module, name: str, form: Tensor) -> None:
+        super()._adopt(owner, name, form)
+        self.packed_weights[name] = replace(self.packed_weights[name], scheme=read_scheme(form))
 
     def __setattr__(self, name: str, value: Any) -> None:
         packed = self.__dict__.get("packed_weights", ())

@@ -15,7 +15,7 @@ from ..schemes.gptq import round_weight
 from ..schemes.quantize import quantize_weight
 from ..schemes.weight import PackedTensors
 from .layers import Layer
-from .packed import Reading
+from .packed import Reading, frozen
 
 
 class Columns:
@@ -114,6 +114,7 @@ class Quantizer:
             else:
                 columns_weight = None if columns is None else weight.index_select(-1, columns).clone()
                 tensors = PackedTensors(*quantize_weight(weight, scheme.block, columns), columns, columns_weight)
+            tensors = tensors._replace(codes=frozen(tensors.codes))
         self._done += 1
         if self.progress is not None:
             self.progress(self._done)

@@ -101,11 +101,9 @@ def summary(model: Any) -> Summary:
     seen: set[int] = set()
     rows = [_converted(layer, seen) for layer in packed]
     rows += [_left(layer, reasons.get(layer.name) or layer.reason, bool(packed), seen) for layer in layers]
-    codes = {id(t): t for t in (_tensors(layer).codes for layer in packed)}
-    floats = {id(p): p for p in model.parameters()}
-    int8_parameters = sum(t.numel() for t in codes.values())
-    float_parameters = sum(p.numel() for p in floats.values() if not _shapeless(p))
-    return Summary(tuple(rows), float_parameters + int8_parameters, int8_parameters)
+    codes = {id(t): t.numel() for t in (_tensors(layer).codes for layer in packed)}
+    parameters = codes | {id(p): p.numel() for p in model.parameters() if not _shapeless(p)}
+    return Summary(tuple(rows), sum(parameters.values()), sum(codes.values()))
 
 
 def _tensors(layer: PackedLayer) -> PackedTensors:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,14 +18,11 @@ from torch.utils._pytree import tree_map_only
 
 from ..schemes.weight import CODES, Int8Weight
 
-if TYPE_CHECKING:
-    from .packed import PackedModule, Reading
-
 aten = torch.ops.aten
 int8fx = torch.ops.int8fx
 
 
-def is_captured(tensor: Tensor | None) -> bool:
+def is_captured(tensor: Tensor) -> bool:
     """Whether operations on ``tensor`` are being recorded into a graph, or are transformed by ``torch.func``.
 
     Then the float weight is ``int8fx::dequantize``, an op that every transformation knows.
@@ -53,7 +50,7 @@ class PackedWeight(Tensor):
     Each read of ``module.weight`` makes a new one. It holds references only.
     """
 
-    module: PackedModule
+    module: Any  # a `packed.PackedModule`
     weight_name: str
     copied: _Copy | None
 
@@ -62,7 +59,7 @@ class PackedWeight(Tensor):
     @staticmethod
     def __new__(
         cls,
-        module: PackedModule,
+        module: Any,
         name: str,
         view: Tensor | None = None,
         dtype: torch.dtype | None = None,
@@ -70,8 +67,7 @@ class PackedWeight(Tensor):
     ) -> PackedWeight:
         """``view``: a meta tensor, a view of a contiguous ``[..., N, K]`` weight; None: the whole weight as used.
         ``copied``: the values of a copy."""
-        reading, codes = module.packed_weights[name], module._parameters[name + CODES]
-        assert codes is not None
+        reading, codes = module.packed_weights[name], getattr(module, name + CODES)
         if view is None:
             shape, stride, offset = *_whole_geometry(reading, codes.shape), 0
         else:
@@ -88,7 +84,7 @@ class PackedWeight(Tensor):
     @property
     def geometry(self) -> Tensor:
         """A meta tensor: a view of a contiguous ``[..., N, K]`` weight that has the values of this one."""
-        size = self.module._parameters[self.weight_name + CODES].numel()  # type: ignore[union-attr]  # there
+        size = getattr(self.module, self.weight_name + CODES).numel()
         return torch.empty(size, device="meta").as_strided(self.shape, self.stride(), self.storage_offset())
 
     @property
@@ -180,7 +176,7 @@ class _Copy:
 
 
 @lru_cache(maxsize=4096)
-def _whole_geometry(reading: Reading, shape: torch.Size) -> tuple[torch.Size, tuple[int, ...]]:
+def _whole_geometry(reading: Any, shape: torch.Size) -> tuple[torch.Size, tuple[int, ...]]:
     """Shape and strides of a weight as its module uses it; ``shape`` is that of its codes."""
     whole = reading.oriented(torch.empty(shape, device="meta"))
     return whole.shape, whole.stride()

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import int8fx
 from int8fx import Calibration, calibrate
+from int8fx.conversion.packed import tensors_of
 from int8fx.schemes.gptq import round_weight
-from int8fx.schemes.weight import PackedTensors
 
 GPTQ = int8fx.rotated(rounding="gptq")
 
@@ -29,7 +29,7 @@ def test_a_converted_model_holds_these_codes_and_loses_less():
     x = torch.cat(data)
     assert (calibration.moments["0"] - x.T @ x).norm() <= 1e-5 * (x.T @ x).norm()
     twins = [int8fx.convert(copy.deepcopy(model), s, calibration=calibration) for s in (GPTQ, int8fx.rotated())]
-    packed, nearest = (PackedTensors.of(twin[0]._buffers, "weight") for twin in twins)
+    packed, nearest = (tensors_of(twin[0], "weight") for twin in twins)
     assert torch.equal(packed.columns, nearest.columns)
     expected = round_weight(model[0].weight.detach(), calibration.moments["0"], 64, packed.columns)
     for name in ("codes", "scale", "columns_weight"):

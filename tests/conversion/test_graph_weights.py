@@ -36,7 +36,7 @@ from int8fx.conversion.usage import MIXED
 from int8fx.graph.count import count_ops
 from int8fx.graph.emit import read_weight
 from int8fx.schemes.quantize import dequantize
-from int8fx.schemes.weight import COLUMNS, SCALE, Epilogue
+from int8fx.schemes.weight import CODES, COLUMNS, SCALE, Epilogue
 
 OPERANDS = models.BareProducts.OPERANDS
 
@@ -76,7 +76,7 @@ def test_every_kind_of_product_is_an_int8_product(kind, scheme):
 
 
 @pytest.mark.parametrize("kind", PROGRAMS)
-def test_codes_and_scales_are_buffers_and_the_floats_are_gone(kind):
+def test_codes_and_scales_are_there_and_the_floats_are_gone(kind):
     model, inputs = models.bare_products()
     floats = {name: p.detach().clone() for name, p in model.named_parameters()}
     program = PROGRAMS[kind](model, inputs)
@@ -89,7 +89,7 @@ def test_codes_and_scales_are_buffers_and_the_floats_are_gone(kind):
     if kind != "make_fx":
         for name, layout in OPERANDS.items():
             expected = int8_weight(stored(floats[name], layout), SCHEMES["llm_int8"])
-            assert torch.equal(state[name], expected.codes)
+            assert torch.equal(state[name + CODES], expected.codes)
             assert torch.equal(state[name + SCALE], expected.scale)
             assert state[name + SCALE].dtype == torch.float32
 
@@ -107,7 +107,7 @@ def test_gives_the_bits_and_the_tensors_of_the_converted_module(kind, scheme):
     if kind != "make_fx" or not SCHEMES[scheme].needs_columns:  # they choose columns by weights of one module
         assert torch.equal(run(program, inputs), expected)
     if kind != "make_fx":
-        assert equal(tensors(program), dict(model.state_dict()))
+        assert equal(tensors(program), tensors(model))
     if kind == "symbolic":  # layers are calls of packed modules
         assert isinstance(program.up, PackedModule)
         assert isinstance(program.up, nn.Linear)
@@ -366,15 +366,16 @@ def test_tied_weights_stay_tied_and_the_head_stays(kind):
     assert converted_names(program) == {"up", "up_again", "down"}
     assert reasons(program) == {"lm_head": HEAD, "embed": HEAD}
     is_program = isinstance(program, ExportedProgram)
-    state = program.state_dict if is_program else dict(program.named_buffers(remove_duplicate=False))
-    assert state["up.weight"] is state["up_again.weight"]
+    names = (program.named_parameters, program.named_buffers) if not is_program else ()
+    state = program.state_dict if is_program else {k: t for of in names for k, t in of(remove_duplicate=False)}
+    assert state["up.weight_codes"] is state["up_again.weight_codes"]
     assert state["up.weight_scale"] is state["up_again.weight_scale"]
-    assert state["up.weight"].dtype == torch.int8
+    assert state["up.weight_codes"].dtype == torch.int8
     int8fx.convert(model)
     assert torch.equal(run(program, inputs), run(model, inputs))
     if kind == "unlifted":
         program.half()._apply(torch.clone)  # what a move to another device does: new memory
-        assert program.up.weight is program.up_again.weight
+        assert program.up.weight_codes is program.up_again.weight_codes
         assert program.up.weight_scale is program.up_again.weight_scale
         assert program.up.weight_scale.dtype == torch.float32
 

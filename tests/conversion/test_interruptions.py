@@ -39,7 +39,8 @@ def assert_float_or_packed(model: nn.Module) -> None:
                 assert scale.shape == codes.shape[:-1]
                 assert name not in module._parameters
         else:
-            assert not any(b is not None and b.dtype == torch.int8 for b in module._buffers.values())
+            tensors = (*module._parameters.values(), *module._buffers.values())
+            assert not any(t is not None and t.dtype == torch.int8 for t in tensors)
             assert "packed_weights" not in vars(module)
 
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from support import models
-from support.conversion import COPIES, EVERYTHING, SCHEMES, copied, floats_to, outputs, packed_modules, saved
+from support.conversion import COPIES, EVERYTHING, SCHEMES, codes_of, copied, floats_to, outputs, packed_modules, saved
 from support.helpers import DTYPES, activation, assert_within_budget, generator
 from torch import Tensor, nn
 
 import int8fx
 from int8fx.conversion.forwards import linear_forward
-from int8fx.conversion.packed import PackedModule, Reading, float_class, pack_modules, packed_class
+from int8fx.conversion.packed import PackedModule, Reading, float_class, pack_modules, packed_class, tensors_of
 from int8fx.schemes.quantize import dequantize, quantize_weight
-from int8fx.schemes.weight import COLUMNS, SUFFIXES, Epilogue, Int8Weight, PackedTensors
+from int8fx.schemes.weight import COLUMNS, Epilogue, Int8Weight, PackedTensors
 
 LLM_INT8 = int8fx.llm_int8()
 
@@ -41,11 +41,10 @@ def packed(scheme: str = "llm_int8", **kwargs) -> nn.Linear:
 def buffers(model: nn.Module) -> dict[str, Tensor]:
     """Copies of what is stored of the packed weights of ``model``, by name."""
     return {
-        f"{path}.{name + suffix}": module._buffers[name + suffix].clone()
+        f"{path}.{key}": tensor.clone()
         for path, module in model.named_modules()
         for name in getattr(module, "packed_weights", ())
-        for suffix in SUFFIXES
-        if name + suffix in module._buffers
+        for key, tensor in tensors_of(module, name).named(name).items()
     }
 
 
@@ -82,14 +81,16 @@ def test_holds_codes_and_scales_and_reads_as_the_dequantised_weight(dtype):
     weight, bias = module.weight.detach().clone(), module.bias
     assert int8fx.convert(module) is module
     codes, scale = quantize_weight(weight)
-    assert dict(module.named_parameters()) == {"bias": bias}
-    assert torch.equal(module._buffers["weight"], codes)
+    assert [name for name, _ in module.named_parameters()] == ["bias", "weight_codes"]
+    assert module.bias is bias
+    assert not module.weight_codes.requires_grad
+    assert torch.equal(module.weight_codes, codes)
     assert torch.equal(module._buffers["weight_scale"], scale)
     assert module._buffers["weight_scale"].dtype == torch.float32
     assert module.weight.dtype == dtype
     assert torch.equal(module.weight, dequantize(Int8Weight(codes, scale), dtype))
     assert torch.equal(module.dequantize(), module.weight)
-    assert list(module.state_dict()) == ["bias", "weight", "weight_scale"]
+    assert list(module.state_dict()) == ["bias", "weight_codes", "weight_scale", "weight_format"]
 
 
 def test_layouts_and_kernel_dims_read_in_the_module_s_own_shape():
@@ -153,18 +154,40 @@ def test_float_weights_are_freed():
     assert weight() is None
 
 
-def test_assignment_takes_int8_codes_of_the_right_shape_only():
+def test_assignment_takes_the_packed_weight_of_another_module_only():
     module = packed()
     expected = buffers(module)
-    for wrong in (torch.zeros(24, 40), nn.Parameter(torch.zeros(24, 40)), torch.zeros(40, 24, dtype=torch.int8), None):
-        with pytest.raises(TypeError, match=r"Int8Linear.weight is packed: it takes int8 codes \(24, 40\)"):
+    for wrong in (torch.zeros(24, 40), nn.Parameter(torch.zeros(24, 40)), torch.zeros(24, 40, dtype=torch.int8), None):
+        with pytest.raises(TypeError, match=r"int8fx: 'weight' is packed, and Int8Linear.weight takes no new tensor"):
+            module.weight = wrong
+    for wrong in (packed(N=40, K=24).weight, module.weight[1:], module.weight.to(torch.float64)):
+        with pytest.raises(TypeError, match="takes no new tensor"):
             module.weight = wrong
     assert_same_buffers(module, expected)
-    codes = torch.ones(24, 40, dtype=torch.int8)
-    module.weight = codes
-    assert module._buffers["weight"] is codes
     module.bias = None
     module.extra = 3
+
+
+@pytest.mark.parametrize("scheme", ["llm_int8", "rotated columns"])
+def test_assigning_a_packed_weight_ties_it(scheme):
+    module, other = packed(), packed(scheme, seed=9)
+    module.weight = other.weight
+    assert all(a is b for a, b in zip(tensors_of(module, "weight"), tensors_of(other, "weight"), strict=True))
+    assert module.packed_weights["weight"].scheme == other.packed_weights["weight"].scheme
+    with torch.no_grad():
+        other.weight.mul_(2)
+    module.bias, x = other.bias, torch.randn(3, 40)
+    assert torch.equal(module(x), other(x))
+    assert torch.equal(copied(module, "pickle")(x), other(x))
+
+
+def test_a_packed_weight_cannot_be_deleted():
+    module = packed()
+    x = torch.randn(2, 40)
+    y = module(x)
+    with pytest.raises(TypeError, match="'weight' is packed and cannot be deleted"):
+        del module.weight
+    assert torch.equal(module(x), y)
 
 
 # ---- state dicts ----------------------------------------------------------------------------------------------------
@@ -229,21 +252,21 @@ def test_float_checkpoint_into_a_converted_model_is_refused_by_name(name, strict
 def test_converted_checkpoint_into_a_float_model_is_refused():
     model, _ = converted("llama")
     other = models.llama(seed=9)[0]
-    with pytest.raises(RuntimeError, match=r'Unexpected key.*q_proj.weight_scale"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*q_proj.weight"'):
         other.load_state_dict(model.state_dict())
 
 
 def test_wrong_shapes_and_missing_scales_are_refused():
     module = packed()
     state = module.state_dict()
-    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+    with pytest.raises(RuntimeError, match=r'"weight_codes" has shape \(24, 40\); legal: \(24, 41\)'):
         packed(K=41).load_state_dict(state)
-    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+    with pytest.raises(RuntimeError, match=r'"weight_codes" has shape \(24, 40\); legal: \(24, 41\)'):
         packed(K=41).load_state_dict(state, assign=True)
-    with pytest.raises(RuntimeError, match=r"size mismatch for weight_columns"):
+    with pytest.raises(RuntimeError, match=r'"weight_codes" has shape'):
         packed("llm_int8 columns", K=60).load_state_dict(packed("llm_int8 columns").state_dict())
     state.pop("weight_scale")
-    with pytest.raises(RuntimeError, match=r'Missing key.*"weight_scale"'):
+    with pytest.raises(RuntimeError, match=r"a part of it is missing: weight_scale"):
         packed().load_state_dict(state)
 
 
@@ -290,7 +313,7 @@ def test_a_state_dict_with_a_positional_prefix_holds_copies_of_columns_too():
     model, state = packed("llm_int8 columns"), {}
     with pytest.warns(FutureWarning, match="Positional args"):
         assert model.state_dict(state, "layer.") is state
-    assert state["layer.weight"].data_ptr() == model._buffers["weight"].data_ptr()
+    assert state["layer.weight_codes"].data_ptr() == model.weight_codes.data_ptr()
     assert state["layer.weight_columns"].data_ptr() != model._buffers["weight_columns"].data_ptr()
     assert torch.equal(state["layer.weight_columns"], model._buffers["weight_columns"])
 
@@ -359,7 +382,7 @@ def test_copies_of_whole_models(name, scheme, how):
     assert torch.equal(run(other, inputs), y)
     for module in packed_modules(other):  # the copy has codes of its own
         for parameter in module.packed_weights:
-            module._buffers[parameter].zero_()
+            codes_of(module, parameter)[0].zero_()
     assert_same_buffers(model, expected)
 
 
@@ -394,7 +417,7 @@ def test_shallow_copy_shares_buffers():
     module = packed()
     other = copy.copy(module)
     assert type(other) is type(module)
-    assert other._buffers["weight"] is module._buffers["weight"]
+    assert other.weight_codes is module.weight_codes
 
 
 # ---- casts and moves ------------------------------------------------------------------------------------------------
@@ -413,7 +436,6 @@ CASTS = {
     "channels_last": (lambda m: m.to(memory_format=torch.channels_last), torch.float32),
     "train": (lambda m: m.train(), torch.float32),
     "eval": (lambda m: m.eval(), torch.float32),
-    "requires_grad_": (lambda m: m.requires_grad_(True), torch.float32),
 }
 
 
@@ -423,10 +445,12 @@ def test_casts_leave_codes_and_scales_alone(cast, scheme):
     function, dtype = CASTS[cast]
     module = packed(scheme)
     expected = buffers(module)
-    held = dict(module._buffers)
+    held = tensors_of(module, "weight")
     assert function(module) is module
     assert_same_buffers(module, expected)
-    assert all(module._buffers[k] is v for k, v in held.items())  # ties and optimisers hold on to tensors
+    assert all(
+        a is b for a, b in zip(tensors_of(module, "weight"), held, strict=True)
+    )  # ties and optimisers hold on to tensors
     assert module.weight.dtype == module.bias.dtype == dtype
     assert not any(b.requires_grad for b in module.buffers())
     x = activation(5, 40, outliers="column").to(dtype)
@@ -449,15 +473,16 @@ def test_whole_models_run_in_another_dtype(name, scheme):
 def test_meta_and_back():
     module = packed()
     state, expected = module.state_dict(), buffers(module)
+    dtypes = {k: t.dtype for k, t in state.items()}
     x = torch.randn(3, 40)
     y = module(x)
     module.to("meta")
     assert {b.device.type for b in module.buffers()} == {"meta"}
-    assert {k: b.dtype for k, b in module._buffers.items()} == {"weight": torch.int8, "weight_scale": torch.float32}
+    assert {k: t.dtype for k, t in module.state_dict().items()} == dtypes
     assert module(x.to("meta")).shape == (3, 24)
     module.to_empty(device="cpu")
     assert {b.device.type for b in module.buffers()} == {"cpu"}
-    assert {k: b.dtype for k, b in module._buffers.items()} == {"weight": torch.int8, "weight_scale": torch.float32}
+    assert {k: t.dtype for k, t in module.state_dict().items()} == dtypes
     module.load_state_dict(state)
     assert_same_buffers(module, expected)
     assert torch.equal(module(x), y)
@@ -486,9 +511,9 @@ def ties(model: nn.Module, key_of=id) -> set[frozenset[str]]:
 
 
 TIES = {
-    frozenset({"embed.weight", "lm_head.weight"}),
+    frozenset({"embed.weight_codes", "lm_head.weight_codes"}),
     frozenset({"embed.weight_scale", "lm_head.weight_scale"}),
-    frozenset({"up.weight", "up_again.weight"}),
+    frozenset({"up.weight_codes", "up_again.weight_codes"}),
     frozenset({"up.weight_scale", "up_again.weight_scale"}),
 }
 
@@ -524,7 +549,7 @@ def test_replicas_as_data_parallel_makes_them(name, scheme):
     replica = replicate(model)
     assert torch.equal(run(replica, inputs), y)
     first = next(m for m in replica.modules() if isinstance(m, PackedModule))
-    first._buffers[next(iter(first.packed_weights))].zero_()
+    codes_of(first, next(iter(first.packed_weights)))[0].zero_()
     assert_same_buffers(model, expected)  # the replica's tensors are its own
 
 

@@ -9,6 +9,7 @@ from support.conversion import SCHEMES
 from torch import nn
 
 import int8fx
+from int8fx.conversion.format import FORMAT
 from int8fx.conversion.summary import Row, Summary
 
 
@@ -78,12 +79,13 @@ def test_bytes_and_parameters_are_those_of_the_tensors(name, select, scheme):
     int8fx.convert(model, SCHEMES[scheme], select=select)
     summary = int8fx.summary(model)
     assert summary.bytes_before == sum(floats.values())
-    after = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    formats = sum(b.nbytes for name, b in model.named_buffers() if name.endswith(FORMAT))
+    after = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - formats
     assert summary.bytes_after == after - small_ones - float_buffers
     assert len(summary.converted) + len(summary.left) == len(summary.rows)
     assert all(row.converted == (row.reason == "") == bool(row.scheme) for row in summary.rows)
     assert summary.parameters == parameters
-    assert summary.int8_parameters == sum(b.numel() for b in model.buffers() if b.dtype == torch.int8)
+    assert summary.int8_parameters == sum(p.numel() for p in model.parameters() if p.dtype == torch.int8)
 
 
 def test_tied_weights_count_once():

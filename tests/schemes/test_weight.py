@@ -45,11 +45,11 @@ def test_the_epilogue_of_an_expert():
 
 
 @pytest.mark.parametrize("columns", [False, True])
-def test_buffers_are_read_back_by_name(columns):
+def test_tensors_are_read_back_by_name(columns):
     weight = make_weight(columns=columns)
     packed = PackedTensors(weight.codes, weight.scale, weight.columns, weight.columns_weight)
-    buffers = packed.buffers("in_proj")
-    assert list(buffers) == ["in_proj" + suffix for suffix in (SUFFIXES if columns else SUFFIXES[:2])]
+    named = packed.named("in_proj")
+    assert list(named) == ["in_proj" + suffix for suffix in (SUFFIXES if columns else SUFFIXES[:2])]
     others = {"bias": make_bias(7), "in_proj_other": make_bias(7)}
-    again = PackedTensors.of({**others, **buffers}, "in_proj")
+    again = PackedTensors.of({**others, **named}, "in_proj")
     assert all(a is b for a, b in zip(again, packed, strict=True))

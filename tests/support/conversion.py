@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 import int8fx
-from int8fx.conversion.packed import PackedModule
+from int8fx.conversion.format import FORMAT
+from int8fx.conversion.packed import PackedModule, tensors_of
 from int8fx.schemes import Scheme
 from int8fx.schemes.quantize import dequantize, quantize_weight
 from int8fx.schemes.weight import COLUMNS, Epilogue, Int8Weight
@@ -48,7 +49,7 @@ def reasons(model: Any) -> dict[str, str]:
 
 
 def codes_of(module: nn.Module, name: str = "weight") -> tuple[Tensor, Tensor]:
-    return module._buffers[name], module._buffers[name + "_scale"]
+    return tensors_of(module, name)[:2]
 
 
 def packed_modules(model: nn.Module) -> list[PackedModule]:
@@ -94,6 +95,18 @@ def outputs(model: nn.Module, inputs: dict) -> dict[str, Tensor]:
     if isinstance(y, (tuple, list)):
         return {str(i): t for i, t in enumerate(y) if isinstance(t, Tensor)}
     return {k: t for k, t in y.items() if isinstance(t, Tensor) and t.is_floating_point()}
+
+
+def close(y: Tensor, z: Tensor) -> bool:
+    """Whether two float results differ by no more than the rounding of their sums."""
+    return y.shape == z.shape and bool((y - z).norm() <= 1e-5 * z.norm())
+
+
+def dequantized_in(run: Callable[[], Any]) -> int:
+    """How many weights ``run`` dequantises."""
+    with torch.autograd.profiler.profile() as profile:
+        run()
+    return sum(event.count for event in profile.key_averages() if event.key == "int8fx::dequantize")
 
 
 def equal(y: dict[str, Tensor], z: dict[str, Tensor]) -> bool:
@@ -329,4 +342,6 @@ def run(program: Program | nn.Module, inputs: dict) -> Any:
 
 
 def tensors(program: Program | nn.Module) -> dict[str, Tensor]:
-    return dict(program.state_dict if isinstance(program, ExportedProgram) else program.state_dict())
+    """The tensors of a model or program by name, without those that say what their scheme is."""
+    state = program.state_dict if isinstance(program, ExportedProgram) else program.state_dict()
+    return {name: tensor for name, tensor in state.items() if not name.endswith(FORMAT)}
