@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..conversion.layers import Layer, walk
+from ..conversion.view import PackedWeight
 
 aten = torch.ops.aten
 _MATMULS = {  # op -> positions of its two operands
@@ -52,7 +53,9 @@ class _Matmuls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _layers(self, weight: Tensor) -> list[str]:
-        """Names of the layers whose Parameter contains ``weight``."""
+        """Names of the layers whose Parameter contains ``weight``. Packed weights are in none."""
+        if isinstance(weight, PackedWeight):
+            return []
         layers = self.by_storage.get(weight.untyped_storage().data_ptr(), ())
         offset = weight.storage_offset()
         return [w.name for w in layers if 0 <= offset - w.weight.storage_offset() < max(1, w.weight.numel())]

@@ -115,7 +115,7 @@ def assert_sums(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 def test_after_uninstall_the_answer_is_that_of_the_dequantised_matmul():
     model, x, _ = converted()
     uninstall()
-    assert_sums(run(model, x), x, model.w)
+    assert_sums(run(model, x), x, model.dequantize("w"))
     assert not int8fx.reports()
 
 

@@ -47,7 +47,7 @@ class Bare(nn.Module):
 def converted() -> tuple[Bare, torch.Tensor, torch.Tensor]:
     """A model, an input, and what the int8 matmul gives."""
     model, x = int8fx.convert(Bare().eval()), random(5, 24)
-    return model, x, ops.linear(x, model._buffers["w"], model._buffers["w_scale"], 6.0)
+    return model, x, ops.linear(x, *model.packed("w"))
 
 
 def run(model: nn.Module, *args: torch.Tensor, **options: object) -> torch.Tensor:
