@@ -300,7 +300,16 @@ class PackedModule(PackedState):
 
     def packed(self, name: str = "weight") -> Int8Weight:
         """The packed weight ``name`` as the ops take it."""
-        return self.packed_weights[name].weight(tensors_of(self, name))
+        scheme, buffers = self.packed_weights[name].scheme, self._buffers  # no calls: every forward comes here
+        codes = self._parameters.get(name + CODES)
+        return Int8Weight(
+            getattr(self, name + CODES) if codes is None else codes,
+            buffers[name + SCALE],  # type: ignore[arg-type]  # it is there
+            scheme.threshold,
+            scheme.block,
+            buffers.get(name + COLUMNS),
+            buffers.get(name + COLUMNS_WEIGHT),
+        )
 
     def packed_linear(self, x: Tensor, name: str = "weight", bias: Tensor | None = None) -> Tensor:
         """``int8fx::linear`` of x ``[..., K]`` with the packed weight ``name``: ``[..., N]``."""
