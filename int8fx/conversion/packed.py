@@ -488,6 +488,19 @@ def _pack(module: nn.Module, weights: Weights, forward: Callable | None) -> None
     object.__setattr__(module, "__class__", cls)
 
 
+def unpack(module: PackedModule, dtype: torch.dtype | None = None) -> None:
+    """Makes ``module`` what it was before: its class, and float Parameters that hold the dequantised weights."""
+    floats = {name: module.dequantize(name) for name in module.packed_weights}
+    base = float_class(module)
+    for name, weight in floats.items():
+        del module._parameters[name + CODES]
+        for suffix in (*SUFFIXES[1:], FORMAT):
+            module._buffers.pop(name + suffix, None)
+        module._parameters[name] = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
+    del module.__dict__["packed_weights"]
+    object.__setattr__(module, "__class__", base)
+
+
 def is_codes(name: str, tensor: Tensor | None) -> bool:
     """Whether a Parameter is the codes of a packed weight."""
     return name.endswith(CODES) and tensor is not None and tensor.dtype == torch.int8

@@ -18,6 +18,7 @@ from torch.fx import Graph
 
 from ..graph.count import count_ops
 from . import Report, run_passes
+from .install import cancel
 
 log = logging.getLogger("int8fx")
 
@@ -63,7 +64,8 @@ PASSES = Int8fxPasses()
 def install() -> None:
     """Appends `PASSES` to Inductor's ``joint_custom_pre_pass``, after passes that others installed; again is a no-op.
 
-    `int8fx.convert` calls this, so that plain ``torch.compile(model)`` runs the passes. `uninstall` removes it.
+    `int8fx.convert` arranges this (`install.install_when_imported`), so that plain ``torch.compile(model)`` runs the
+    passes. `uninstall` removes it.
     """
     present = installed_passes()
     if PASSES not in present:
@@ -72,6 +74,7 @@ def install() -> None:
 
 def uninstall() -> None:
     """Removes `PASSES` from Inductor's list; the passes of others stay."""
+    cancel()
     if PASSES in installed_passes():
         others = [p for p in installed_passes() if p is not PASSES]
         config.joint_custom_pre_pass = others or None
