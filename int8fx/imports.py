@@ -22,22 +22,13 @@ def when_imported(module: str, callback: Callable[[], None]) -> None:
     """
     with _lock:
         if module not in sys.modules:
-            _pending.setdefault(module, []).append(callback)
+            callbacks = _pending.setdefault(module, [])
+            if callback not in callbacks:
+                callbacks.append(callback)
             if _FINDER not in sys.meta_path:
                 sys.meta_path.insert(0, _FINDER)
             return
     callback()
-
-
-def forget(module: str, callback: Callable[[], None]) -> None:
-    """Takes back a `when_imported` that has not happened."""
-    with _lock:
-        callbacks = _pending.get(module, [])
-        if callback in callbacks:
-            callbacks.remove(callback)
-        if not callbacks:
-            _pending.pop(module, None)
-        _leave()
 
 
 def _leave() -> None:

@@ -16,8 +16,8 @@ from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from ..imports import when_imported
 from ..ops import native
-from ..passes.install import install_when_imported
 from ..schemes import LLMInt8, Rotated, Scheme, llm_int8
 from ..schemes.calibration import Calibration
 from ..terminal import show_progress
@@ -180,6 +180,12 @@ def prepare(
     return Prepared(root, chosen, quantizer, reasons, len(chosen), on_cpu)
 
 
+def _install_passes() -> None:
+    from ..passes.inductor import install
+
+    install()
+
+
 AFTER_CONVERSION: list[Callable[[Any], None]] = []
 """Called with each converted model. Integrations append to it: imports go one way, so this file cannot call them."""
 
@@ -188,10 +194,16 @@ def finish(model: Any, prepared: Prepared) -> None:
     """Records what a conversion did, once the layers are packed, and makes ready what will run them."""
     setattr(prepared.root, LEFT, prepared.reasons)
     log.info("convert: %d weights to int8; left: %s", prepared.count, _counts(prepared.reasons) or "none")
-    install_when_imported()
+    when_imported("torch._inductor.config", _install_passes)  # a process that stays eager never imports it
     if prepared.on_cpu:
         native.load()  # now, with a line on stderr if they must be built first, and not in the first forward
-    for call in AFTER_CONVERSION:
+    for call in def _install_passes() -> None:
+    from ..passes.inductor import install
+
+    install()
+
+
+AFTER_CONVERSION:
         call(model)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -303,6 +304,7 @@ def describe(model: Any, quantizer: Int8FxQuantizer | None = None) -> None:
     of: Any = model
     of.hf_quantizer, of.config.quantization_config = quantizer, config
     of.is_quantized, of.quantization_method, of.is_loaded_in_8bit = True, METHOD, True
+    of.half, of.float = (MethodType(cast, model) for cast in (nn.Module.half, nn.Module.float))  # not refused here
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
@@ -397,7 +399,7 @@ def _renamings(model: Any, quantizer: Int8FxQuantizer) -> list[WeightRenaming]:
 
 
 def _packed_in(files: Any) -> dict[str, dict[str, Any]]:
-    """Weight name -> part -> (file, key), for the packed weights in safetensors files, of which a part may be missing."""
+    """Weight name -> part -> (file, key), for the packed weights in safetensors files. A part may be missing."""
     keys = _files_of(files)
     weights = {key.removesuffix(part) for part in (CODES, FORMAT) for key in keys if key.endswith(part)}
     return {

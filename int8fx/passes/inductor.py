@@ -18,7 +18,6 @@ from torch.fx import Graph
 
 from ..graph.count import count_ops
 from . import Report, run_passes
-from .install import cancel
 
 log = logging.getLogger("int8fx")
 
@@ -64,7 +63,7 @@ PASSES = Int8fxPasses()
 def install() -> None:
     """Appends `PASSES` to Inductor's ``joint_custom_pre_pass``, after passes that others installed; again is a no-op.
 
-    `int8fx.convert` arranges this (`install.install_when_imported`), so that plain ``torch.compile(model)`` runs the
+    `int8fx.convert` arranges that it runs when Inductor is imported, so that plain ``torch.compile(model)`` runs the
     passes. `uninstall` removes it.
     """
     present = installed_passes()
@@ -74,7 +73,6 @@ def install() -> None:
 
 def uninstall() -> None:
     """Removes `PASSES` from Inductor's list; the passes of others stay."""
-    cancel()
     if PASSES in installed_passes():
         others = [p for p in installed_passes() if p is not PASSES]
         config.joint_custom_pre_pass = others or None
