@@ -18,7 +18,8 @@ from ..schemes import LLMInt8, Rotated, Scheme, llm_int8
 from ..schemes.calibration import Calibration
 from ..terminal import show_progress
 from . import modules
-from .layers import Layer, PackedLayer, check_modules, choose, decide, grouped, refuse_converted
+from .decide import decide
+from .layers import Layer, PackedLayer, check_modules, choose, grouped, refuse_converted
 from .quantizer import Columns, Quantizer
 from .selection import Choice, Selection
 
@@ -94,8 +95,9 @@ def convert(
         model: an ``nn.Module``, a ``torch.fx.GraphModule`` or a ``torch.export.ExportedProgram``.
         scheme: `llm_int8()` by default; `rotated()`, or a scheme for each layer as `plan` returns it.
         select: the layers to convert: names or patterns as in ``model.layers.*.q_proj`` or ``lm_head``, or a function
-            (name, module) -> bool. By default all but output embeddings, routers and 1x1 convolutions; these can be
-            selected. Not with a plan, which names its layers.
+            (name, module) -> bool. By default all but output embeddings, heads for a task, routers, 1x1 convolutions,
+            what a transformers model keeps in float32, and weights that require grad while others are frozen; these can
+            be selected. Not with a plan, which names its layers.
         skip: the layers not to convert, in the same form.
         calibration: what `calibrate` returned for this model. Schemes choose their unquantised columns according to it.
             For a layer without data, they are the columns of largest weight, the same for all such weights of one
