@@ -18,7 +18,7 @@ from ..schemes import LLMInt8, Rotated, Scheme, llm_int8
 from ..schemes.calibration import Calibration
 from ..terminal import show_progress
 from . import modules
-from .decide import decide
+from .decide import decide, mostly_left
 from .layers import Layer, PackedLayer, check_modules, choose, grouped, refuse_converted
 from .quantizer import Columns, Quantizer
 from .selection import Choice, Selection
@@ -89,7 +89,9 @@ def convert(
     a float32 scale per output channel. Where a module still multiplies by dequantised weights, ``torch.compile(model)``
     rewrites these matmuls: the passes are appended to Inductor's list (`int8fx.uninstall` removes them).
 
-    One line at level INFO of the logger ``int8fx`` counts what was converted, and what was not and why.
+    One line at level INFO of the logger ``int8fx`` counts what was converted, and what was not and why. A UserWarning
+    says so if, without ``select``, more than half of the bytes stay as they are. Embeddings, heads, what is trained and
+    what ``skip`` names are not counted.
 
     Args:
         model: an ``nn.Module``, a ``torch.fx.GraphModule`` or a ``torch.export.ExportedProgram``.
@@ -137,13 +139,15 @@ def convert(
     quantizer = Quantizer(schemes, calibration, columns, show)
     quantizer.check(chosen)
     reasons = {layer.name: layer.reason for layer in layers if layer.reason is not None}
-    count = len(chosen)
+    count, warning = len(chosen), mostly_left(layers) if choice.by_default else None
     del layers  # they hold references to float weights, which are to be freed
     setattr(root, LEFT, reasons)
     kind.pack(model, chosen, quantizer)
     log.info("convert: %d weights to int8; left: %s", count, _counts(reasons) or "none")
     if not count:
         warnings.warn("int8fx.convert: no layer was converted; int8fx.summary(model) says why", stacklevel=2)
+    elif warning:
+        warnings.warn(f"int8fx.convert: {warning}", stacklevel=2)
     from ..passes.inductor import install  # it loads Inductor, which `import int8fx` does not
 
     install()

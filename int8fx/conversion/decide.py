@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from torch import nn
 
 from .defaults import leave_by_default
-from .layers import Layer, grouped, packed_layers, refuse_converted, walk
+from .layers import HEAD, TASK_HEAD, TRAINABLE, TRAINED_WHOLE, Layer, grouped, packed_layers, refuse_converted, walk
 from .packed import clash
-from .recipes import NO_PRODUCT, Kind, Recipe
+from .recipes import NO_PRODUCT, TABLE, Kind, Recipe
 from .selection import Choice
 
 
@@ -41,6 +41,27 @@ def decide(model: nn.Module, layers: Iterable[Layer], choice: Choice) -> list[La
         leave_by_default(model, layers)
     _agree_on_ties(layers)
     return layers
+
+
+EXPECTED_TO_STAY = (TABLE, HEAD, TASK_HEAD, TRAINABLE, TRAINED_WHOLE, "skipped")
+
+
+def mostly_left(layers: list[Layer]) -> str | None:
+    """A warning that more than half of the bytes of a model stay as they are, None if that is not so.
+
+    Counted are weights that a user would expect to become int8: not embeddings, heads, and what is trained or skipped.
+    Layers are those of `decide`, by default.
+    """
+    weights = {id(layer.weight): layer for layer in layers if layer.reason not in EXPECTED_TO_STAY}
+    left = [layer for layer in weights.values() if layer.reason is not None]
+    size, size_left = (sum(layer.weight.nbytes for layer in group) for group in (weights.values(), left))
+    if 2 * size_left <= size:
+        return None
+    largest = max(left, key=lambda layer: layer.weight.nbytes)
+    return (
+        f"{100 * size_left / size:.0f} % of the weight bytes beside embeddings and heads stay as they are. The largest "
+        f"is {largest.name} {list(largest.weight.shape)}: {largest.reason}. int8fx.summary(model) lists all"
+    )
 
 
 def _agree_on_ties(layers: list[Layer]) -> None:
