@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..conversion.layers import Layer, plan
+from ..conversion.decide import plan
+from ..conversion.layers import Layer
 from ..conversion.quantizer import Columns, Quantizer
 from ..schemes import Scheme
 from ..schemes.calibration import Calibration

@@ -22,7 +22,8 @@ from ..schemes import LLMInt8, Rotated, Scheme, llm_int8
 from ..schemes.calibration import Calibration
 from ..terminal import show_progress
 from . import modules
-from .layers import Layer, PackedLayer, check_modules, choose, decide, grouped, refuse_converted
+from .decide import decide, mostly_left
+from .layers import Layer, PackedLayer, check_modules, choose, grouped, refuse_converted
 from .quantizer import Columns, Quantizer
 from .selection import Choice, Selection
 
@@ -92,14 +93,17 @@ def convert(
     a float32 scale per output channel. Where a module still multiplies by dequantised weights, ``torch.compile(model)``
     rewrites these matmuls: the passes are appended to Inductor's list (`int8fx.uninstall` removes them).
 
-    One line at level INFO of the logger ``int8fx`` counts what was converted, and what was not and why.
+    One line at level INFO of the logger ``int8fx`` counts what was converted, and what was not and why. A UserWarning
+    says so if, without ``select``, more than half of the bytes stay as they are. Embeddings, heads, what is trained and
+    what ``skip`` names are not counted.
 
     Args:
         model: an ``nn.Module``, a ``torch.fx.GraphModule`` or a ``torch.export.ExportedProgram``.
         scheme: `llm_int8()` by default; `rotated()`, or a scheme for each layer as `plan` returns it.
         select: the layers to convert: names or patterns as in ``model.layers.*.q_proj`` or ``lm_head``, or a function
-            (name, module) -> bool. By default all but output embeddings, routers and 1x1 convolutions; these can be
-            selected. Not with a plan, which names its layers.
+            (name, module) -> bool. By default all but output embeddings, heads for a task, routers, 1x1 convolutions,
+            what a transformers model keeps in float32, and weights that require grad while others are frozen; these can
+            be selected. Not with a plan, which names its layers.
         skip: the layers not to convert, in the same form.
         calibration: what `calibrate` returned for this model. Schemes choose their unquantised columns according to it.
             For a layer without data, they are the columns of largest weight, the same for all such weights of one
@@ -118,8 +122,6 @@ def convert(
     prepared = prepare(model, scheme, select=select, skip=skip, calibration=calibration, progress=progress)
     kind_of(model, "convert").pack(model, prepared.chosen, prepared.quantizer)
     finish(model, prepared)
-    if not prepared.count:
-        warnings.warn("int8fx.convert: no layer was converted; int8fx.summary(model) says why", stacklevel=2)
     return model
 
 
@@ -128,10 +130,10 @@ class Prepared:
     """A conversion that has been decided on and checked, before any weight is packed.
 
     root: the module that holds `LEFT`.
-    chosen: the layers to pack. They hold references to float weights.
+    chosen: the layers to pack.
     quantizer: quantises their weights.
     reasons: layer name -> why it is not converted.
-    count: how many layers were chosen.
+    warning: what to tell the user when it is done, or None.
     on_cpu: whether one of them is on the CPU.
     """
 
@@ -139,7 +141,7 @@ class Prepared:
     chosen: list[Layer]
     quantizer: Quantizer
     reasons: dict[str, str]
-    count: int
+    warning: str | None
     on_cpu: bool
 
 
@@ -176,8 +178,11 @@ def prepare(
     quantizer = Quantizer(schemes, calibration, Columns(calibration, chosen), _progress(chosen, progress))
     quantizer.check(chosen)
     reasons = {layer.name: layer.reason for layer in layers if layer.reason is not None}
+    warning = mostly_left(layers) if choice.by_default else None
+    if not chosen:
+        warning = "no layer was converted; int8fx.summary(model) says why"
     on_cpu = any(layer.weight.device.type == "cpu" and not isinstance(layer.weight, FakeTensor) for layer in chosen)
-    return Prepared(root, chosen, quantizer, reasons, len(chosen), on_cpu)
+    return Prepared(root, chosen, quantizer, reasons, warning, on_cpu)
 
 
 def _install_passes() -> None:
@@ -193,17 +198,13 @@ AFTER_CONVERSION: list[Callable[[Any], None]] = []
 def finish(model: Any, prepared: Prepared) -> None:
     """Records what a conversion did, once the layers are packed, and makes ready what will run them."""
     setattr(prepared.root, LEFT, prepared.reasons)
-    log.info("convert: %d weights to int8; left: %s", prepared.count, _counts(prepared.reasons) or "none")
+    log.info("convert: %d weights to int8; left: %s", len(prepared.chosen), _counts(prepared.reasons) or "none")
+    if prepared.warning is not None:
+        warnings.warn(f"int8fx.convert: {prepared.warning}", stacklevel=3)
     when_imported("torch._inductor.config", _install_passes)  # a process that stays eager never imports it
     if prepared.on_cpu:
         native.load()  # now, with a line on stderr if they must be built first, and not in the first forward
-    for call in def _install_passes() -> None:
-    from ..passes.inductor import install
-
-    install()
-
-
-AFTER_CONVERSION:
+    for call in AFTER_CONVERSION:
         call(model)
 
 

@@ -1,23 +1,25 @@
-"""The weights of a model: lists them, and decides which of them `convert` converts and why not the others."""
+"""The weights of a model: lists them, and refuses those that cannot be packed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from ..schemes.quantize import INT8_MAX, MAX_K
-from .packed import PackedModule, Reading, clash, is_codes, join
-from .recipes import NO_PRODUCT, Kind, Recipe, matrices, recipe_for, uninitialized
+from .packed import PackedModule, Reading, is_codes, join
+from .recipes import Recipe, matrices, recipe_for, uninitialized
 from .selection import Choice
 
 HEAD = "the output embeddings: left in 16 bits unless selected"
+TASK_HEAD = "the head for a task: left in 16 bits unless selected"
 ROUTER = "the router of experts: left in 16 bits unless selected"
+TRAINABLE = "trainable: other weights are frozen, so it is being trained; left unless selected"
+TRAINED_WHOLE = "trainable: PEFT trains a copy of its module (modules_to_save); left unless selected"
 
 
 @dataclass
@@ -122,92 +124,6 @@ def quantised_by(module: nn.Module) -> str | None:
 
 def _package(value: object) -> str:
     return type(value).__module__.partition(".")[0]
-
-
-# ---- deciding what to convert ---------------------------------------------------------------------------------------
-
-
-def plan(model: nn.Module) -> list[Layer]:
-    """What ``convert(model)`` would do with each weight: `Layer.reason` is None for those that it would convert.
-
-    Raises:
-        ValueError: a layer is converted already.
-    """
-    refuse_converted(packed_layers(model), Choice())
-    return decide(model, walk(model), Choice())
-
-
-def decide(model: nn.Module, layers: Iterable[Layer], choice: Choice) -> list[Layer]:
-    """The ``layers`` of ``model``, with `Layer.reason` set for each that ``choice`` excludes or that is unsuitable."""
-    layers = list(layers)
-    heads = _output_embeddings(model, layers)
-    for layer in layers:
-        names = (layer.name, *layer.aliases)
-        selected = choice.selects(names, layer.module)
-        if choice.skips(names, layer.module):
-            layer.reason = "skipped"
-        elif layer.layout is None:
-            layer.reason = layer.recipe.refused.get(layer.parameter, NO_PRODUCT)
-        elif (taken := clash(layer.module, layer.parameter)) is not None:
-            layer.reason = f"its module already has a {taken!r}"
-        elif not choice.by_default:
-            layer.reason = None if selected else "not selected"
-        elif id(layer.module) in heads:
-            layer.reason = HEAD
-        elif layer.recipe.on_request:
-            layer.reason = layer.recipe.on_request
-    if choice.by_default:
-        _leave_routers(layers)
-    _agree_on_ties(layers)
-    return layers
-
-
-def _output_embeddings(model: nn.Module, layers: list[Layer]) -> set[int]:
-    """The ids of modules that are output embeddings."""
-    tables = {id(layer.weight) for layer in layers if isinstance(layer.module, nn.Embedding)}
-    heads = {id(layer.module) for layer in layers if id(layer.weight) in tables}
-    heads |= {id(layer.module) for layer in layers if layer.name.rpartition(".")[2] == "lm_head"}
-    for module in model.modules():
-        get: Any = getattr(module, "get_output_embeddings", None)
-        if callable(get):
-            with suppress(NotImplementedError, AttributeError):  # backbones have the method and no embeddings
-                heads.add(id(get()))
-    return heads
-
-
-def _leave_routers(layers: list[Layer]) -> None:
-    """Excludes routers, which choose experts by small differences.
-
-    A router is a linear layer in the block that holds the experts, with as many outputs as there are experts.
-    """
-    experts_in = {}  # "mlp." of "mlp.experts.down_proj" -> the number of experts
-    for layer in layers:
-        if layer.layout is not None and layer.oriented().dim() == 3:  # a 1x1 convolution has a dimension more
-            block = layer.name.rpartition(".")[0].rpartition(".")[0]
-            experts_in[block + "." if block else ""] = layer.weight.shape[0]
-    for layer in layers:
-        if layer.reason is None and layer.weight.dim() == 2:
-            outputs = layer.oriented().shape[0]
-            if any(layer.name.startswith(block) and outputs == experts for block, experts in experts_in.items()):
-                layer.reason = ROUTER
-
-
-def _agree_on_ties(layers: list[Layer]) -> None:
-    """Converts layers that share a Parameter together or not at all: an embedding with its selected head."""
-    for tied in grouped(layers, lambda layer: id(layer.weight)):
-        if len(tied) == 1 or all(layer.reason is not None for layer in tied):
-            continue
-        for layer in tied:
-            if layer.recipe.kind is Kind.EMBEDDING and layer.reason is not None and layer.reason != "skipped":
-                layer.recipe = Recipe({layer.parameter: layer.layout or "NK"}, Kind.EMBEDDING)
-                layer.reason = None
-        left = next((layer for layer in tied if layer.reason is not None), None)
-        for layer in tied:
-            other = next((o for o in tied if o.layout != layer.layout), None)
-            if left is not None:
-                layer.reason = layer.reason or f"tied to {left.name}, which is not converted"
-            elif other is not None:
-                layer.reason = f"its weight is shared with {other.name}, which uses it transposed"
 
 
 def grouped(layers: Iterable[Layer], key: Callable[[Layer], int]) -> list[list[Layer]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from torch import nn
@@ -13,6 +13,7 @@ from .usage import MIXED, read_usage
 TABLE = "an embedding: rows are looked up, no matmul"
 CONVOLUTION = "a 1x1 convolution: converted if selected"
 NO_PRODUCT = "not the weight of a matmul"
+UNREAD = "its use cannot be determined: its module was not seen to read it"
 
 
 class Kind(Enum):
@@ -77,9 +78,12 @@ def recipe_for(module: nn.Module) -> Recipe:
     if not names:
         return Recipe()
     try:
-        return recipe_of_usage(read_usage(module), names)
+        usage = read_usage(module)
     except ValueError as error:
         return Recipe(refused=dict.fromkeys(names, f"its use cannot be determined: {error}"))
+    recipe = recipe_of_usage(usage.layouts, names)
+    unread = {name: UNREAD for name in recipe.refused if name in usage.unread}
+    return replace(recipe, refused=recipe.refused | unread)
 
 
 def recipe_of_usage(usage: dict[str, str | None], names: list[str]) -> Recipe:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..schemes.weight import PackedTensors
 from ..terminal import table
 from .convert import LEFT, kind_of
-from .layers import Layer, PackedLayer, decide
+from .decide import decide
+from .layers import Layer, PackedLayer
 from .packed import PackedModule, float_class, tensors_of
 from .selection import Choice
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dis
 import inspect
+import operator
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
-from torch.fx.proxy import GraphAppendingTracer
+from torch.fx.proxy import GraphAppendingTracer, Proxy
 
 from ..graph.products import read_product
+from ..graph.weights import follow
 
 MIXED = "its matmuls use it in different layouts"
 
@@ -44,32 +47,133 @@ def read_layouts(graph: Graph, weight_of: Callable[[Node], Tensor | None]) -> di
     return {key: used.pop() if len(used) == 1 else None for key, used in layouts.items() if used != {None}}
 
 
-def read_usage(module: nn.Module) -> dict[str, str | None]:
+class Usage(NamedTuple):
+    """How a forward uses the Parameters that its module itself holds.
+
+    layouts: Parameter name -> its entry in `read_layouts`.
+    unread: the names of Parameters that the forward does not read at all.
+    """
+
+    layouts: dict[str, str | None]
+    unread: set[str]
+
+
+def read_usage(module: nn.Module) -> Usage:
     """How ``module.forward`` uses the Parameters that the module itself holds. The module is not changed.
 
-    Returns:
-        Parameter name -> its entry in `read_layouts`, from a symbolic run of the forward.
+    The forward runs on symbols instead of tensors. Where its control flow depends on them, the rule is that a weight is
+    used alike in each round of a loop and for each entry of an index:
+
+    - a condition is taken both ways, in runs of their own, up to `RUNS` runs and `CONDITIONS` conditions in a run;
+    - a loop over a symbol runs its body once, and ``int`` or ``float`` of a symbol is 1;
+    - ``w[symbol]`` is one entry of ``w``, such as the weight of one expert.
+
+    A run may end with an error that the forward itself raises.
 
     Raises:
-        ValueError: the forward cannot be run on symbols (control flow that depends on tensors or their shapes).
+        ValueError: the forward cannot be run on symbols.
     """
-    recorder = _Recorder()
-    try:
-        names = _run_on_symbols(module, recorder)
-    except Exception as error:
-        raise ValueError(f"forward cannot be traced ({type(error).__name__}: {error})") from error
-    layouts = read_layouts(recorder.graph, lambda node: module._parameters[names[node]] if node in names else None)
-    return {name: layouts[id(p)] for name, p in module._parameters.items() if id(p) in layouts}
+    parameters = {name: p for name, p in module._parameters.items() if p is not None}
+    layouts: dict[int, set[str | None]] = {}
+    changed: set[int] = set()
+    read: set[int] = set()
+    for run in _runs(module):
+        weights = {node: parameters[name] for node, name in run.names.items()}
+        for key, layout in read_layouts(run.graph, weights.get).items():
+            layouts.setdefault(key, set()).add(layout)
+        shapes = {node: weight.shape for node, weight in weights.items()}
+        changed |= {id(weight) for node, weight in weights.items() if follow(node, shapes.get) is None}
+        read |= {id(weight) for node, weight in weights.items() if node.users}
+    agreed = {key: used.pop() if len(used) == 1 else None for key, used in layouts.items() if key not in changed}
+    return Usage(
+        {name: agreed[id(p)] for name, p in parameters.items() if id(p) in agreed},
+        {name for name, p in parameters.items() if id(p) not in read},
+    )
 
 
 # ---- running a forward on symbols -----------------------------------------------------------------------------------
 
+RUNS = 32
+CONDITIONS = 12
+
+
+class _Enough(Exception):
+    """A run has met `CONDITIONS` conditions."""
+
+
+class _Run(NamedTuple):
+    """One run of a forward: its graph, and which node stands for which Parameter."""
+
+    graph: Graph
+    names: dict[Node, str]
+
+
+def _runs(module: nn.Module) -> list[_Run]:
+    """Runs of the forward on symbols, one for each way through its conditions.
+
+    Ways that differ in an early condition come first.
+    """
+    ways: deque[tuple[bool, ...]] = deque([()])
+    runs: list[_Run] = []
+    while ways and len(runs) < RUNS:
+        way = ways.popleft()
+        recorder = _Recorder(way)
+        names: dict[Node, str] = {}
+        try:
+            _run_on_symbols(module, recorder, names)
+        except Exception as error:
+            if not (isinstance(error, _Enough) or _is_raised_by_forward(error)):
+                raise ValueError(f"forward cannot be traced ({type(error).__name__}: {error})") from error
+        taken = recorder.conditions
+        ways.extend((*taken[:i], not taken[i]) for i in range(len(way), len(taken)))
+        runs.append(_Run(recorder.graph, names))
+    return runs
+
+
+def _is_raised_by_forward(error: Exception) -> bool:
+    """Whether a ``raise`` or ``assert`` of the forward, or of what it calls outside of torch, raised ``error``."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return False
+    code, module = traceback.tb_frame.f_code, traceback.tb_frame.f_globals.get("__name__", "")
+    is_raise = dis.opname[code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"
+    return is_raise and module.partition(".")[0] != "torch"
+
+
+class _Symbol(Proxy):
+    """Stands for a value of any type."""
+
+    tracer: _Recorder
+
+    def __int__(self) -> int:
+        return 1
+
+    __index__ = __int__
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, _entry(index)), {})
+
+
+def _entry(index: Any) -> Any:
+    """``index``, with a number in place of each symbol but in slices."""
+    if isinstance(index, tuple):
+        return tuple(map(_entry, index))
+    return 0 if isinstance(index, Proxy) else index
+
 
 class _Recorder(GraphAppendingTracer):
-    """Records what is done with proxies. Unlike ``torch.fx.Tracer`` it patches nothing that other threads use."""
+    """Records what is done with proxies. Unlike ``torch.fx.Tracer`` it patches nothing that other threads use.
 
-    def __init__(self) -> None:
+    Args:
+        way: what its first conditions are; all others are False.
+    """
+
+    def __init__(self, way: tuple[bool, ...]) -> None:
         super().__init__(Graph())
+        self.way = way
+        self.conditions: tuple[bool, ...] = ()
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor):  # a buffer, or a Parameter of a child; its name is not needed
@@ -79,14 +183,28 @@ class _Recorder(GraphAppendingTracer):
         except NotImplementedError:  # an object of a type that only the called function handles
             return None
 
+    def proxy(self, node: Node) -> Proxy:
+        return _Symbol(node, self)
 
-def _run_on_symbols(module: nn.Module, recorder: _Recorder) -> dict[Node, str]:
-    """Runs a copy of ``module`` whose Parameters are proxies; returns which node stands for which Parameter."""
+    def to_bool(self, obj: Proxy) -> bool:
+        count = len(self.conditions)
+        if count == CONDITIONS:
+            raise _Enough
+        self.conditions += (count < len(self.way) and self.way[count],)
+        return self.conditions[-1]
+
+    def iter(self, obj: Proxy) -> Iterator:
+        return iter([self.create_proxy("call_function", operator.getitem, (obj, 0), {})])
+
+
+def _run_on_symbols(module: nn.Module, recorder: _Recorder, names: dict[Node, str]) -> None:
+    """Runs a copy of ``module`` whose Parameters are proxies; notes in ``names`` which Parameter a node stands for."""
     twin = _Twins(recorder).of(module)
     del vars(twin)["forward"]
     present = {name for name, p in module._parameters.items() if p is not None}
     vars(twin)["_parameters"] = dict.fromkeys(module._parameters.keys() - present)
     proxies = {name: recorder.create_proxy("get_attr", name, (), {}) for name in present}
+    names.update((proxy.node, name) for name, proxy in proxies.items())
     vars(twin).update(proxies)
     forward = type(module).forward
     signature = inspect.signature(forward)
@@ -102,7 +220,6 @@ def _run_on_symbols(module: nn.Module, recorder: _Recorder) -> dict[Node, str]:
         bound = signature.bind(twin, **args)
     with torch.random.fork_rng(devices=[]):
         forward(*bound.args, **bound.kwargs)
-    return {proxy.node: name for name, proxy in proxies.items()}
 
 
 _HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]

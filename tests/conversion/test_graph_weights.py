@@ -142,8 +142,9 @@ def test_whole_models(name, kind):
     model = First(model)
     y_float = run(model, inputs)
     program = PROGRAMS[kind](copy.deepcopy(model), inputs)
-    int8fx.convert(program)
     int8fx.convert(model)
+    kept = [n for n, reason in reasons(model).items() if reason.startswith("kept in float32")]  # no graph knows of it
+    int8fx.convert(program, skip=kept)
     expected = converted_names(model)
     if kind == "decomposed":  # which takes out what the first output does not need
         expected -= {"model.pooler.dense"}

@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 import int8fx
 from int8fx.conversion.layers import HEAD, ROUTER, Layer, layer_name
 from int8fx.conversion.packed import PackedModule
-from int8fx.conversion.recipes import NO_PRODUCT, Recipe
+from int8fx.conversion.recipes import NO_PRODUCT, UNREAD, Recipe
 from int8fx.conversion.usage import MIXED
 from int8fx.graph.count import count_ops
 from int8fx.schemes.quantize import dequantize, quantize_weight
@@ -300,10 +300,27 @@ def test_buffers_are_never_packed():
 
 
 def test_a_forward_that_cannot_be_traced_is_left():
-    model = Bare("w", forward=lambda self, x: x @ self.w if x.sum() > 0 else x)
+    model = Bare("w", forward=lambda self, x: x @ self.w * len(x))
     with pytest.warns(UserWarning, match="no layer was converted"):
         int8fx.convert(model)
     assert "its use cannot be determined: forward cannot be traced" in reasons(model)["w"]
+
+
+def test_a_parameter_that_another_module_multiplies_by_is_left():
+    """As in DBRX, whose experts read the Parameters of a module that they hold."""
+
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.holder, self.proj = Bare("w", forward=lambda self, x, w: x @ w), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.holder(self.proj(x), self.holder.w)
+
+    model, x = Reader(), torch.randn(3, 8)
+    int8fx.convert(model)
+    assert reasons(model) == {"holder.w": UNREAD}
+    assert model(x).shape == (3, 8)
 
 
 @pytest.mark.parametrize(("name", "router"), [("mixtral", "mlp.gate"), ("gpt_oss", "mlp.router")])

@@ -35,11 +35,11 @@ EXPECTED = {
         "mlp.experts.down_proj")},
     "t5": {f"encoder.block.{i}.layer.{n}" for i in (0, 1) for n in (
         "0.SelfAttention.q", "0.SelfAttention.k", "0.SelfAttention.v", "0.SelfAttention.o",
-        "1.DenseReluDense.wi_0", "1.DenseReluDense.wi_1", "1.DenseReluDense.wo")}
+        "1.DenseReluDense.wi_0", "1.DenseReluDense.wi_1")}
     | {f"decoder.block.{i}.layer.{n}" for i in (0, 1) for n in (
         "0.SelfAttention.q", "0.SelfAttention.k", "0.SelfAttention.v", "0.SelfAttention.o",
         "1.EncDecAttention.q", "1.EncDecAttention.k", "1.EncDecAttention.v", "1.EncDecAttention.o",
-        "2.DenseReluDense.wi_0", "2.DenseReluDense.wi_1", "2.DenseReluDense.wo")},
+        "2.DenseReluDense.wi_0", "2.DenseReluDense.wi_1")},
     "bert": {f"encoder.layer.{i}.{n}" for i in (0, 1) for n in (
         "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
         "intermediate.dense", "output.dense")} | {"pooler.dense"},

@@ -14,16 +14,18 @@ import torch.nn.functional as F
 from support.graphs import random
 from torch import nn
 
+from int8fx.conversion import usage
 from int8fx.conversion.usage import read_usage
 
 
 class Module(nn.Module):
-    """Parameters w [6, 6] (square: only its use tells which way round it is), e [3, 6, 6] and b [6]."""
+    """Parameters w [6, 6] (square: only its use tells which way round it is), e and e2 [3, 6, 6] and b [6]."""
 
     def __init__(self) -> None:
         super().__init__()
         self.w = nn.Parameter(random(6, 6))
         self.e = nn.Parameter(random(3, 6, 6))
+        self.e2 = nn.Parameter(random(3, 6, 6))
         self.b = nn.Parameter(random(6))
         self.register_buffer("table", random(6, 6))
         self.child = nn.Linear(6, 6)
@@ -35,7 +37,7 @@ class Module(nn.Module):
 
 
 def usage_of(forward) -> dict[str, str | None]:
-    return read_usage(type("Module", (Module,), {"forward": forward})())
+    return read_usage(type("Module", (Module,), {"forward": forward})()).layouts
 
 
 NK, KN = {"w": "NK"}, {"w": "KN"}
@@ -118,18 +120,109 @@ def test_a_parameter_that_is_read_in_different_ways_has_no_layout(name):
     assert list(usage_of(DIFFERENT[name]).values()) == [None]
 
 
-def _loops(self, x):
+def _while(self, x):
     while x.sum() > 0:
         x = F.linear(x, self.w)
     return x
 
 
+def _hit_experts(self, x, ids):
+    """As experts of transformers are written."""
+    y = torch.zeros_like(x)
+    mask = F.one_hot(ids, num_classes=4).permute(2, 1, 0)
+    for expert in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+        expert = expert[0]
+        if expert == 3:
+            continue
+        _, token = torch.where(mask[expert])
+        gate, up = F.linear(x[token], self.e[expert]).chunk(2, dim=-1)
+        y.index_add_(0, token, (gate.relu() * up) @ self.e2[expert])
+    return y
+
+
+def _numbered_experts(self, x, ids):
+    if ids.numel() == 0:
+        return x
+    for expert in ids.unique():
+        number = int(expert.item())
+        x = self.child(x) if number >= 3 or self.e is None else F.linear(x, self.e[number])
+    return x
+
+
+def _raises(self, x):
+    if x.dim() != 3:
+        raise ValueError("three dimensions")
+    assert x.shape[0] > 1
+    return F.linear(x, self.w)
+
+
+def _early_exits(self, x):
+    for limit in range(20):
+        if x.sum() > limit:
+            return x
+    return F.linear(x, self.w)
+
+
+FOLLOWED = {
+    "a condition": (lambda self, x: F.linear(x, self.w) if x.sum() > 0 else x, NK),
+    "the other side of a condition": (lambda self, x: x if x.sum() > 0 else F.linear(x, self.w), NK),
+    "a condition on a shape": (lambda self, x: F.linear(x, self.w) if x.shape[0] > 1 else x, NK),
+    "alike on both sides": (lambda self, x: x @ self.w if x.sum() > 0 else (2 * x) @ self.w, KN),
+    "nested conditions": (lambda self, x: (x @ self.w if x.min() > 0 else x) if x.max() > 0 else -x, KN),
+    "a loop while a condition holds": (_while, NK),
+    "rows": (lambda self, x: [F.linear(row, self.w) for row in x], NK),
+    "experts of a Parameter": (lambda self, x: [x @ w for w in self.e], {"e": "KN"}),
+    "as many rounds as rows": (lambda self, x: [x[i] @ self.e[i] for i in range(x.shape[0])], {"e": "KN"}),
+    "experts that were hit": (_hit_experts, {"e": "NK", "e2": "KN"}),
+    "experts by number": (_numbered_experts, {"e": "NK"}),
+    "an expert by a symbol": (lambda self, x, i: F.linear(x, self.e[i]), {"e": "NK"}),
+    "an expert and a view": (lambda self, x, i: x @ self.e[i, None].mT, {"e": "NK"}),
+    "errors on the way": (_raises, NK),
+    "a number": (lambda self, x: F.linear(x, self.w) * float(x.sum()), NK),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_control_flow_that_depends_on_tensors_is_followed(name):
+    forward, expected = FOLLOWED[name]
+    assert usage_of(forward) == expected
+
+
+NOT_THE_SAME = {
+    "each side its own way": (lambda self, x: x @ self.w if x.sum() > 0 else F.linear(x, self.w), {"w": None}),
+    "changed on one side": (lambda self, x: x @ self.w if x.sum() > 0 else self.w.zero_(), {}),
+    "changed in a loop": (lambda self, x: [self.w.mul_(row) for row in x] and x @ self.w, {}),
+    "rows by ids": (lambda self, x, ids: F.linear(x, self.w[ids]), {}),
+    "experts of a batch": (lambda self, x, ids: torch.bmm(x, self.e[ids]), {}),
+    "behind more conditions than are followed": (_early_exits, {}),
+}
+
+
+@pytest.mark.parametrize("name", NOT_THE_SAME)
+def test_near_misses_of_control_flow(name):
+    forward, expected = NOT_THE_SAME[name]
+    assert usage_of(forward) == expected
+
+
+def test_many_conditions_are_followed_within_limits():
+    runs = []
+
+    def forward(self, x):
+        runs.append(1)
+        for i in range(10):
+            if x.sum() > i:
+                x = x + i
+        return F.linear(x, self.w)
+
+    assert usage_of(forward) == NK
+    assert len(runs) == usage.RUNS
+
+
 UNTRACEABLE = {
-    "values": lambda self, x: F.linear(x, self.w) if x.sum() > 0 else x,
-    "shapes": lambda self, x: F.linear(x, self.w) if x.shape[0] > 1 else x,
-    "a loop": _loops,
     "an error": lambda self, x: F.linear(x, self.w) + self.no_such_thing,
-    "iteration": lambda self, x: [F.linear(row, self.w) for row in x],
+    "an error on one side": lambda self, x: F.linear(x, self.w) if x.sum() > 0 else self.no_such_thing,
+    "an error in torch": lambda self, x: F.linear(x, self.w) + self.get_submodule("none"),
+    "a length": lambda self, x: F.linear(x, self.w) * len(x),
 }
 
 
@@ -137,6 +230,16 @@ UNTRACEABLE = {
 def test_a_forward_that_cannot_be_traced(name):
     with pytest.raises(ValueError, match="forward cannot be traced"):
         usage_of(UNTRACEABLE[name])
+
+
+def test_parameters_that_the_forward_does_not_read():
+    def forward(self, x):
+        return F.linear(x, self.w) if x.sum() > 0 else x + self.b.sum()
+
+    module = type("Module", (Module,), {"forward": forward})()
+    assert read_usage(module) == (NK, {"e", "e2"})
+    module.e = module.w
+    assert read_usage(module) == (NK | {"e": "NK"}, {"e2"})
 
 
 # ---- reading leaves no trace -----------------------------------------------------------------------------------------
@@ -256,7 +359,7 @@ def test_the_trace_leaves_the_module_as_it_was(change):
 
     module = type("Stateful", (Stateful,), {"forward": forward})()
     before, random_state = snapshot(module), torch.get_rng_state()
-    assert read_usage(module) == NK
+    assert read_usage(module).layouts == NK
     assert snapshot(module) == before
     assert torch.equal(torch.get_rng_state(), random_state)
     twin = copy.deepcopy(module)
@@ -267,7 +370,7 @@ def test_the_trace_leaves_the_module_as_it_was(change):
 def test_the_trace_leaves_the_module_as_it_was_if_it_fails():
     def forward(self, x):
         self.lists.append(x)
-        return x if x.sum() > 0 else self.w
+        return F.linear(x, self.w) * len(x)
 
     module = type("Stateful", (Stateful,), {"forward": forward})()
     before = snapshot(module)
@@ -291,7 +394,7 @@ def test_the_twin_is_as_consistent_as_the_module():
     module, slots = type("Stateful", (Stateful,), {"forward": forward})(), Slots()
     module.alias, module.again, module.state.owner = module.lists, module.child, module
     module.slots, module.kind, module.enumeration = slots, torch.float32, torch.nn.attention.SDPBackend.MATH
-    assert read_usage(module) == NK
+    assert read_usage(module).layouts == NK
 
 
 def test_control_flow_on_configuration_and_buffers_is_followed():
@@ -305,22 +408,22 @@ def test_control_flow_on_configuration_and_buffers_is_followed():
     module = type("Module", (Module,), {"forward": forward})().eval()
     for flag, expected in ((True, NK), (False, KN)):
         module.register_buffer("flag", torch.tensor(flag))
-        assert read_usage(module) == expected
+        assert read_usage(module).layouts == expected
 
 
 def test_a_parameter_under_two_names():
     module = type("Module", (Module,), {"forward": lambda self, x: F.linear(x, self.second)})()
     module.second = module.w
-    assert read_usage(module) == {"w": "NK", "second": "NK"}
+    assert read_usage(module).layouts == {"w": "NK", "second": "NK"}
     module = type("Module", (Module,), {"forward": lambda self, x: F.linear(x, self.second) @ self.w})()
     module.second = module.w
-    assert read_usage(module) == {"w": None, "second": None}
+    assert read_usage(module).layouts == {"w": None, "second": None}
 
 
 def test_a_parameter_that_is_none():
     module = type("Module", (Module,), {"forward": lambda self, x: F.linear(x, self.w, self.bias)})()
     module.register_parameter("bias", None)
-    assert read_usage(module) == NK
+    assert read_usage(module).layouts == NK
 
 
 def test_children_are_what_they_are_and_do_not_run():
@@ -335,9 +438,9 @@ def test_children_are_what_they_are_and_do_not_run():
     module.many = nn.ModuleDict({"one": nn.ReLU()})
     for child in module.modules():
         child.register_forward_pre_hook(lambda *_: pytest.fail("a hook ran"))
-    assert read_usage(module) == NK
+    assert read_usage(module).layouts == NK
     module.many["one"] = torch.jit.script(nn.ReLU())
-    assert read_usage(module) == NK
+    assert read_usage(module).layouts == NK
 
 
 def test_a_child_s_parameters_are_not_written_to():
@@ -349,7 +452,7 @@ def test_a_child_s_parameters_are_not_written_to():
 
     module = type("Module", (Module,), {"forward": forward})()
     before = snapshot(module)
-    assert read_usage(module) == NK
+    assert read_usage(module).layouts == NK
     assert snapshot(module) == before
 
 
@@ -357,7 +460,7 @@ def test_objects_that_cannot_be_copied_are_shared():
     module = type("Module", (Module,), {"forward": lambda self, x: F.linear(x, self.w)})()
     module.lock, module.generator, module.stream = threading.Lock(), torch.Generator(), sys.stdout
     module.rows = (row for row in range(3))
-    assert read_usage(module) == NK
+    assert read_usage(module).layouts == NK
 
 
 def test_other_threads_are_not_disturbed():
@@ -371,7 +474,7 @@ def test_other_threads_are_not_disturbed():
 
     module, other = type("Module", (Module,), {"forward": forward})(), nn.Linear(6, 6)
     usages: list = []
-    reading = threading.Thread(target=lambda: usages.append(read_usage(module)))
+    reading = threading.Thread(target=lambda: usages.append(read_usage(module).layouts))
     reading.start()
     assert entered.wait(60)
     y = other(random(2, 6))
