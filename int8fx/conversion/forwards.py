@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..schemes.quantize import dequantize
 from .recipes import Kind
+from .view import is_differentiated
 
 
 def linear_forward(self, x: Tensor) -> Tensor:
     """``x @ weight.T + bias``."""
-    return torch.ops.int8fx.linear.default(x, *self.packed(), self.bias)
+    return self.packed_linear(x, "weight", self.bias)
 
 
 def convolution_forward(self, x: Tensor) -> Tensor:
@@ -73,6 +74,10 @@ def experts_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
 
     Ids of ``num_experts`` and above (experts of another rank) come after the last group and add nothing.
     """
+    if is_differentiated():
+        raise NotImplementedError(
+            "int8fx: packed experts have no forward-mode or torch.func derivative; legal: backward"
+        )
     experts, top_k = self.num_experts, top_k_index.shape[-1]
     ids, order = top_k_index.reshape(-1).sort(stable=True)
     offsets = torch.searchsorted(ids, torch.arange(experts, device=ids.device, dtype=ids.dtype), right=True)

@@ -27,6 +27,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
@@ -38,7 +39,7 @@ from ..schemes import Scheme
 from ..schemes.quantize import INT8_MAX, quantize_weight
 from ..schemes.weight import CODES, COLUMNS, COLUMNS_WEIGHT, SCALE, SUFFIXES, Int8Weight, PackedTensors
 from .format import FORMAT, format_tensor, read_scheme, same_arithmetic
-from .view import PackedWeight, is_captured
+from .view import PackedWeight, is_captured, is_differentiated
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,11 @@ class PackedState(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        refuse_unfit(self, state_dict, prefix)
+        refuse_unfit(self, state_dict, prefix, complete=False)  # of a tied weight, another module may get a part
         for path, owner, name, _ in self._packed_places():
             key = prefix + join(path, name)
-            if key in state_dict:  # version 1
-                state_dict[key + CODES] = state_dict.pop(key)
+            if key in state_dict:  # the codes of version 1, or the guard of a file by `save_pretrained`
+                state_dict.setdefault(key + CODES, state_dict.pop(key))
             if key + CODES in state_dict:
                 form = state_dict.get(key + FORMAT)
                 if form is None:  # version 1
@@ -147,10 +148,10 @@ def _holder(owner: nn.Module, suffix: str) -> dict[str, Any]:
     return owner._parameters if suffix == CODES else owner._buffers
 
 
-def refuse_unfit(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+def refuse_unfit(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any, complete: bool = True) -> None:
     """Raises RuntimeError, before anything is loaded, if ``state_dict`` has tensors that packed weights cannot take.
 
-    `convert` registers it as a pre-hook of the model's ``load_state_dict``.
+    `convert` registers it as a pre-hook of the model's ``load_state_dict``. ``complete``: a part of a weight is refused.
     """
     places = [
         (owner, name, scheme, prefix + join(path, join(inner, name)))
@@ -158,15 +159,24 @@ def refuse_unfit(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *
         if isinstance(module, PackedState)
         for inner, owner, name, scheme in module._packed_places()
     ]
-    problems = [problem for place in places for problem in _unfit(*place, state_dict)]
+    loaded = {  # tied tensors may be there under one of their names
+        id(tensor)
+        for owner, name, _, key in places
+        for k, tensor in tensors_of(owner, name).named(key).items()
+        if k in state_dict or (k == key + CODES and key in state_dict)
+    }
+    problems = [problem for place in places for problem in _unfit(*place, state_dict, loaded if complete else None)]
     if problems:
         raise RuntimeError("\n\t".join([f"Error(s) in loading state_dict for {type(model).__name__}:", *problems]))
 
 
 def _unfit(
-    owner: nn.Module, name: str, scheme: Scheme | None, key: str, state_dict: Mapping[str, Any]
+    owner: nn.Module, name: str, scheme: Scheme | None, key: str, state_dict: Mapping[str, Any], loaded: set[int] | None
 ) -> Iterator[str]:
-    """Problems of the tensors that ``state_dict`` has for a packed weight, which is called ``key`` there."""
+    """Problems of the tensors that ``state_dict`` has for a packed weight, which is called ``key`` there.
+
+    ``loaded``: ids of the model's tensors that ``state_dict`` has values for; None: a part of the weight is no problem.
+    """
     present = tensors_of(owner, name).named(key)
     given = {k: state_dict[k] for k in (*present, key + FORMAT) if k in state_dict}
     if key in state_dict and key + CODES not in state_dict:  # version 1, or a float weight
@@ -180,7 +190,7 @@ def _unfit(
         yield f'"{key}" is packed and takes int8 codes, found {codes.dtype}; load float weights before int8fx.convert'
         return
     parts = given.keys() - {key + COLUMNS, key + FORMAT}  # these two are there for each name of a tied weight
-    absent = sorted(present.keys() - given.keys())
+    absent = sorted(k for k, t in present.items() if loaded is not None and k not in given and id(t) not in loaded)
     if parts and absent:
         yield f'"{key}" is packed, and a part of it is missing: {", ".join(absent)}'
         return
@@ -295,8 +305,12 @@ class PackedModule(PackedState):
         Raises:
             KeyError: the module has no packed weight of that name.
         """
-        reading = self.packed_weights[name]
-        return reading.oriented(torch.ops.int8fx.dequantize.default(*self.packed(name), dtype=reading.dtype))
+        return self.packed_weights[name].oriented(self.dequantize_codes(name))
+
+    def dequantize_codes(self, name: str) -> Tensor:
+        """The packed weight ``name`` as floats, ``[..., N, K]``."""
+        dtype = self.packed_weights[name].dtype
+        return torch.ops.int8fx.dequantize.default(*self.packed(name), dtype=dtype)
 
     def packed(self, name: str = "weight") -> Int8Weight:
         """The packed weight ``name`` as the ops take it."""
@@ -313,6 +327,8 @@ class PackedModule(PackedState):
 
     def packed_linear(self, x: Tensor, name: str = "weight", bias: Tensor | None = None) -> Tensor:
         """``int8fx::linear`` of x ``[..., K]`` with the packed weight ``name``: ``[..., N]``."""
+        if is_differentiated():
+            return F.linear(x, self.dequantize_codes(name), bias)
         return torch.ops.int8fx.linear.default(x, *self.packed(name), bias)
 
     def packed_weight(self, name: str) -> Tensor:
@@ -392,6 +408,21 @@ class PackedModule(PackedState):
                 raise ValueError(f"int8fx: {self.label(name)} is quantised by {mine}, found a format of {scheme}")
             self.packed_weights[name] = replace(self.packed_weights[name], scheme=scheme)
 
+    def requires_grad_(self, requires_grad: bool = True):
+        if requires_grad:
+            raise TypeError(
+                f"int8fx: layer {self.label(next(iter(self.packed_weights)))} is int8 and is not trained; train "
+                "adapters (LoRA) on top, or leave the layer out: convert(model, skip=[...])"
+            )
+        return super().requires_grad_(False)
+
+    def __prepare_scriptable__(self):
+        """``torch.jit.script`` calls this."""
+        raise TypeError(
+            f"int8fx: torch.jit.script does not take packed layers, found {type(self).__name__}; legal: "
+            "torch.jit.trace, torch.export or torch.compile"
+        )
+
     def __delattr__(self, name: str) -> None:
         if name in self.__dict__.get("packed_weights", ()):
             raise TypeError(f"int8fx: {self.label(name)} is packed and cannot be deleted; replace the module")
@@ -446,7 +477,8 @@ def _new_packed(base: type[nn.Module], names: tuple[str, ...], forward: Callable
 Weights = dict[str, tuple[PackedTensors, Reading]]
 
 
-_METHODS = ("packed_weights", "packed_weight", "packed", "packed_linear", "dequantize", "requantize", "label")
+_METHODS = ("packed_weights", "packed_weight", "packed", "packed_linear", "dequantize", "dequantize_codes",
+            "requantize", "label")  # fmt: skip
 
 
 def clash(module: nn.Module, parameter: str) -> str | None:

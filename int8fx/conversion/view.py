@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
+from torch._C import _functorch, _get_dispatch_mode, _TorchDispatchModeKey
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
 from ..schemes.weight import CODES, Int8Weight
@@ -23,7 +24,7 @@ int8fx = torch.ops.int8fx
 
 
 def is_captured(tensor: Tensor) -> bool:
-    """Whether operations on ``tensor`` are being recorded into a graph, or are transformed by ``torch.func``.
+    """Whether operations on ``tensor`` are being recorded into a graph or transformed, by ``torch.func`` or the like.
 
     Then the float weight is ``int8fx::dequantize``, an op that every transformation knows.
     """
@@ -32,8 +33,22 @@ def is_captured(tensor: Tensor) -> bool:
         or isinstance(tensor, FakeTensor)
         or _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None
         or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
     )
+
+
+def is_differentiated() -> bool:
+    """Whether ``torch.func`` differentiates (grad, vjp, jvp ...), or forward-mode derivatives are being taken.
+
+    The ops have no derivative of these kinds. Layers then multiply by dequantised weights.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    if _functorch.peek_interpreter_stack() is None:
+        return False
+    transforms = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
+    return any(level.key() in transforms for level in _functorch.get_interpreter_stack())
 
 
 class PackedWeight(Tensor):
