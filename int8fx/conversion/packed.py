@@ -151,7 +151,7 @@ def _holder(owner: nn.Module, suffix: str) -> dict[str, Any]:
 def refuse_unfit(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any, complete: bool = True) -> None:
     """Raises RuntimeError, before anything is loaded, if ``state_dict`` has tensors that packed weights cannot take.
 
-    `convert` registers it as a pre-hook of the model's ``load_state_dict``. ``complete``: a part of a weight is refused.
+    `convert` registers it as a pre-hook of the model's ``load_state_dict``. ``complete``: refuse parts of weights.
     """
     places = [
         (owner, name, scheme, prefix + join(path, join(inner, name)))

@@ -43,6 +43,8 @@ def is_differentiated() -> bool:
 
     The ops have no derivative of these kinds. Layers then multiply by dequantised weights.
     """
+    if torch.compiler.is_compiling():
+        return False
     if forward_ad._current_level >= 0:
         return True
     if _functorch.peek_interpreter_stack() is None:
