@@ -81,9 +81,11 @@ def build(task: str, model_type: str) -> tuple[nn.Module, dict[str, torch.Tensor
     torch.manual_seed(0)
     model = kind(config).eval()
     with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() >= 2:
-                p.normal_(0, p.shape[-1] ** -0.5)
+        for module in model.modules():
+            for p in module.parameters(recurse=False):
+                if p.dim() >= 2:
+                    is_convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+                    p.normal_(0, (p[0].numel() if is_convolution else p.shape[-1]) ** -0.5)
     ids = torch.randint(3, VOCABULARY, (2, 9))
     inputs: dict[str, torch.Tensor] = {"input_ids": ids}
     if task == "seq2seq":
