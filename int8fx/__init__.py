@@ -12,15 +12,18 @@ from .calibration.plan import Plan, plan
 from .conversion.convert import convert
 from .conversion.packed import is_packed
 from .conversion.summary import summary
+from .imports import when_imported
 from .schemes import LLMInt8, Rotated, Scheme, llm_int8, plain, rotated, weight_only
 from .schemes.calibration import Calibration
 
 if TYPE_CHECKING:
+    from .integrations.transformers import Int8FxConfig
     from .passes.inductor import reports, uninstall
 
 __version__ = "0.1.0"
 __all__ = [
     "Calibration",
+    "Int8FxConfig",
     "LLMInt8",
     "Plan",
     "Rotated",
@@ -44,7 +47,18 @@ def __getattr__(name: str) -> Any:
         from .passes import inductor
 
         return getattr(inductor, name)
+    if name == "Int8FxConfig":
+        from .integrations import transformers
+
+        return transformers.Int8FxConfig
     raise AttributeError(f"module 'int8fx' has no attribute {name!r}")
+
+
+def _register_in_transformers() -> None:
+    from .integrations import transformers as transformers  # it registers what it defines
+
+
+when_imported("transformers.quantizers.auto", _register_in_transformers)
 
 
 def __dir__() -> list[str]:

@@ -7,13 +7,17 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from ..imports import when_imported
+from ..ops import native
 from ..schemes import LLMInt8, Rotated, Scheme, llm_int8
 from ..schemes.calibration import Calibration
 from ..terminal import show_progress
@@ -115,6 +119,42 @@ def convert(
     If it is interrupted, or memory runs out, each layer is either converted or not, and the model still works. A second
     ``convert(model, select=...)`` converts the others.
     """
+    prepared = prepare(model, scheme, select=select, skip=skip, calibration=calibration, progress=progress)
+    kind_of(model, "convert").pack(model, prepared.chosen, prepared.quantizer)
+    finish(model, prepared)
+    return model
+
+
+@dataclass
+class Prepared:
+    """A conversion that has been decided on and checked, before any weight is packed.
+
+    root: the module that holds `LEFT`.
+    chosen: the layers to pack.
+    quantizer: quantises their weights.
+    reasons: layer name -> why it is not converted.
+    warning: what to tell the user when it is done, or None.
+    on_cpu: whether one of them is on the CPU.
+    """
+
+    root: nn.Module
+    chosen: list[Layer]
+    quantizer: Quantizer
+    reasons: dict[str, str]
+    warning: str | None
+    on_cpu: bool
+
+
+def prepare(
+    model: Any,
+    scheme: Scheme | SchemePerLayer | None = None,
+    *,
+    select: Selection | None = None,
+    skip: Selection = (),
+    calibration: Calibration | None = None,
+    progress: bool | None = None,
+) -> Prepared:
+    """What ``convert`` of these arguments will do. Raises what it raises. The model is not changed."""
     schemes = _schemes(llm_int8() if scheme is None else scheme)
     if isinstance(schemes, Mapping):
         if select is not None:
@@ -135,23 +175,37 @@ def convert(
     if isinstance(schemes, Mapping):
         schemes = _assign(schemes, layers, names)
     chosen = choose(layers)
-    columns, show = Columns(calibration, chosen), _progress(chosen, progress)
-    quantizer = Quantizer(schemes, calibration, columns, show)
+    quantizer = Quantizer(schemes, calibration, Columns(calibration, chosen), _progress(chosen, progress))
     quantizer.check(chosen)
     reasons = {layer.name: layer.reason for layer in layers if layer.reason is not None}
-    count, warning = len(chosen), mostly_left(layers) if choice.by_default else None
-    del layers  # they hold references to float weights, which are to be freed
-    setattr(root, LEFT, reasons)
-    kind.pack(model, chosen, quantizer)
-    log.info("convert: %d weights to int8; left: %s", count, _counts(reasons) or "none")
-    if not count:
-        warnings.warn("int8fx.convert: no layer was converted; int8fx.summary(model) says why", stacklevel=2)
-    elif warning:
-        warnings.warn(f"int8fx.convert: {warning}", stacklevel=2)
-    from ..passes.inductor import install  # it loads Inductor, which `import int8fx` does not
+    warning = mostly_left(layers) if choice.by_default else None
+    if not chosen:
+        warning = "no layer was converted; int8fx.summary(model) says why"
+    on_cpu = any(layer.weight.device.type == "cpu" and not isinstance(layer.weight, FakeTensor) for layer in chosen)
+    return Prepared(root, chosen, quantizer, reasons, warning, on_cpu)
+
+
+def _install_passes() -> None:
+    from ..passes.inductor import install
 
     install()
-    return model
+
+
+AFTER_CONVERSION: list[Callable[[Any], None]] = []
+"""Called with each converted model. Integrations append to it: imports go one way, so this file cannot call them."""
+
+
+def finish(model: Any, prepared: Prepared) -> None:
+    """Records what a conversion did, once the layers are packed, and makes ready what will run them."""
+    setattr(prepared.root, LEFT, prepared.reasons)
+    log.info("convert: %d weights to int8; left: %s", len(prepared.chosen), _counts(prepared.reasons) or "none")
+    if prepared.warning is not None:
+        warnings.warn(f"int8fx.convert: {prepared.warning}", stacklevel=3)
+    when_imported("torch._inductor.config", _install_passes)  # a process that stays eager never imports it
+    if prepared.on_cpu:
+        native.load()  # now, with a line on stderr if they must be built first, and not in the first forward
+    for call in AFTER_CONVERSION:
+        call(model)
 
 
 def _schemes(scheme: Any) -> Scheme | Mapping[str, Scheme]:

@@ -15,7 +15,7 @@ from .recipes import Kind
 
 def linear_forward(self, x: Tensor) -> Tensor:
     """``x @ weight.T + bias``."""
-    return self.packed_linear(x, "weight", self.bias)
+    return torch.ops.int8fx.linear.default(x, *self.packed(), self.bias)
 
 
 def convolution_forward(self, x: Tensor) -> Tensor:

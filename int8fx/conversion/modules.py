@@ -26,8 +26,8 @@ def packed_of(model: nn.Module) -> list[PackedLayer]:
 
 def pack(model: nn.Module, chosen: list[Layer], quantizer: Quantizer) -> None:
     """Packs the weights of ``chosen``."""
-    _check_what_is_loaded(model)
-    _leave_fast_paths(model, {id(layer.module) for layer in chosen})
+    check_what_is_loaded(model)
+    leave_fast_paths(model, {id(layer.module) for layer in chosen})
     pack_layers(chosen, quantizer)
 
 
@@ -63,7 +63,7 @@ def _together(chosen: list[Layer]) -> list[list[Layer]]:
     return list({id(group): group for group in group_of.values()}.values())
 
 
-def _check_what_is_loaded(model: nn.Module) -> None:
+def check_what_is_loaded(model: nn.Module) -> None:
     """Makes ``model.load_state_dict`` refuse tensors that do not fit, before it loads any, and tie columns again."""
     hooks = model._load_state_dict_pre_hooks.values()
     if all(getattr(wrapped, "hook", None) is not refuse_unfit for wrapped in hooks):
@@ -71,7 +71,7 @@ def _check_what_is_loaded(model: nn.Module) -> None:
         model.register_load_state_dict_post_hook(tie_equal_columns)
 
 
-def _leave_fast_paths(model: nn.Module, converted: set[int]) -> None:
+def leave_fast_paths(model: nn.Module, converted: set[int]) -> None:
     """Turns off the fused inference paths of ``nn.TransformerEncoder(Layer)``, which take float weights only."""
     for module in model.modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and any(

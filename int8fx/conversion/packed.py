@@ -300,7 +300,16 @@ class PackedModule(PackedState):
 
     def packed(self, name: str = "weight") -> Int8Weight:
         """The packed weight ``name`` as the ops take it."""
-        return self.packed_weights[name].weight(tensors_of(self, name))
+        scheme, buffers = self.packed_weights[name].scheme, self._buffers  # no calls: every forward comes here
+        codes = self._parameters.get(name + CODES)
+        return Int8Weight(
+            getattr(self, name + CODES) if codes is None else codes,
+            buffers[name + SCALE],  # type: ignore[arg-type]  # it is there
+            scheme.threshold,
+            scheme.block,
+            buffers.get(name + COLUMNS),
+            buffers.get(name + COLUMNS_WEIGHT),
+        )
 
     def packed_linear(self, x: Tensor, name: str = "weight", bias: Tensor | None = None) -> Tensor:
         """``int8fx::linear`` of x ``[..., K]`` with the packed weight ``name``: ``[..., N]``."""
@@ -477,6 +486,19 @@ def _pack(module: nn.Module, weights: Weights, forward: Callable | None) -> None
     for name, (tensors, reading) in weights.items():
         store(module, name, tensors, reading.scheme)
     object.__setattr__(module, "__class__", cls)
+
+
+def unpack(module: PackedModule, dtype: torch.dtype | None = None) -> None:
+    """Makes ``module`` what it was before: its class, and float Parameters that hold the dequantised weights."""
+    floats = {name: module.dequantize(name) for name in module.packed_weights}
+    base = float_class(module)
+    for name, weight in floats.items():
+        del module._parameters[name + CODES]
+        for suffix in (*SUFFIXES[1:], FORMAT):
+            module._buffers.pop(name + suffix, None)
+        module._parameters[name] = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
+    del module.__dict__["packed_weights"]
+    object.__setattr__(module, "__class__", base)
 
 
 def is_codes(name: str, tensor: Tensor | None) -> bool:

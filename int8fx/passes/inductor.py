@@ -63,7 +63,8 @@ PASSES = Int8fxPasses()
 def install() -> None:
     """Appends `PASSES` to Inductor's ``joint_custom_pre_pass``, after passes that others installed; again is a no-op.
 
-    `int8fx.convert` calls this, so that plain ``torch.compile(model)`` runs the passes. `uninstall` removes it.
+    `int8fx.convert` arranges that it runs when Inductor is imported, so that plain ``torch.compile(model)`` runs the
+    passes. `uninstall` removes it.
     """
     present = installed_passes()
     if PASSES not in present:

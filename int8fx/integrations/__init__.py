@@ -1,0 +1,1 @@
+"""What int8fx adds to other libraries: one file for each, which imports it."""
