@@ -82,8 +82,13 @@ def tensors_of(owner: nn.Module, name: str) -> PackedTensors:
 
 
 def frozen(codes: Tensor) -> nn.Parameter:
-    """``codes`` as a Parameter. Tied weights have one, so this is done once."""
-    return codes if isinstance(codes, nn.Parameter) else nn.Parameter(codes, requires_grad=False)
+    """``codes`` as a Parameter that does not train. Tied weights have one, so this is done once.
+
+    FSDP1 leaves Parameters with the mark ``_fsdp_flattened`` out of its flat parameter, which takes no integers.
+    """
+    parameter = codes if isinstance(codes, nn.Parameter) else nn.Parameter(codes, requires_grad=False)
+    parameter._fsdp_flattened = True  # type: ignore[attr-defined]
+    return parameter
 
 
 def store(owner: nn.Module, name: str, tensors: PackedTensors, scheme: Scheme) -> None:
@@ -281,7 +286,7 @@ def _moved_separately(places: list[tuple[dict[str, Any], str]], fn: Callable[[Te
         if torch._has_compatible_shallow_copy_type(tensor, moved):
             tensor.data = moved
         else:
-            tensors[key] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+            tensors[key] = frozen(moved) if isinstance(tensor, nn.Parameter) else moved
 
 
 def join(path: str, leaf: str) -> str:
@@ -315,10 +320,15 @@ class PackedModule(PackedState):
     def packed(self, name: str = "weight") -> Int8Weight:
         """The packed weight ``name`` as the ops take it."""
         scheme, buffers = self.packed_weights[name].scheme, self._buffers  # no calls: every forward comes here
-        codes = self._parameters.get(name + CODES)
+        codes, scale = self._parameters.get(name + CODES), buffers[name + SCALE]
+        if scale.dtype is not torch.float32:  # type: ignore[union-attr]  # it is there
+            raise TypeError(
+                f"int8fx: {name + SCALE} of layer {self.label(name)} was cast to {scale.dtype}; legal: torch.float32. "  # type: ignore[union-attr]
+                "FSDP1's MixedPrecision(buffer_dtype=...) does so: leave buffer_dtype out"
+            )
         return Int8Weight(
             getattr(self, name + CODES) if codes is None else codes,
-            buffers[name + SCALE],  # type: ignore[arg-type]  # it is there
+            scale,  # type: ignore[arg-type]
             scheme.threshold,
             scheme.block,
             buffers.get(name + COLUMNS),
@@ -376,6 +386,8 @@ class PackedModule(PackedState):
         else:
             if name.endswith(FORMAT) and (weight := name.removesuffix(FORMAT)) in packed:
                 self._check_format(weight, value)
+            if isinstance(value, nn.Parameter) and is_codes(name, value) and name.removesuffix(CODES) in packed:
+                frozen(value)
             super().__setattr__(name, value)
 
     def _tie(self, name: str, value: Any) -> None:
@@ -407,6 +419,11 @@ class PackedModule(PackedState):
             if not same_arithmetic(scheme, mine):
                 raise ValueError(f"int8fx: {self.label(name)} is quantised by {mine}, found a format of {scheme}")
             self.packed_weights[name] = replace(self.packed_weights[name], scheme=scheme)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in self.packed_weights:
+            frozen(tensors_of(self, name).codes)  # copies of Parameters lose their mark
 
     def requires_grad_(self, requires_grad: bool = True):
         if requires_grad:
