@@ -386,6 +386,11 @@ class PackedModule(PackedState):
         else:
             if name.endswith(FORMAT) and (weight := name.removesuffix(FORMAT)) in packed:
                 self._check_format(weight, value)
+            if name == "out_proj" and "in_proj_weight" in packed and type(value).__module__.startswith("peft."):
+                raise TypeError(
+                    f"int8fx: layer {self.label('in_proj_weight')} is a packed nn.MultiheadAttention, and PEFT's "
+                    "adapters replace its weights; legal: convert(model, skip=[...]), or adapters elsewhere"
+                )
             if isinstance(value, nn.Parameter) and is_codes(name, value) and name.removesuffix(CODES) in packed:
                 frozen(value)
             super().__setattr__(name, value)

@@ -26,7 +26,8 @@ SCRIPT = """
     class Adapter(nn.Module):
         def __init__(self, base):
             super().__init__()
-            self.base, self.a, self.b = base, nn.Linear(base.in_features, 4, bias=False), nn.Linear(4, base.out_features)
+            self.base, self.a = base, nn.Linear(base.in_features, 4, bias=False)
+            self.b = nn.Linear(4, base.out_features)
 
         def forward(self, x):
             return self.base(x) + self.b(self.a(x))
@@ -52,7 +53,10 @@ SCRIPT = """
         wrapped = DistributedDataParallel(model)
         sent = []
         broadcast = dist._broadcast_coalesced
-        dist._broadcast_coalesced = lambda group, tensors, *args: (sent.extend(tensors), broadcast(group, tensors, *args))
+        def watched(group, tensors, *args):
+            sent.extend(tensors)
+            return broadcast(group, tensors, *args)
+        dist._broadcast_coalesced = watched
         out["buffers"] = sum(b.nbytes for b in model.buffers())
         out["codes"] = sum(p.nbytes for p in model.parameters() if p.dtype == torch.int8)
     elif kind == "fsdp2":
