@@ -171,8 +171,20 @@ def refuse_unfit(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *
         if k in state_dict or (k == key + CODES and key in state_dict)
     }
     problems = [problem for place in places for problem in _unfit(*place, state_dict, loaded if complete else None)]
+    if complete and not problems:  # torch would find these while it loads, and leave the model half loaded
+        problems = list(_misshapen(model, state_dict, prefix))
     if problems:
         raise RuntimeError("\n\t".join([f"Error(s) in loading state_dict for {type(model).__name__}:", *problems]))
+
+
+def _misshapen(model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key, tensor in nn.Module.state_dict(model, prefix=prefix).items():
+        value = state_dict.get(key)
+        if key in state_dict and isinstance(tensor, Tensor) and not key.endswith(FORMAT):
+            if not isinstance(value, Tensor):
+                yield f'"{key}" is {type(value).__name__}; legal: a tensor'
+            elif value.shape != tensor.shape and (value.dim(), tensor.dim()) != (0, 1):
+                yield f"size mismatch for {key}: found {tuple(value.shape)}; legal: {tuple(tensor.shape)}"
 
 
 def _unfit(
@@ -187,8 +199,9 @@ def _unfit(
     if key in state_dict and key + CODES not in state_dict:  # version 1, or a float weight
         given[key + CODES] = state_dict[key]
     for k, tensor in given.items():
-        if not isinstance(tensor, Tensor):
-            yield f'"{k}" is {type(tensor).__name__}; legal: a tensor'
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            what = str(tensor.layout) if isinstance(tensor, Tensor) else type(tensor).__name__
+            yield f'"{k}" is {what}; legal: a dense tensor'
             return
     codes, scale, columns, columns_weight = PackedTensors.of(given, key)
     if codes is not None and codes.dtype != torch.int8:
@@ -221,8 +234,11 @@ def _unfit(
             yield f'"{key + SCALE}" has a scale that is NaN, inf, zero or negative; legal: finite and above 0'
     if columns is not None and codes is not None:
         yield from _unfit_columns(key, columns, codes.shape[-1])
-    if columns_weight is not None and not columns_weight.is_floating_point():
-        yield f'"{key + COLUMNS_WEIGHT}" has dtype {columns_weight.dtype}; legal: a float dtype'
+    if columns_weight is not None:
+        if not columns_weight.is_floating_point():
+            yield f'"{key + COLUMNS_WEIGHT}" has dtype {columns_weight.dtype}; legal: a float dtype'
+        elif _readable(columns_weight) and not bool(columns_weight.isfinite().all()):
+            yield f'"{key + COLUMNS_WEIGHT}" has NaN or inf; legal: finite weights'
 
 
 def _unfit_columns(key: str, columns: Tensor, K: int) -> Iterator[str]:
