@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .integrations.transformers import Int8FxConfig
     from .passes.inductor import reports, uninstall
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Calibration",
     "Int8FxConfig",

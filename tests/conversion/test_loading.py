@@ -229,3 +229,16 @@ def test_schemes_of_other_arithmetic_are_refused_and_others_are_adopted():
     assert {read_scheme(m._buffers["weight_format"]) for m in model.modules() if isinstance(m, PackedModule)} == {
         int8fx.rotated(8, columns=0.06)
     }
+
+
+@pytest.mark.parametrize("scheme", ["llm_int8", "rotated columns", "rotated"])
+def test_the_documented_reader_reads_a_weight(scheme):
+    page = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(code, names)  # the page's own code
+    for K in (40, 64, 7):
+        torch.manual_seed(0)
+        layer = int8fx.convert(nn.Linear(K, 24), SCHEMES[scheme])
+        read = names["read_weight"](layer.state_dict(), "weight", SCHEMES[scheme].block)
+        assert torch.allclose(read, layer.dequantize(), atol=1e-6)
