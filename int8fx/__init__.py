@@ -48,8 +48,11 @@ def __getattr__(name: str) -> Any:
 
         return getattr(inductor, name)
     if name == "Int8FxConfig":
-        from .integrations import transformers
-
+        try:
+            from .integrations import transformers
+        except ModuleNotFoundError as error:
+            message = 'int8fx.Int8FxConfig needs transformers: pip install "int8fx[transformers]"'
+            raise ImportError(message) from error
         return transformers.Int8FxConfig
     raise AttributeError(f"module 'int8fx' has no attribute {name!r}")
 

@@ -15,10 +15,8 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("schemes", "ops", "graph", "passes", "conversion", "calibration", "tools")
+FOLDERS = ("schemes", "ops", "graph", "passes", "conversion", "calibration", "integrations", "tools")
 """Each folder of int8fx/ imports from those before it."""
-BESIDE = {"integrations": "tools"}
-"""Folders with the rank of another one; neither of the two imports the other."""
 ANYWHERE = ("imports", "terminal")
 """Modules that all folders may import. They import nothing of int8fx."""
 OTHER_PACKAGES = ("tools", "integrations")
@@ -90,9 +88,9 @@ def find_faults(root: Path) -> list[str]:
     faults += [f"circle of modules: {'; '.join(circle)}; legal: no circles" for circle in find_circles(imports)]
     entries = [path for path in (root / "int8fx").iterdir() if not path.name.startswith((".", "__"))]
     for path in sorted(entries):
-        legal_folders = {*FOLDERS, *BESIDE}
+        legal_folders = {*FOLDERS}
         if path.is_dir() and path.name not in legal_folders and list(path.rglob("*.py")):
-            faults.append(f"int8fx/{path.name}/: an unknown folder; legal: {', '.join(FOLDERS)}, {', '.join(BESIDE)}")
+            faults.append(f"int8fx/{path.name}/: an unknown folder; legal: {', '.join(FOLDERS)}")
     modules = sorted(path.stem for path in entries if path.suffix == ".py")
     others = [module for module in modules if module not in ANYWHERE]
     if others:
@@ -118,7 +116,7 @@ def _faults_of(one: Import) -> Iterator[str]:
         if folder not in OTHER_PACKAGES and top_level not in ("torch", *sys.stdlib_module_names):
             yield f"{what}: torch and the standard library; other packages in {', '.join(OTHER_PACKAGES)}"
     elif folder and target_folder and folder != target_folder and target_folder not in ANYWHERE:
-        before = FOLDERS[: FOLDERS.index(BESIDE.get(folder, folder))] if folder in (*FOLDERS, *BESIDE) else ()
+        before = FOLDERS[: FOLDERS.index(folder)] if folder in FOLDERS else ()
         if target_folder not in before:
             yield f"{what}: {folder} imports from {', '.join(before) or 'no other folder'}"
 
@@ -155,12 +153,12 @@ def describe(root: Path) -> str:
     """A line for each folder: modules, lines of code, and the folders that it imports."""
     modules, imports = read_modules(root), read_imports(root)
     lines = []
-    for folder in ("", *ANYWHERE, *FOLDERS, *BESIDE, "triton_kernels"):
+    for folder in ("", *ANYWHERE, *FOLDERS, "triton_kernels"):
         paths = [path for module, path in modules.items() if _folder(module) == folder]
         if paths:
             targets = {_folder(i.target) or "int8fx" for i in imports if _folder(i.source) == folder}
             inside = {_folder(module) for module in modules}
-            named = [t for t in (*ANYWHERE, *FOLDERS, *BESIDE, "triton_kernels") if t in targets & inside - {folder}]
+            named = [t for t in (*ANYWHERE, *FOLDERS, "triton_kernels") if t in targets & inside - {folder}]
             count = sum(len(path.read_text().splitlines()) for path in paths)
             lines.append(f"{folder or '__init__':16}{len(paths):4} modules{count:7} lines  imports {', '.join(named)}")
     return "\n".join(lines)
