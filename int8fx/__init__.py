@@ -13,17 +13,16 @@ from .conversion.convert import convert
 from .conversion.packed import is_packed
 from .conversion.summary import summary
 from .imports import when_imported
+from .passes.inductor import reports, uninstall
 from .schemes import LLMInt8, Rotated, Scheme, llm_int8, plain, rotated, weight_only
 from .schemes.calibration import Calibration
 
 if TYPE_CHECKING:
-    from .integrations.transformers import Int8FxConfig
-    from .passes.inductor import reports, uninstall
+    from .integrations.transformers import Int8FxConfig as Int8FxConfig
 
 __version__ = "0.2.0"
 __all__ = [
     "Calibration",
-    "Int8FxConfig",
     "LLMInt8",
     "Plan",
     "Rotated",
@@ -43,11 +42,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("reports", "uninstall"):  # they load Inductor, which takes a second
-        from .passes import inductor
-
-        return getattr(inductor, name)
-    if name == "Int8FxConfig":
+    if name == "Int8FxConfig":  # not in __all__, as it needs transformers
         try:
             from .integrations import transformers
         except ModuleNotFoundError as error:
@@ -65,4 +60,4 @@ when_imported("transformers.quantizers.auto", _register_in_transformers)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "Int8FxConfig"})

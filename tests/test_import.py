@@ -59,37 +59,95 @@ result = sorted(set(sys.modules) - before)
     assert "int8fx" in loaded
     foreign = [name for name in loaded if name.partition(".")[0] not in {"int8fx", *sys.stdlib_module_names}]
     assert not foreign
-    unneeded = ("int8fx.passes", "int8fx.tools", "int8fx.triton_kernels", "int8fx.integrations")
+    unneeded = ("int8fx.passes.backend", "int8fx.tools", "int8fx.triton_kernels", "int8fx.integrations")
     assert not [name for name in loaded if name.startswith(unneeded)]
 
 
-def test_compilers_are_not_loaded(tmp_path):
-    loaded = run(
-        """
+EAGER = """
+import sys
+import torch
+from torch import nn
+
+class Bare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(8, 4))
+
+    def forward(self, x):
+        return x @ self.w
+
+x = torch.arange(16.0).view(2, 8)
 import int8fx
-result = [name for name in ("torch._dynamo", "torch._inductor", "triton") if name in sys.modules]
+"""
+
+
+def test_a_process_that_stays_eager_loads_no_compiler(tmp_path):
+    """Neither in ``import int8fx``, nor in `convert`, of layers and of a bare Parameter, nor in an eager forward."""
+    loaded = run(
+        EAGER
+        + """
+before = set(sys.modules)
+model = int8fx.convert(nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16)))
+bare = int8fx.convert(Bare())
+result = [sorted(set(sys.modules) - before)]
+model(x)
+int8fx.reports(), int8fx.uninstall()
+result.append([name for name in ("torch._dynamo", "torch._inductor", "triton") if name in sys.modules])
 """,
         tmp_path,
     )
-    assert loaded == []
+    assert [name for name in loaded[0] if name not in sys.stdlib_module_names] == ["torch._appdirs"]
+    assert loaded[1] == []
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import torch._dynamo",
+        "import torch._inductor.config",
+        "from int8fx.passes import backend",
+        "from int8fx.passes import inductor; inductor.install(); import torch._inductor",
+    ],
+)
+@pytest.mark.parametrize("uninstalled", [False, True])
+def test_the_passes_are_installed_whatever_imports_inductor(tmp_path, first, uninstalled):
+    """After `convert`, unless `uninstall` took it back; and at once if Inductor is there already."""
+    code = f"""
+int8fx.convert(Bare())
+if {uninstalled and "install()" not in first}:
+    int8fx.uninstall()
+{first}
+if {uninstalled and "install()" in first}:
+    int8fx.uninstall()
+from torch._inductor import config
+from int8fx.passes.inductor import PASSES
+result = [config.joint_custom_pre_pass == [PASSES]]
+int8fx.convert(Bare())
+result.append(config.joint_custom_pre_pass == [PASSES])
+"""
+    installed, again = run(EAGER + code, tmp_path)
+    assert installed is not uninstalled
+    assert again
 
 
 def test_public_names_are_there_with_torch_alone(tmp_path):
     facts = run(
         """
 import int8fx, torch
+from int8fx import *
 model = torch.nn.Sequential(torch.nn.Linear(8, 4))
 x = torch.arange(16.0).view(2, 8)
 y = model(x)
 int8fx.convert(model)
-error = (model(x) - y).abs().max() / y.abs().max()
+difference = float((model(x) - y).abs().max() / y.abs().max())
 try:
     int8fx.Int8FxConfig
     needed = ""
 except ImportError as error:
     needed = str(error)
-missing = [name for name in int8fx.__all__ if name != "Int8FxConfig" and not hasattr(int8fx, name)]
-result = [needed, missing, int8fx.is_packed(model[0]), len(int8fx.summary(model).converted), float(error), int8fx.__version__]
+missing = [name for name in int8fx.__all__ if not hasattr(int8fx, name)]
+converted = len(int8fx.summary(model).converted)
+result = [needed, missing, int8fx.is_packed(model[0]), converted, difference, int8fx.__version__]
 """,
         tmp_path,
     )
@@ -106,7 +164,7 @@ def test_the_public_names():
 
     assert int8fx.__all__ == sorted(int8fx.__all__, key=lambda name: (name[0].islower(), name))
     assert set(int8fx.__all__) == {
-        "Calibration", "Int8FxConfig", "LLMInt8", "Plan", "Rotated", "Scheme", "calibrate", "convert", "is_packed",
+        "Calibration", "LLMInt8", "Plan", "Rotated", "Scheme", "calibrate", "convert", "is_packed",
         "llm_int8", "plain", "plan", "reports", "rotated", "summary", "uninstall", "weight_only",
     }  # fmt: skip
     assert set(int8fx.__all__) <= set(dir(int8fx))

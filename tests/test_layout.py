@@ -21,6 +21,8 @@ ANYWHERE = ("imports", "terminal")
 """Modules that all folders may import. They import nothing of int8fx."""
 OTHER_PACKAGES = ("tools", "integrations")
 """The folders that may import more than torch and the standard library."""
+BY_ARGUMENT = ("int8fx.imports", "module")
+"""`imports.when_imported` waits for the import of the module that its caller names."""
 TRITON_IMPORTERS = ("int8fx.ops.gpu", "int8fx.tools", "int8fx.integrations")
 """Modules and folders that may import triton_kernels/, which is installed as int8fx.triton_kernels."""
 
@@ -113,7 +115,8 @@ def _faults_of(one: Import) -> Iterator[str]:
         if not any(_is_in(source, importer) for importer in TRITON_IMPORTERS):
             yield f"{what}: triton_kernels is imported by {', '.join(TRITON_IMPORTERS)}"
     elif not inside:
-        if folder not in OTHER_PACKAGES and top_level not in ("torch", *sys.stdlib_module_names):
+        legal = folder in OTHER_PACKAGES or (source, target) == BY_ARGUMENT
+        if not legal and top_level not in ("torch", *sys.stdlib_module_names):
             yield f"{what}: torch and the standard library; other packages in {', '.join(OTHER_PACKAGES)}"
     elif folder and target_folder and folder != target_folder and target_folder not in ANYWHERE:
         before = FOLDERS[: FOLDERS.index(folder)] if folder in FOLDERS else ()
@@ -245,9 +248,9 @@ ILLEGAL = {
          "int8fx/graph/a.py:2: int8fx.graph.a imports int8fx.tools; legal: graph imports from schemes, ops"],
     ),
     "unknown folder": (
-        {"int8fx/tools/a.py": "from ..integrations import b\n", "int8fx/integrations/b.py": ""},
-        ["int8fx/tools/a.py:1: int8fx.tools.a imports int8fx.integrations.b; legal: tools imports from schemes, ops, "
-         "graph, passes, conversion, calibration"],
+        {"int8fx/integrations/a.py": "from ..tools import b\n", "int8fx/tools/b.py": ""},
+        ["int8fx/integrations/a.py:1: int8fx.integrations.a imports int8fx.tools.b; legal: integrations imports from "
+         "schemes, ops, graph, passes, conversion, calibration"],
     ),
     "a circle": (
         {"int8fx/ops/a.py": "from .b import f\n", "int8fx/ops/b.py": "\ndef f():\n    from . import c\n",
@@ -286,8 +289,13 @@ ILLEGAL = {
     ),
     "an unknown folder": (
         {"int8fx/common/a.py": ""},
-        ["int8fx/common/: an unknown folder; legal: schemes, ops, graph, passes, conversion, calibration, tools, "
-         "integrations"],
+        ["int8fx/common/: an unknown folder; legal: schemes, ops, graph, passes, conversion, calibration, "
+         "integrations, tools"],
+    ),
+    "a module for all that imports another package": (
+        {"int8fx/imports.py": "import numpy\n"},
+        ["int8fx/imports.py:1: int8fx.imports imports numpy; legal: torch and the standard library; other packages in "
+         "tools, integrations"],
     ),
     "a module for all that knows one": (
         {"int8fx/terminal.py": "from .ops.a import f\n", "int8fx/ops/a.py": ""},

@@ -16,12 +16,12 @@ from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from ..imports import when_imported
 from ..ops import native
+from ..passes.inductor import install
 from ..schemes import LLMInt8, Rotated, Scheme, llm_int8
 from ..schemes.calibration import Calibration
 from ..terminal import show_progress
-from . import modules
+from . import exported, graph_module, modules
 from .decide import decide, mostly_left
 from .foreign import ForeignLayer, check_scheme, foreign_layers, pack_foreign
 from .layers import Layer, PackedLayer, check_modules, choose, grouped, refuse_converted
@@ -68,8 +68,6 @@ def kind_of(model: Any, function: str) -> ModelKind:
         TypeError: it is of no kind that int8fx takes; the message names ``function``.
     """
     if isinstance(model, (GraphModule, ExportedProgram)):
-        from . import exported, graph_module  # they load the passes, which `import int8fx` does not
-
         return exported if isinstance(model, ExportedProgram) else graph_module
     if isinstance(model, nn.Module):
         return modules
@@ -192,12 +190,6 @@ def prepare(
     return Prepared(root, chosen, quantizer, reasons, foreign, warning, on_cpu)
 
 
-def _install_passes() -> None:
-    from ..passes.inductor import install
-
-    install()
-
-
 AFTER_CONVERSION: list[Callable[[Any], None]] = []
 """Called with each converted model. Integrations append to it: imports go one way, so this file cannot call them."""
 
@@ -208,7 +200,7 @@ def finish(model: Any, prepared: Prepared) -> None:
     log.info("convert: %d weights to int8; left: %s", len(prepared.chosen), _counts(prepared.reasons) or "none")
     if prepared.warning is not None:
         warnings.warn(f"int8fx.convert: {prepared.warning}", stacklevel=3)
-    when_imported("torch._inductor.config", _install_passes)  # a process that stays eager never imports it
+    install()
     if prepared.on_cpu:
         native.load()  # now, with a line on stderr if they must be built first, and not in the first forward
     for call in AFTER_CONVERSION:

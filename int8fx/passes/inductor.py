@@ -1,23 +1,26 @@
 """The passes inside Inductor: one object in its list ``joint_custom_pre_pass``.
 
-It sees AOTAutograd's normalised graph there, before the passes of Inductor itself.
+It sees AOTAutograd's normalised graph there, before the passes of Inductor itself. This module does not import
+Inductor, which takes more than a second: a process that stays eager has no use for it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 from collections import deque
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch._inductor import config
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
 from torch.fx import Graph
 
 from ..graph.count import count_ops
+from ..imports import cancel, when_imported
 from . import Report, run_passes
+
+CONFIG = "torch._inductor.config"
 
 log = logging.getLogger("int8fx")
 
@@ -36,8 +39,8 @@ def _source_hash() -> str:
     return digest.hexdigest()
 
 
-class Int8fxPasses(CustomGraphPass):
-    """The passes as Inductor takes them. A graph without int8fx ops is not changed."""
+class Int8fxPasses:
+    """The passes as Inductor takes them: a ``CustomGraphPass``. A graph without int8fx ops is not changed."""
 
     def __init__(self) -> None:
         self.reports: deque[Report] = deque(maxlen=1024)
@@ -63,24 +66,34 @@ PASSES = Int8fxPasses()
 def install() -> None:
     """Appends `PASSES` to Inductor's ``joint_custom_pre_pass``, after passes that others installed; again is a no-op.
 
-    `int8fx.convert` arranges that it runs when Inductor is imported, so that plain ``torch.compile(model)`` runs the
-    passes. `uninstall` removes it.
+    If Inductor is not imported yet, this happens when it is. `int8fx.convert` calls this, so that plain
+    ``torch.compile(model)`` runs the passes. `uninstall` takes it back.
     """
+    when_imported(CONFIG, _append)
+
+
+def _append() -> None:
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    CustomGraphPass.register(Int8fxPasses)  # for isinstance
     present = installed_passes()
     if PASSES not in present:
         config.joint_custom_pre_pass = [*present, PASSES]
 
 
 def uninstall() -> None:
-    """Removes `PASSES` from Inductor's list; the passes of others stay."""
-    if PASSES in installed_passes():
-        others = [p for p in installed_passes() if p is not PASSES]
-        config.joint_custom_pre_pass = others or None
+    """Removes `PASSES` from Inductor's list, also if they are to be there once it is imported; those of others stay."""
+    cancel(CONFIG, _append)
+    present = installed_passes()
+    if PASSES in present:
+        sys.modules[CONFIG].joint_custom_pre_pass = [p for p in present if p is not PASSES] or None  # type: ignore[attr-defined]
 
 
 def installed_passes() -> list[Any]:
-    """Inductor's ``joint_custom_pre_pass`` as a list."""
-    return list(get_custom_graph_passes(config.joint_custom_pre_pass))
+    """Inductor's ``joint_custom_pre_pass`` as a list; empty if Inductor is not imported."""
+    present = getattr(sys.modules.get(CONFIG), "joint_custom_pre_pass", None)
+    return list(present) if isinstance(present, (list, tuple)) else [] if present is None else [present]
 
 
 def reports() -> list[Report]:
