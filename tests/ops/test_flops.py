@@ -1,0 +1,24 @@
+"""``torch.utils.flop_counter`` counts a packed layer as the float one."""
+
+import copy
+
+import pytest
+import torch
+from support import models
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import int8fx
+
+
+def flops(model: nn.Module, inputs: dict) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_a_packed_model_counts_as_the_float_one(name):
+    model, inputs = models.ALL[name](**({"experts_implementation": "eager"} if name == "mixtral" else {}))
+    expected = flops(model, inputs)
+    assert flops(int8fx.convert(copy.deepcopy(model)), inputs) == expected > 0
