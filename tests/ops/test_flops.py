@@ -1,6 +1,8 @@
 """``torch.utils.flop_counter`` counts a packed layer as the float one."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -22,3 +24,8 @@ def test_a_packed_model_counts_as_the_float_one(name):
     model, inputs = models.ALL[name](**({"experts_implementation": "eager"} if name == "mixtral" else {}))
     expected = flops(model, inputs)
     assert flops(int8fx.convert(copy.deepcopy(model)), inputs) == expected > 0
+
+
+def test_the_counter_may_be_imported_first():
+    script = "import torch.utils.flop_counter as f, torch, int8fx; assert torch.ops.int8fx.linear in f.flop_registry"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
