@@ -15,10 +15,11 @@ shape, which is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -33,7 +34,7 @@ from ..conversion import convert as conversion
 from ..conversion.format import FORMAT, VERSION, read_scheme
 from ..conversion.layers import Layer, check_weight, grouped, layer_name, packed_layers
 from ..conversion.modules import check_what_is_loaded, leave_fast_paths, pack_layers
-from ..conversion.packed import PackedModule, is_packed, join, refuse_unfit, tie_equal_columns
+from ..conversion.packed import PackedModule, is_packed, join, refuse_unfit, tensors_of, tie_equal_columns
 from ..schemes import LLMInt8, Rotated, Scheme, llm_int8, parse_scheme
 from ..schemes.calibration import Calibration
 from ..schemes.weight import CODES, COLUMNS, COLUMNS_WEIGHT, SCALE
@@ -75,6 +76,8 @@ class Int8FxConfig(QuantizationConfigMixin):
         llm_int8_has_fp16_weight: bool = False,
         **unknown: Any,
     ) -> None:
+        if version > VERSION:
+            raise ValueError(f"Int8FxConfig: format version {version}; this int8fx reads up to {VERSION}: update it")
         unknown.pop("quant_method", None)
         if unknown:
             raise TypeError(f"Int8FxConfig: unknown arguments {sorted(unknown)}; legal: scheme, skip, select")
@@ -87,8 +90,6 @@ class Int8FxConfig(QuantizationConfigMixin):
             if scheme is not None:
                 raise ValueError("Int8FxConfig: scheme and llm_int8_threshold; legal: one of them")
             scheme = llm_int8(llm_int8_threshold or None)
-        if version > VERSION:
-            raise ValueError(f"Int8FxConfig: format version {version}; this int8fx reads up to {VERSION}: update it")
         if isinstance(scheme, str):
             scheme = parse_scheme(scheme)
         elif not isinstance(scheme, (LLMInt8, Rotated, type(None))):
@@ -112,6 +113,10 @@ class Int8FxConfig(QuantizationConfigMixin):
 
 
 def _names(names: list[str] | str | None) -> list[str]:
+    if callable(names):
+        raise TypeError(
+            "Int8FxConfig: select and skip take names and patterns, which JSON can hold; for a function use convert"
+        )
     return [] if names is None else [names] if isinstance(names, str) else list(names)
 
 
@@ -149,10 +154,16 @@ class Int8FxQuantizer(HfQuantizer):
         self.quantization_config: Any = quantization_config
         self.prepared: conversion.Prepared | None = None
         self.groups: dict[str, list[Layer]] = {}  # name of a float weight -> the layers that are packed with it
-        self.arrived: set[str] = set()
+        self.parts: set[str] = set()  # names of the tensors of packed weights that are loaded
 
     def is_serializable(self) -> bool:
         return True
+
+    def adjust_max_memory(self, max_memory: dict) -> dict:
+        """While a model is quantised, a tenth of the memory is for the float weights that have arrived."""
+        if self.pre_quantized:
+            return max_memory
+        return {device: int(0.9 * size) for device, size in max_memory.items()}
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         devices = device_map.values() if isinstance(device_map, dict) else ()
@@ -165,52 +176,69 @@ class Int8FxQuantizer(HfQuantizer):
     # ---- before loading ----------------------------------------------------------------------------------------------
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> Any:
-        _tie_on_meta(model, _names_in(model, self, checkpoint_files))
+        stored = _Stored(checkpoint_files, model, _renamings(model, self))
+        _tie_on_meta(model, stored.weights())
         if self.pre_quantized:
-            schemes = self._schemes_in(model, checkpoint_files)
-            conversion.convert(model, _Schemes(schemes)) if schemes else None
-            _expect_packed_names(model)
+            self._convert_as_stored(model, stored)
             return model
         config = self.quantization_config
         self.prepared = conversion.prepare(model, config.scheme, select=config.select, skip=config.skip)
         chosen = self.prepared.chosen
         leave_fast_paths(model, {id(layer.module) for layer in chosen})
-        tied: dict[int, list[str]] = {}
-        for name, p in model.named_parameters(remove_duplicate=False):
-            tied.setdefault(id(p), []).append(name)
+        tied = _names_of(model)
         for together in _packed_together(chosen, config.scheme.needs_columns):
             for layer in together:
                 for name in tied[id(layer.weight)]:
                     self.groups[name] = together
         return model
 
-    def _schemes_in(self, model: Any, checkpoint_files: Any) -> dict[str, Scheme]:
-        """Layer name -> scheme, for the packed weights of a checkpoint that ``model`` has.
+    def _convert_as_stored(self, model: Any, stored: _Stored) -> None:
+        """Converts ``model``, which is on meta, so that it can take the packed weights of a checkpoint.
 
         Raises:
-            ValueError: a packed weight lacks a part, or its format cannot be read.
+            ValueError, RuntimeError: a packed weight lacks a part, or has one too many or of another dtype or shape, or
+                its format cannot be read. The message names it.
         """
-        state = model.state_dict()
-        layers: dict[int, list[str]] = {}
-        for name, p in model.named_parameters(remove_duplicate=False):
-            layers.setdefault(id(p), []).append(name)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        renamings = _renamings(model, self)
-        schemes: dict[str, Scheme] = {}
-        alone: dict[str, str] = {}  # layer name -> weight that is stored without codes: its tied twin has them
-        for weight, parts in _packed_in(checkpoint_files).items():
-            name, _ = rename_source_key(weight, renamings, [], model.base_model_prefix, state)
-            if name not in parameters:
-                continue  # of a head that this class does not have
-            if CODES not in parts:
-                alone[layer_name(name)] = weight
-                continue
-            scheme = _checked_scheme(weight, parts)
-            for tied in layers[id(parameters[name])]:
-                schemes[layer_name(tied)] = scheme
-        for layer in alone.keys() - schemes.keys():
-            raise ValueError(f"int8fx: the checkpoint lacks {alone[layer] + CODES!r}; it is incomplete")
-        return schemes
+        if not stored.keys:
+            raise ValueError(
+                "int8fx: found no file of an int8 checkpoint to read the formats of its weights from; legal: a folder "
+                "as save_pretrained writes it. For a state_dict: int8fx.convert the model, then model.load_state_dict"
+            )
+        schemes = {name: stored.scheme(names) for names in _names_of(model).values() if (name := stored.packed(names))}
+        self._check_claims(model, set(schemes))
+        if schemes:
+            names = _names_of(model)
+            ids = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+            layers = {layer_name(n): scheme for name, scheme in schemes.items() for n in names[ids[name]]}
+            conversion.convert(model, _Schemes(layers))
+            for layer, reason in getattr(model, conversion.LEFT, {}).items():
+                if layer in layers:
+                    raise ValueError(f"int8fx: {layer!r} is packed in the checkpoint, and cannot be here: {reason}")
+        _expect_packed_names(model)
+        self.parts = {name + part for name in _packed_names(model) for part in _PARTS}
+        given = stored.headers(_packed_names(model))
+        if extra := sorted(given.keys() - model.state_dict().keys() - _packed_names(model)):
+            raise ValueError(f"int8fx: the checkpoint has {extra[0]!r}, which the scheme of this weight does not use")
+        refuse_unfit(model, given, "")
+
+    def _check_claims(self, model: Any, packed: set[str]) -> None:
+        """Raises ValueError if a layer of ``model`` that ``config.json`` lists as packed is not so in the files."""
+        prefix = f"{model.base_model_prefix}."
+        claimed = self.quantization_config.select or []
+        claimed = {n for name in claimed for n in (name, prefix + name, name.removeprefix(prefix))}
+        found = {layer_name(name) for names in _names_of(model).values() if packed & set(names) for name in names}
+        here = {layer_name(name) for names in _names_of(model).values() for name in names}
+        if lost := sorted((claimed & here) - found):
+            raise ValueError(
+                f"int8fx: config.json says that {lost[0]!r} is packed, and the checkpoint lacks its tensors; it is "
+                "incomplete"
+            )
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Tensors of packed weights keep the dtype that they are stored in."""
+        if not self.parts.isdisjoint(converter.target_patterns):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
 
     # ---- while loading a float checkpoint ----------------------------------------------------------------------------
 
@@ -254,6 +282,7 @@ class Int8FxQuantizer(HfQuantizer):
             conversion.finish(model, self.prepared)
             self.prepared = None
         else:
+            _check_loaded(model)
             _tie_packed(model)
             refuse_unfit(model, model.state_dict(), "")
             tie_equal_columns(model)
@@ -313,12 +342,7 @@ def describe(model: Any, quantizer: Int8FxQuantizer | None = None) -> None:
 
 def _expect_packed_names(model: Any) -> None:
     """Tells transformers the names of packed weights: what is tied, which keys it ignores, which conversions stay."""
-    packed = {
-        join(path, name)
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, PackedModule)
-        for name in module.packed_weights
-    }
+    packed = _packed_names(model)
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     for target, source in list(tied.items()):
         if target in packed and source in packed:
@@ -368,13 +392,6 @@ def _packed_together(chosen: list[Layer], by_siblings: bool) -> Iterator[list[La
     yield from grouped(chosen, lambda layer: root(id(layer.weight)))
 
 
-def _names_in(model: Any, quantizer: Int8FxQuantizer, files: Any) -> set[str]:
-    """The names that the weights of a checkpoint have in ``model``; a packed weight has its float name."""
-    renamings, state = _renamings(model, quantizer), model.state_dict()
-    keys = {key.removesuffix(CODES) for key in _files_of(files)}
-    return {rename_source_key(key, renamings, [], model.base_model_prefix, state)[0] for key in keys}
-
-
 def _tie_on_meta(model: Any, there: set[str]) -> None:
     """Ties the weights that ``model`` shares, unless the checkpoint has values for each: then transformers decides."""
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
@@ -383,14 +400,34 @@ def _tie_on_meta(model: Any, there: set[str]) -> None:
             setattr(model.get_submodule(path), name, model.get_parameter(source))
 
 
-def _files_of(files: Any) -> dict[str, str]:
-    """Key -> file, for the safetensors files of a checkpoint."""
-    keys: dict[str, str] = {}
-    for file in [files] if isinstance(files, str) else files or ():
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, framework="pt") as opened:
-                keys |= dict.fromkeys(opened.keys(), str(file))
-    return keys
+def _names_of(model: nn.Module) -> dict[int, list[str]]:
+    """Id of a Parameter -> its names, of which tied weights have several."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return names
+
+
+def _packed_names(model: nn.Module) -> set[str]:
+    """The names of the packed weights of ``model``, each under all its names."""
+    return {
+        join(path, name)
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, PackedModule)
+        for name in module.packed_weights
+    }
+
+
+def _check_loaded(model: nn.Module) -> None:
+    """Raises RuntimeError, naming it, if a tensor of a packed weight was not loaded: its memory is uninitialised."""
+    for path, module in model.named_modules():
+        if not isinstance(module, PackedModule):
+            continue
+        hooked = any(hasattr(m, "_hf_hook") for m in (module, *module.children()))
+        for name in module.packed_weights:
+            for key, tensor in tensors_of(module, name).named(name).items():
+                if not getattr(tensor, "_is_hf_initialized", tensor.is_meta and hooked):
+                    raise RuntimeError(f"int8fx: the checkpoint has no {join(path, key)!r} that fits; it is incomplete")
 
 
 def _renamings(model: Any, quantizer: Int8FxQuantizer) -> list[WeightRenaming]:
@@ -398,40 +435,85 @@ def _renamings(model: Any, quantizer: Int8FxQuantizer) -> list[WeightRenaming]:
     return [entry for entry in mapping if isinstance(entry, WeightRenaming)]
 
 
-def _packed_in(files: Any) -> dict[str, dict[str, Any]]:
-    """Weight name -> part -> (file, key), for the packed weights in safetensors files. A part may be missing."""
-    keys = _files_of(files)
-    weights = {key.removesuffix(part) for part in (CODES, FORMAT) for key in keys if key.endswith(part)}
-    return {
-        weight: {part: (keys[weight + part], weight + part) for part in _PARTS if weight + part in keys}
-        for weight in sorted(weights)
-        if sum(weight + part in keys for part in (CODES, SCALE, FORMAT)) >= 2  # names of others may end like these
-    }
+class _Stored:
+    """The files of a checkpoint: safetensors, or what ``torch.save`` wrote. Their keys by the names in ``model``.
 
+    keys: name -> key. A part of a packed weight has the name that the model has for the weight, and the part's suffix.
+    """
 
-def _checked_scheme(weight: str, parts: dict[str, Any]) -> Scheme:
-    """The scheme of a packed weight of a checkpoint, all of whose parts are there."""
-    if FORMAT not in parts:
-        raise ValueError(
-            f"int8fx: the checkpoint has {weight + CODES!r} and lacks {weight + FORMAT!r}; it is incomplete"
-        )
-    file, key = parts[FORMAT]
-    with safe_open(file, framework="pt") as opened:
+    def __init__(self, files: Any, model: Any, renamings: list[WeightRenaming]) -> None:
+        self.files: dict[str, Any] = {}  # key -> an open file, or a dict of tensors
+        for file in [files] if isinstance(files, str) else files or ():
+            if str(file).endswith(".safetensors"):
+                opened = safe_open(file, framework="pt")
+            else:
+                loaded = torch.load(file, map_location="cpu", mmap=is_zipfile(file), weights_only=True)
+                opened = {key: t for key, t in loaded.items() if isinstance(t, Tensor)}
+            self.files |= dict.fromkeys(opened.keys(), opened)
+        self.keys: dict[str, str] = {}
+        state, prefix = model.state_dict(), model.base_model_prefix
+        for key in sorted(self.files):
+            for part in ("", *_PARTS):
+                if not key.endswith(part):
+                    continue
+                weight = key.removesuffix(part)
+                name, _ = rename_source_key(weight, renamings, [], prefix, state)
+                if name not in state and weight in state:  # as transformers does when it loads
+                    name, _ = rename_source_key(weight, [], [], prefix, state)
+                if not part or name in state:
+                    self.keys[name + part] = key
+
+    def header(self, name: str) -> Tensor:
+        """A tensor of the dtype and shape that the tensor ``name`` has, on meta."""
+        key = self.keys[name]
+        file = self.files[key]
+        if isinstance(file, dict):
+            return file[key].to("meta")
+        part = file.get_slice(key)
+        shape = part.get_shape()
+        return torch.empty(shape, dtype=(part[:0] if shape else part[...]).dtype, device="meta")
+
+    def headers(self, weights: Iterable[str]) -> dict[str, Tensor]:
+        """The headers of all parts of the packed ``weights``, and their formats as they are."""
+        names = {weight + part for weight in weights for part in ("", *_PARTS)} & self.keys.keys()
+        headers = {name: self.read(name) if name.endswith(FORMAT) else self.header(name) for name in names}
+        return {name: tensor for name, tensor in headers.items() if not _is_guard(tensor)}
+
+    def read(self, name: str) -> Tensor:
+        key = self.keys[name]
+        file = self.files[key]
+        return file[key] if isinstance(file, dict) else file.get_tensor(key)
+
+    def weights(self) -> set[str]:
+        """The names of the weights that have values here, packed or not."""
+        return {name.removesuffix(CODES) for name in self.keys}
+
+    def packed(self, names: list[str]) -> str | None:
+        """One of the tied ``names`` if the files have this weight packed, or remains of it."""
+        for name in names:
+            if name + FORMAT in self.keys:
+                return name
+        for name in names:
+            if (name + CODES in self.keys and self.header(name + CODES).dtype == torch.int8) or (
+                name in self.keys and _is_guard(self.header(name))
+            ):
+                return name
+        return None
+
+    def scheme(self, names: list[str]) -> Scheme:
+        """The scheme of the packed weight ``names``. Raises ValueError if the files lack its codes or its format."""
+        for part in (CODES, FORMAT):
+            there = [name + part for name in names if name + part in self.keys]
+            if not there:
+                raise ValueError(f"int8fx: the checkpoint lacks {names[0] + part!r}; it is incomplete")
         try:
-            scheme = read_scheme(opened.get_tensor(key))
+            return read_scheme(self.read(there[0]))
         except ValueError as error:
-            raise ValueError(f"int8fx: {key!r} of the checkpoint: {error}") from error
-        K = _last_size(*parts[CODES])
-    needed = {CODES, SCALE, FORMAT} | ({COLUMNS, COLUMNS_WEIGHT} if scheme.static_columns(K) else set())
-    if parts.keys() != needed:
-        wrong = sorted(weight + part for part in parts.keys() ^ needed)
-        raise ValueError(f"int8fx: {weight!r} of the checkpoint is {scheme}; missing or too many: {', '.join(wrong)}")
-    return scheme
+            raise ValueError(f"int8fx: {self.keys[there[0]]!r} of the checkpoint: {error}") from error
 
 
-def _last_size(file: str, key: str) -> int:
-    with safe_open(file, framework="pt") as opened:
-        return opened.get_slice(key).get_shape()[-1]
+def _is_guard(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.uint8 and tensor.shape == (1,)
 
 
 conversion.AFTER_CONVERSION.append(describe)

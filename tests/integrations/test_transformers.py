@@ -3,6 +3,7 @@
 import copy
 import filecmp
 import json
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -191,33 +192,110 @@ def test_another_process_loads_it_rightly_or_not_at_all(name, imports, tmp_path)
         assert "mismatch" in done.stderr.lower()
 
 
+W = "model.layers.0.mlp.up_proj.weight"
+PARTS = ("_codes", "_scale", "_format", "_columns", "_columns_weight")
+OTHER_SCHEME = b'{"format": "int8fx", "version": 2, "scheme": "llm_int8"}'
+
+
+def without(*suffixes: str):
+    return lambda state: [state.pop(W + suffix) for suffix in suffixes]
+
+
+def changed(suffix: str, change):
+    return lambda state: state.update({W + suffix: change(state[W + suffix])})
+
+
 DAMAGES = {
-    "no codes": (lambda s: s.pop("model.layers.0.mlp.up_proj.weight_codes"), "up_proj.weight_codes'; it is incomplete"),
-    "no scale": (lambda s: s.pop("model.layers.0.mlp.up_proj.weight_scale"), "up_proj.weight_scale"),
-    "no format": (lambda s: s.pop("model.layers.0.mlp.up_proj.weight_format"), "up_proj.weight_format"),
-    "no columns": (lambda s: s.pop("model.layers.0.mlp.up_proj.weight_columns"), "up_proj.weight_columns"),
-    "format": (lambda s: s["model.layers.0.mlp.up_proj.weight_format"].zero_(), "up_proj.weight_format"),
-    "code": (lambda s: s["model.layers.0.mlp.up_proj.weight_codes"].fill_(-128), "has a code of -128"),
-    "scale": (lambda s: s["model.layers.0.mlp.up_proj.weight_scale"].fill_(float("nan")), "NaN, inf, zero or negative"),
-    "columns": (lambda s: s["model.layers.0.mlp.up_proj.weight_columns"].fill_(999), "column 999 is out of range"),
-}  # fmt: skip
+    "no codes": (without("_codes"), "up_proj.weight_codes'; it is incomplete"),
+    "no scale": (without("_scale"), "up_proj.weight_scale"),
+    "no format": (without("_format"), "up_proj.weight_format"),
+    "no columns": (without("_columns"), "up_proj.weight_columns"),
+    "no weights of columns": (without("_columns_weight"), "up_proj.weight_columns_weight"),
+    "only its format": (without("_codes", "_scale", "_columns", "_columns_weight"), "up_proj.weight_codes"),
+    "only its codes": (without("", "_scale", "_format", "_columns", "_columns_weight"), "up_proj.weight_format"),
+    "only its guard": (without(*PARTS), "up_proj.weight_codes"),
+    "nothing of it": (without("", *PARTS), "says that 'model.layers.0.mlp.up_proj' is packed"),
+    "format": (changed("_format", torch.zeros_like), "up_proj.weight_format"),
+    "another scheme": (changed("_format", lambda _: torch.tensor([*OTHER_SCHEME], dtype=torch.uint8)), "_columns'"),
+    "code": (changed("_codes", lambda t: t.fill_(-128)), "has a code of -128"),
+    "codes as floats": (changed("_codes", Tensor.float), "takes int8 codes, found torch.float32"),
+    "codes of another shape": (changed("_codes", lambda t: t[1:]), "has shape (135, 64); legal: (136, 64)"),
+    "one code": (changed("_codes", lambda t: t[0, 0]), "has shape (); legal: (136, 64)"),
+    "scale": (changed("_scale", lambda t: t * float("nan")), "NaN, inf, zero or negative"),
+    "scale as halves": (changed("_scale", Tensor.half), "has dtype torch.float16; legal: torch.float32"),
+    "one scale": (changed("_scale", lambda t: t[:1]), "has shape (1,); legal: (136,)"),
+    "columns": (changed("_columns", lambda t: t.fill_(999)), "column 999 is out of range"),
+    "columns as floats": (changed("_columns", Tensor.float), "as torch.int64, found torch.float32"),
+    "fewer columns": (changed("_columns", lambda t: t[1:]), "has shape (2,); legal: (3,)"),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_refused_by_name(damage, saved):
+@pytest.mark.parametrize("ignore", [False, True])
+def test_a_damaged_checkpoint_is_refused_by_name(damage, ignore, saved):
+    """``ignore_mismatched_sizes`` would leave tensors of another shape uninitialised."""
     change, message = DAMAGES[damage]
     state = load_file(saved / "model.safetensors")
     change(state)
+    state = {key: tensor.contiguous() for key, tensor in state.items()}
     save_file(state, saved / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises((ValueError, RuntimeError)) as error:
-        transformers.LlamaForCausalLM.from_pretrained(saved)
+        transformers.LlamaForCausalLM.from_pretrained(saved, ignore_mismatched_sizes=ignore)
     assert message in str(error.value)
+
+
+def test_a_file_of_torch_save_loads(saved):
+    model = transformers.LlamaForCausalLM.from_pretrained(saved)
+    (saved / "model.safetensors").unlink()
+    state = model.state_dict()
+    torch.save(state, saved / "pytorch_model.bin")
+    assert_same_tensors(transformers.LlamaForCausalLM.from_pretrained(saved), model)
+    del state[W + "_codes"]
+    torch.save(state, saved / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"up_proj\.weight_codes'; it is incomplete"):
+        transformers.LlamaForCausalLM.from_pretrained(saved)
+
+
+def test_a_state_dict_in_place_of_files_is_refused(saved):
+    """transformers does not show it to quantizers."""
+    model = transformers.LlamaForCausalLM.from_pretrained(saved)
+    with pytest.raises(ValueError, match=r"found no file .* legal: a folder"):
+        type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    state = {key: tensor for key, tensor in model.state_dict().items() if key != W + "_codes"}
+    with pytest.raises(RuntimeError, match=r"up_proj\.weight_codes' that fits"):
+        type(model).from_pretrained(saved, state_dict=state)
+
+
+def test_a_checkpoint_whose_configuration_does_not_say_that_it_is_int8_is_refused(saved):
+    config = json.loads((saved / "config.json").read_text())
+    del config["quantization_config"]
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        transformers.LlamaForCausalLM.from_pretrained(saved)
+
+
+def test_the_scheme_of_a_checkpoint_is_its_own(saved):
+    config = int8fx.Int8FxConfig(int8fx.plain())
+    with pytest.warns(UserWarning, match="quantization_config` from the model will be used"):
+        model = transformers.LlamaForCausalLM.from_pretrained(saved, quantization_config=config)
+    assert {row.scheme for row in int8fx.summary(model).converted} == {int8fx.rotated(16, columns=0.05)}
+
+
+def test_tensors_of_packed_weights_keep_their_dtype(saved):
+    """As `.to(dtype)` does: columns that are not quantised stay exact, and are saved as they were loaded."""
+    model = transformers.LlamaForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
+    expected = transformers.LlamaForCausalLM.from_pretrained(saved).to(torch.bfloat16)
+    assert_same_tensors(model, expected)
+    assert model.model.layers[0].mlp.up_proj.weight_columns_weight.dtype == torch.float32
+    expected.save_pretrained(saved / "1")
+    again = type(model).from_pretrained(saved / "1")
+    assert_same_tensors(again, expected)
 
 
 def test_a_newer_format_is_refused(saved):
     config = json.loads((saved / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "int8fx"
-    config["quantization_config"]["version"] = 99
+    config["quantization_config"] |= {"version": 99, "novelty": 1}
     (saved / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="format version 99; this int8fx reads up to"):
         transformers.LlamaForCausalLM.from_pretrained(saved)
@@ -260,6 +338,8 @@ def test_bitsandbytes_names():
         int8fx.Int8FxConfig("rotated", llm_int8_threshold=6.0)
     with pytest.raises(TypeError, match="unknown arguments"):
         int8fx.Int8FxConfig(threshold=6.0)
+    with pytest.raises(TypeError, match="use convert"):
+        int8fx.Int8FxConfig(skip=lambda name, module: True)
     with pytest.raises(TypeError, match="scheme is 6"):
         int8fx.Int8FxConfig(6)
     with pytest.raises(ValueError, match="legal: llm_int8"):
@@ -417,3 +497,86 @@ def test_packed_tensors_are_what_their_names_say(saved):
             assert isinstance(tensors.codes, nn.Parameter)
             assert not tensors.codes.requires_grad
             assert "weight_scale" in module._buffers
+
+
+def test_casts():
+    """transformers refuses ``half()`` and ``float()`` for other quantised models."""
+    model, inputs = made("llama")
+    int8fx.convert(model)
+    for dtype, cast in {torch.float16: model.half, torch.float32: model.float}.items():
+        assert cast() is model
+        assert model.dtype == outputs(model, inputs)[0].dtype == dtype
+    assert model.to(torch.bfloat16).dtype == torch.bfloat16
+    assert {t.dtype for n, t in model.named_buffers() if n.endswith("_scale")} == {torch.float32}
+
+
+def test_a_converted_model_is_copied_and_pickled():
+    model, inputs = made("llama")
+    y = outputs(int8fx.convert(model), inputs)[0]
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(outputs(other, inputs)[0], y)
+        assert other.half() is other
+        assert other.dtype == torch.float16
+    assert model.dtype == torch.float32
+
+
+def test_the_calls_of_lm_evaluation_harness(saved):
+    """``HFLM(pretrained=folder)`` and ``HFLM(pretrained=model)``."""
+    folder = {"pretrained_model_name_or_path": str(saved), "trust_remote_code": False, "revision": "main"}
+    config = transformers.AutoConfig.from_pretrained(**folder)
+    quantisation = transformers.quantizers.AutoQuantizationConfig.from_dict(config.quantization_config)
+    settings = {"dtype": "auto", "device_map": {"": "cpu"}, "subfolder": "", "gguf_file": None}
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            **folder, **settings, quantization_config=quantisation
+        )
+    model.eval()
+    model.tie_weights()
+    assert_same_tensors(model, transformers.AutoModelForCausalLM.from_pretrained(saved))
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, transformers.AutoModelForCausalLM.from_pretrained(saved)(ids).logits)
+    assert (model.device.type, model.config.vocab_size) == ("cpu", 96)
+
+
+@pytest.mark.slow
+def test_generate_compiles_with_a_static_cache(saved):
+    model = transformers.LlamaForCausalLM.from_pretrained(saved).eval()
+    ids = torch.arange(3, 9)[None]
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    compiled = transformers.CompileConfig(fullgraph=True, mode="default")
+    model.generation_config.compile_config = compiled
+    compiled._compile_all_devices = True  # by default CPUs do not compile
+    y = model.generate(ids, cache_implementation="static", **settings)
+    assert y.shape == (1, 11)
+    assert hasattr(model, "_compiled_call")
+
+
+def test_memory_that_transformers_plans_for(tmp_path):
+    from int8fx.integrations.transformers import Int8FxQuantizer
+
+    quantising = Int8FxQuantizer(int8fx.Int8FxConfig(), pre_quantized=False)
+    assert quantising.adjust_max_memory({0: 1000, "cpu": 2000}) == {0: 900, "cpu": 1800}
+    assert Int8FxQuantizer(int8fx.Int8FxConfig()).adjust_max_memory({0: 1000}) == {0: 1000}
+    sizes = {}
+    param_element_size = Int8FxQuantizer.param_element_size
+
+    def watched(self, model, name, param):
+        sizes[name] = param_element_size(self, model, name, param)
+        return sizes[name]
+
+    model, _ = made("llama")
+    model.save_pretrained(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Int8FxQuantizer, "param_element_size", watched)
+        type(model).from_pretrained(tmp_path, device_map="auto", quantization_config=int8fx.Int8FxConfig())
+    assert sizes["model.layers.0.mlp.up_proj.weight"] == 1
+    assert sizes["lm_head.weight"] == 4
+
+
+def test_parameters_are_counted_without_embeddings():
+    model, _ = made("gpt2")
+    number = model.num_parameters(exclude_embeddings=True)
+    int8fx.convert(model)
+    assert model.num_parameters(exclude_embeddings=True) == number
+    assert model.num_parameters(only_trainable=True) < model.num_parameters()
