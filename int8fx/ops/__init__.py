@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor
 from ..schemes.quantize import compute_dtype
 from ..schemes.quantize import dequantize as _dequantize
 from ..schemes.weight import Epilogue, Int8Weight
-from . import fallback, gpu, native
+from . import fallback, gpu, native, schemas
 from .checks import (
     check_dequantize,
     check_grouped_linear,
@@ -28,21 +28,8 @@ from .checks import (
 )
 from .rows import Form, form
 
-_WEIGHT = (
-    "Tensor weight, Tensor weight_scale, float? threshold=None, int block=1, Tensor? columns=None, "
-    "Tensor? columns_weight=None"
-)
-_EPILOGUE = "Tensor? bias=None, str activation='none', Tensor? other=None, str binary='none'"
-_LIB = torch.library.Library("int8fx", "DEF")
-for _schema in (
-    f"linear(Tensor x, {_WEIGHT}, {_EPILOGUE}) -> Tensor",
-    f"linear_quantized(Tensor x, Tensor codes, Tensor x_scale, Tensor outlier_mask, {_WEIGHT}, {_EPILOGUE}) -> Tensor",
-    "quantize_rowwise(Tensor x, float? threshold=None, int block=1, Tensor? columns=None, *, bool for_linear=False) "
-    "-> (Tensor, Tensor, Tensor)",
-    f"grouped_linear(Tensor x, Tensor offsets, {_WEIGHT}, Tensor? bias=None) -> Tensor",
-    f"dequantize({_WEIGHT}, *, ScalarType dtype) -> Tensor",
-):
-    _LIB.define(_schema)
+_LIB = torch.library.Library(schemas.NAMESPACE, "DEF")
+schemas.define(_LIB)
 
 linear = torch.ops.int8fx.linear
 linear_quantized = torch.ops.int8fx.linear_quantized
