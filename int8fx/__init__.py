@@ -20,7 +20,7 @@ from .schemes.calibration import Calibration
 if TYPE_CHECKING:
     from .integrations.transformers import Int8FxConfig as Int8FxConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Calibration",
     "LLMInt8",
@@ -43,8 +43,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "Int8FxConfig":  # not in __all__, as it needs transformers
-        from .integrations import transformers
-
+        try:
+            from .integrations import transformers
+        except ModuleNotFoundError as error:
+            message = 'int8fx.Int8FxConfig needs transformers: pip install "int8fx[transformers]"'
+            raise ImportError(message) from error
         return transformers.Int8FxConfig
     raise AttributeError(f"module 'int8fx' has no attribute {name!r}")
 
@@ -57,4 +60,4 @@ when_imported("transformers.quantizers.auto", _register_in_transformers)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "Int8FxConfig"})

@@ -139,13 +139,20 @@ model = torch.nn.Sequential(torch.nn.Linear(8, 4))
 x = torch.arange(16.0).view(2, 8)
 y = model(x)
 int8fx.convert(model)
-error = (model(x) - y).abs().max() / y.abs().max()
+difference = float((model(x) - y).abs().max() / y.abs().max())
+try:
+    int8fx.Int8FxConfig
+    needed = ""
+except ImportError as error:
+    needed = str(error)
 missing = [name for name in int8fx.__all__ if not hasattr(int8fx, name)]
-result = [missing, int8fx.is_packed(model[0]), len(int8fx.summary(model).converted), float(error), int8fx.__version__]
+converted = len(int8fx.summary(model).converted)
+result = [needed, missing, int8fx.is_packed(model[0]), converted, difference, int8fx.__version__]
 """,
         tmp_path,
     )
-    missing, packed, converted, error, version = facts
+    needed, missing, packed, converted, error, version = facts
+    assert needed == 'int8fx.Int8FxConfig needs transformers: pip install "int8fx[transformers]"'
     assert (missing, packed, converted) == ([], True, 1)
     assert error < 2 / 127
     assert version.count(".") == 2
@@ -157,8 +164,8 @@ def test_the_public_names():
 
     assert int8fx.__all__ == sorted(int8fx.__all__, key=lambda name: (name[0].islower(), name))
     assert set(int8fx.__all__) == {
-        "Calibration", "LLMInt8", "Plan", "Rotated", "Scheme", "calibrate", "convert", "is_packed", "llm_int8", "plain",
-        "plan", "reports", "rotated", "summary", "uninstall", "weight_only",
+        "Calibration", "LLMInt8", "Plan", "Rotated", "Scheme", "calibrate", "convert", "is_packed",
+        "llm_int8", "plain", "plan", "reports", "rotated", "summary", "uninstall", "weight_only",
     }  # fmt: skip
     assert set(int8fx.__all__) <= set(dir(int8fx))
     with pytest.raises(AttributeError, match="module 'int8fx' has no attribute 'pack'"):

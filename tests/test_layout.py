@@ -15,10 +15,8 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("schemes", "ops", "graph", "passes", "conversion", "calibration", "tools")
+FOLDERS = ("schemes", "ops", "graph", "passes", "conversion", "calibration", "integrations", "tools")
 """Each folder of int8fx/ imports from those before it."""
-BESIDE = {"integrations": "tools"}
-"""Folders with the rank of another one; neither of the two imports the other."""
 ANYWHERE = ("imports", "terminal")
 """Modules that all folders may import. They import nothing of int8fx."""
 OTHER_PACKAGES = ("tools", "integrations")
@@ -92,9 +90,9 @@ def find_faults(root: Path) -> list[str]:
     faults += [f"circle of modules: {'; '.join(circle)}; legal: no circles" for circle in find_circles(imports)]
     entries = [path for path in (root / "int8fx").iterdir() if not path.name.startswith((".", "__"))]
     for path in sorted(entries):
-        legal_folders = {*FOLDERS, *BESIDE}
+        legal_folders = {*FOLDERS}
         if path.is_dir() and path.name not in legal_folders and list(path.rglob("*.py")):
-            faults.append(f"int8fx/{path.name}/: an unknown folder; legal: {', '.join(FOLDERS)}, {', '.join(BESIDE)}")
+            faults.append(f"int8fx/{path.name}/: an unknown folder; legal: {', '.join(FOLDERS)}")
     modules = sorted(path.stem for path in entries if path.suffix == ".py")
     others = [module for module in modules if module not in ANYWHERE]
     if others:
@@ -121,7 +119,7 @@ def _faults_of(one: Import) -> Iterator[str]:
         if not legal and top_level not in ("torch", *sys.stdlib_module_names):
             yield f"{what}: torch and the standard library; other packages in {', '.join(OTHER_PACKAGES)}"
     elif folder and target_folder and folder != target_folder and target_folder not in ANYWHERE:
-        before = FOLDERS[: FOLDERS.index(BESIDE.get(folder, folder))] if folder in (*FOLDERS, *BESIDE) else ()
+        before = FOLDERS[: FOLDERS.index(folder)] if folder in FOLDERS else ()
         if target_folder not in before:
             yield f"{what}: {folder} imports from {', '.join(before) or 'no other folder'}"
 
@@ -158,12 +156,12 @@ def describe(root: Path) -> str:
     """A line for each folder: modules, lines of code, and the folders that it imports."""
     modules, imports = read_modules(root), read_imports(root)
     lines = []
-    for folder in ("", *ANYWHERE, *FOLDERS, *BESIDE, "triton_kernels"):
+    for folder in ("", *ANYWHERE, *FOLDERS, "triton_kernels"):
         paths = [path for module, path in modules.items() if _folder(module) == folder]
         if paths:
             targets = {_folder(i.target) or "int8fx" for i in imports if _folder(i.source) == folder}
             inside = {_folder(module) for module in modules}
-            named = [t for t in (*ANYWHERE, *FOLDERS, *BESIDE, "triton_kernels") if t in targets & inside - {folder}]
+            named = [t for t in (*ANYWHERE, *FOLDERS, "triton_kernels") if t in targets & inside - {folder}]
             count = sum(len(path.read_text().splitlines()) for path in paths)
             lines.append(f"{folder or '__init__':16}{len(paths):4} modules{count:7} lines  imports {', '.join(named)}")
     return "\n".join(lines)
@@ -250,9 +248,9 @@ ILLEGAL = {
          "int8fx/graph/a.py:2: int8fx.graph.a imports int8fx.tools; legal: graph imports from schemes, ops"],
     ),
     "unknown folder": (
-        {"int8fx/tools/a.py": "from ..integrations import b\n", "int8fx/integrations/b.py": ""},
-        ["int8fx/tools/a.py:1: int8fx.tools.a imports int8fx.integrations.b; legal: tools imports from schemes, ops, "
-         "graph, passes, conversion, calibration"],
+        {"int8fx/integrations/a.py": "from ..tools import b\n", "int8fx/tools/b.py": ""},
+        ["int8fx/integrations/a.py:1: int8fx.integrations.a imports int8fx.tools.b; legal: integrations imports from "
+         "schemes, ops, graph, passes, conversion, calibration"],
     ),
     "a circle": (
         {"int8fx/ops/a.py": "from .b import f\n", "int8fx/ops/b.py": "\ndef f():\n    from . import c\n",
@@ -291,8 +289,8 @@ ILLEGAL = {
     ),
     "an unknown folder": (
         {"int8fx/common/a.py": ""},
-        ["int8fx/common/: an unknown folder; legal: schemes, ops, graph, passes, conversion, calibration, tools, "
-         "integrations"],
+        ["int8fx/common/: an unknown folder; legal: schemes, ops, graph, passes, conversion, calibration, "
+         "integrations, tools"],
     ),
     "a module for all that imports another package": (
         {"int8fx/imports.py": "import numpy\n"},

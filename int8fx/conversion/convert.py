@@ -23,6 +23,7 @@ from ..schemes.calibration import Calibration
 from ..terminal import show_progress
 from . import exported, graph_module, modules
 from .decide import decide, mostly_left
+from .foreign import ForeignLayer, check_scheme, foreign_layers, pack_foreign
 from .layers import Layer, PackedLayer, check_modules, choose, grouped, refuse_converted
 from .quantizer import Columns, Quantizer
 from .selection import Choice, Selection
@@ -119,6 +120,7 @@ def convert(
     """
     prepared = prepare(model, scheme, select=select, skip=skip, calibration=calibration, progress=progress)
     kind_of(model, "convert").pack(model, prepared.chosen, prepared.quantizer)
+    pack_foreign(prepared.foreign, scheme if isinstance(scheme, (LLMInt8, Rotated)) else None)
     finish(model, prepared)
     return model
 
@@ -131,6 +133,7 @@ class Prepared:
     chosen: the layers to pack.
     quantizer: quantises their weights.
     reasons: layer name -> why it is not converted.
+    foreign: layers that another package has quantised, to be taken over.
     warning: what to tell the user when it is done, or None.
     on_cpu: whether one of them is on the CPU.
     """
@@ -139,6 +142,7 @@ class Prepared:
     chosen: list[Layer]
     quantizer: Quantizer
     reasons: dict[str, str]
+    foreign: list[ForeignLayer]
     warning: str | None
     on_cpu: bool
 
@@ -166,6 +170,8 @@ def prepare(
     kind, choice = kind_of(model, "convert"), Choice(select, skip)
     root = kind.root_of(model)
     check_modules(root)
+    foreign = foreign_layers(root, choice)
+    check_scheme(foreign, scheme if isinstance(scheme, (LLMInt8, Rotated)) else None)
     layers, packed = decide(root, kind.layers_of(model), choice), kind.packed_of(model)
     refuse_converted(packed, choice)
     names = [name for layer in layers for name in (layer.name, *layer.aliases)] + [layer.name for layer in packed]
@@ -175,12 +181,13 @@ def prepare(
     chosen = choose(layers)
     quantizer = Quantizer(schemes, calibration, Columns(calibration, chosen), _progress(chosen, progress))
     quantizer.check(chosen)
-    reasons = {layer.name: layer.reason for layer in layers if layer.reason is not None}
+    taken = {layer.name for layer in foreign}
+    reasons = {layer.name: layer.reason for layer in layers if layer.reason is not None and layer.name not in taken}
     warning = mostly_left(layers) if choice.by_default else None
-    if not chosen:
+    if not chosen and not foreign:
         warning = "no layer was converted; int8fx.summary(model) says why"
     on_cpu = any(layer.weight.device.type == "cpu" and not isinstance(layer.weight, FakeTensor) for layer in chosen)
-    return Prepared(root, chosen, quantizer, reasons, warning, on_cpu)
+    return Prepared(root, chosen, quantizer, reasons, foreign, warning, on_cpu)
 
 
 AFTER_CONVERSION: list[Callable[[Any], None]] = []

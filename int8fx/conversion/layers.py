@@ -137,15 +137,9 @@ def grouped(layers: Iterable[Layer], key: Callable[[Layer], int]) -> list[list[L
 
 
 def check_modules(model: nn.Module) -> None:
-    """Raises ValueError, naming the layer, if ``model`` is quantised already or has Parameters without a shape."""
+    """Raises ValueError, naming the layer, if ``model`` has Parameters without a shape."""
     for path, module in model.named_modules():
         name, weight = path or type(model).__name__, module._parameters.get("weight")
-        package = quantised_by(module)
-        if package:
-            raise ValueError(
-                f"int8fx.convert: layer {name!r} is already quantised by {package} ({type(module).__name__}, "
-                f"{type(weight).__name__}); legal: float weights"
-            )
         if uninitialized(weight):
             raise ValueError(f"int8fx.convert: layer {name!r} has no weight yet; run the model once before converting")
 

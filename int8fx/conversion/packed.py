@@ -82,8 +82,13 @@ def tensors_of(owner: nn.Module, name: str) -> PackedTensors:
 
 
 def frozen(codes: Tensor) -> nn.Parameter:
-    """``codes`` as a Parameter. Tied weights have one, so this is done once."""
-    return codes if isinstance(codes, nn.Parameter) else nn.Parameter(codes, requires_grad=False)
+    """``codes`` as a Parameter that does not train. Tied weights have one, so this is done once.
+
+    FSDP1 leaves Parameters with the mark ``_fsdp_flattened`` out of its flat parameter, which takes no integers.
+    """
+    parameter = codes if isinstance(codes, nn.Parameter) else nn.Parameter(codes, requires_grad=False)
+    parameter._fsdp_flattened = True  # type: ignore[attr-defined]
+    return parameter
 
 
 def store(owner: nn.Module, name: str, tensors: PackedTensors, scheme: Scheme) -> None:
@@ -166,8 +171,20 @@ def refuse_unfit(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *
         if k in state_dict or (k == key + CODES and key in state_dict)
     }
     problems = [problem for place in places for problem in _unfit(*place, state_dict, loaded if complete else None)]
+    if complete and not problems:  # torch would find these while it loads, and leave the model half loaded
+        problems = list(_misshapen(model, state_dict, prefix))
     if problems:
         raise RuntimeError("\n\t".join([f"Error(s) in loading state_dict for {type(model).__name__}:", *problems]))
+
+
+def _misshapen(model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key, tensor in nn.Module.state_dict(model, prefix=prefix).items():
+        value = state_dict.get(key)
+        if key in state_dict and isinstance(tensor, Tensor) and not key.endswith(FORMAT):
+            if not isinstance(value, Tensor):
+                yield f'"{key}" is {type(value).__name__}; legal: a tensor'
+            elif value.shape != tensor.shape and (value.dim(), tensor.dim()) != (0, 1):
+                yield f"size mismatch for {key}: found {tuple(value.shape)}; legal: {tuple(tensor.shape)}"
 
 
 def _unfit(
@@ -182,8 +199,9 @@ def _unfit(
     if key in state_dict and key + CODES not in state_dict:  # version 1, or a float weight
         given[key + CODES] = state_dict[key]
     for k, tensor in given.items():
-        if not isinstance(tensor, Tensor):
-            yield f'"{k}" is {type(tensor).__name__}; legal: a tensor'
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            what = str(tensor.layout) if isinstance(tensor, Tensor) else type(tensor).__name__
+            yield f'"{k}" is {what}; legal: a dense tensor'
             return
     codes, scale, columns, columns_weight = PackedTensors.of(given, key)
     if codes is not None and codes.dtype != torch.int8:
@@ -216,8 +234,11 @@ def _unfit(
             yield f'"{key + SCALE}" has a scale that is NaN, inf, zero or negative; legal: finite and above 0'
     if columns is not None and codes is not None:
         yield from _unfit_columns(key, columns, codes.shape[-1])
-    if columns_weight is not None and not columns_weight.is_floating_point():
-        yield f'"{key + COLUMNS_WEIGHT}" has dtype {columns_weight.dtype}; legal: a float dtype'
+    if columns_weight is not None:
+        if not columns_weight.is_floating_point():
+            yield f'"{key + COLUMNS_WEIGHT}" has dtype {columns_weight.dtype}; legal: a float dtype'
+        elif _readable(columns_weight) and not bool(columns_weight.isfinite().all()):
+            yield f'"{key + COLUMNS_WEIGHT}" has NaN or inf; legal: finite weights'
 
 
 def _unfit_columns(key: str, columns: Tensor, K: int) -> Iterator[str]:
@@ -281,7 +302,7 @@ def _moved_separately(places: list[tuple[dict[str, Any], str]], fn: Callable[[Te
         if torch._has_compatible_shallow_copy_type(tensor, moved):
             tensor.data = moved
         else:
-            tensors[key] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+            tensors[key] = frozen(moved) if isinstance(tensor, nn.Parameter) else moved
 
 
 def join(path: str, leaf: str) -> str:
@@ -315,10 +336,15 @@ class PackedModule(PackedState):
     def packed(self, name: str = "weight") -> Int8Weight:
         """The packed weight ``name`` as the ops take it."""
         scheme, buffers = self.packed_weights[name].scheme, self._buffers  # no calls: every forward comes here
-        codes = self._parameters.get(name + CODES)
+        codes, scale = self._parameters.get(name + CODES), buffers[name + SCALE]
+        if scale.dtype is not torch.float32:  # type: ignore[union-attr]  # it is there
+            raise TypeError(
+                f"int8fx: {name + SCALE} of layer {self.label(name)} was cast to {scale.dtype}; legal: torch.float32. "  # type: ignore[union-attr]
+                "FSDP1's MixedPrecision(buffer_dtype=...) does so: leave buffer_dtype out"
+            )
         return Int8Weight(
             getattr(self, name + CODES) if codes is None else codes,
-            buffers[name + SCALE],  # type: ignore[arg-type]  # it is there
+            scale,  # type: ignore[arg-type]
             scheme.threshold,
             scheme.block,
             buffers.get(name + COLUMNS),
@@ -376,6 +402,13 @@ class PackedModule(PackedState):
         else:
             if name.endswith(FORMAT) and (weight := name.removesuffix(FORMAT)) in packed:
                 self._check_format(weight, value)
+            if name == "out_proj" and "in_proj_weight" in packed and type(value).__module__.startswith("peft."):
+                raise TypeError(
+                    f"int8fx: layer {self.label('in_proj_weight')} is a packed nn.MultiheadAttention, and PEFT's "
+                    "adapters replace its weights; legal: convert(model, skip=[...]), or adapters elsewhere"
+                )
+            if isinstance(value, nn.Parameter) and is_codes(name, value) and name.removesuffix(CODES) in packed:
+                frozen(value)
             super().__setattr__(name, value)
 
     def _tie(self, name: str, value: Any) -> None:
@@ -407,6 +440,11 @@ class PackedModule(PackedState):
             if not same_arithmetic(scheme, mine):
                 raise ValueError(f"int8fx: {self.label(name)} is quantised by {mine}, found a format of {scheme}")
             self.packed_weights[name] = replace(self.packed_weights[name], scheme=scheme)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in self.packed_weights:
+            frozen(tensors_of(self, name).codes)  # copies of Parameters lose their mark
 
     def requires_grad_(self, requires_grad: bool = True):
         if requires_grad:

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor
 from ..schemes.quantize import compute_dtype
 from ..schemes.quantize import dequantize as _dequantize
 from ..schemes.weight import Epilogue, Int8Weight
-from . import fallback, gpu, native, schemas
+from . import fallback, flops, gpu, native, schemas  # noqa: F401  flops registers formulas
 from .checks import (
     check_dequantize,
     check_grouped_linear,

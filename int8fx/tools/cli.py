@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PROMPT = "Photosynthesis is the process by which"
 DEMO_NEEDS = ("accelerate", "gguf", "platformdirs", "transformers")
+CONVERT_NEEDS = ("safetensors", "transformers")
 EVAL_NEEDS = ("platformdirs", "transformers")
 BENCH_NEEDS = (*DEMO_NEEDS, "matplotlib", "numpy", "rich")
 SCHEMES = ("llm_int8", "weight_only", "plain", "rotated", "rotated(columns=0)")
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"int8fx {__version__}")
     commands = parser.add_subparsers(dest="command")
     _add_demo(commands)
+    _add_convert(commands)
     _add_eval(commands)
     _add_inspect(commands)
     _add_bench(commands)
@@ -111,6 +113,49 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
+# ---- convert --------------------------------------------------------------------------------------------------------
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="quantise a transformers model in a folder, and write it to another folder",
+        description="Exit code 0: DST is complete. 1: refused, and DST is what it was. 2: wrong options.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SRC", type=Path, help="the folder of a float model")
+    parser.add_argument("target", metavar="DST", type=Path, help="the folder to write")
+    parser.add_argument("--scheme", default="llm_int8", help="as in Python: rotated, llm_int8(threshold=5)")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="PATTERN", help="layers that stay in 16 bits")
+    parser.add_argument("--select", nargs="+", metavar="PATTERN", help="the layers to convert")
+    parser.add_argument("--max-shard-size", default="5GB", help="the largest file")
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    parser.add_argument("--json", action="store_true", help="print what DST holds as JSON")
+    parser.set_defaults(run=_convert, error=parser.error)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    try:
+        parse_scheme(args.scheme)
+    except ValueError as error:
+        args.error(str(error))
+    if _lacks("convert", "transformers", CONVERT_NEEDS):
+        return 1
+    from ..integrations.transformers import Int8FxConfig
+    from .checkpoint import CheckpointError, convert_checkpoint, read_contents
+
+    try:
+        config = Int8FxConfig(args.scheme, args.skip, args.select)
+        shard = args.max_shard_size
+        convert_checkpoint(args.source, args.target, config, max_shard_size=shard, overwrite=args.overwrite)
+        contents = read_contents(args.target)
+    except (CheckpointError, OSError) as error:
+        print(f"int8fx convert: {error}", file=sys.stderr)
+        return 1
+    print(contents.to_json() if args.json else contents)
+    return 0
+
+
 # ---- eval, inspect --------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +179,7 @@ def _add_measured(parser: argparse.ArgumentParser, windows: int, width: int) -> 
     parser.add_argument(
         "--calibration", type=int, default=8, help="windows of text to calibrate with; 0: none (default: 8)"
     )
-    parser.add_argument("--json", type=Path, help="a file to write every figure to")
+    parser.add_argument("--json", type=Path, help="a file to write every figure to; - for stdout, with a checkpoint")
     parser.add_argument("--png", type=Path, help="a file to draw a picture to")
 
 
@@ -157,8 +202,12 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
 
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "inspect", help="show each layer's outliers, its unquantised columns and its error under each scheme"
+        "inspect",
+        help="say what an int8 checkpoint holds; or show each layer's outliers and its error under each scheme",
+        description="With CHECKPOINT: reads the headers of its files. Without: measures --model. Exit code 0: done. 1: "
+        "the checkpoint or model cannot be read. 2: wrong options.",
     )
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="a checkpoint's folder or safetensors file")
     _add_measured(parser, 2, 256)
     parser.add_argument(
         "--threshold",
@@ -211,6 +260,8 @@ def _plans(loaded: _Loaded, sizes: list[float], progress: bool) -> dict[str, Any
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    if args.checkpoint is not None:
+        return _inspect_checkpoint(args)
     if not args.threshold >= 0:
         args.error(f"--threshold is {args.threshold:g}; legal: 0 or more")
     loaded = _load(args)
@@ -227,6 +278,25 @@ def _inspect(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {"calibration": calibration, "threshold": args.threshold, "progress": progress}
     inspection = inspect(loaded.model, loaded.samples, loaded.schemes, **options)
     return _finish(args, inspection, draw_inspection)
+
+
+def _inspect_checkpoint(args: argparse.Namespace) -> int:
+    if _lacks("inspect", "transformers", CONVERT_NEEDS[:1]):
+        return 1
+    from .checkpoint import CheckpointError, read_contents
+
+    try:
+        contents = read_contents(args.checkpoint)
+    except CheckpointError as error:
+        print(f"int8fx inspect: {error}", file=sys.stderr)
+        return 1
+    if args.json is None:
+        print(contents)
+    elif str(args.json) == "-":
+        print(contents.to_json())
+    else:
+        args.json.write_text(contents.to_json() + "\n")
+    return 0
 
 
 def _load(args: argparse.Namespace) -> _Loaded | None:

@@ -1,0 +1,217 @@
+"""PEFT over packed models: adapters train, merges land within int8's rounding, what cannot be done is refused."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from support import models
+from torch import Tensor, nn
+
+import int8fx
+from int8fx.conversion.packed import PackedModule
+from int8fx.schemes import Scheme
+
+MODELS = {
+    "llama": {"target_modules": ["q_proj", "down_proj"]},
+    "gpt2": {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True},
+}
+SCHEMES = {"llm_int8": int8fx.llm_int8(), "rotated columns": int8fx.rotated(16, columns=0.05)}
+
+
+def packed(name: str, scheme: Scheme | None = None) -> tuple[nn.Module, Tensor]:
+    model, inputs = models.ALL[name]()
+    return int8fx.convert(model.eval(), scheme), inputs["input_ids"]
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The dequantised weights of packed modules, by their path without PEFT's parts."""
+    return {
+        path.replace("base_model.model.", "").replace(".base_layer", ""): module.dequantize().double()
+        for path, module in model.named_modules()
+        if isinstance(module, PackedModule)
+    }
+
+
+def deltas(model: PeftModel) -> dict[str, Tensor]:
+    """What each adapter adds to its weight, by the same paths."""
+    return {
+        path.replace("base_model.model.", ""): module.get_delta_weight("default").detach().double()
+        for path, module in model.named_modules()
+        if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer")
+    }
+
+
+def step_of(module: PackedModule) -> Tensor:
+    """The step of each output channel, in the shape of the weight."""
+    scale = module._buffers["weight_scale"].double()
+    return scale if module.packed_weights["weight"].layout == "KN" else scale[:, None]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("how", ["merge_and_unload", "safe_merge", "merge_adapter"])
+def test_a_merge_is_the_sum_rounded_to_int8(name, scheme, how):
+    model, ids = packed(name, SCHEMES[scheme])
+    model = get_peft_model(model, LoraConfig(r=8, init_lora_weights=False, **MODELS[name])).eval()
+    before, added, y = weights(model), deltas(model), logits(model, ids)
+    if how == "merge_adapter":
+        model.merge_adapter()
+        merged = model
+    else:
+        merged = model.merge_and_unload(safe_merge=how == "safe_merge")
+    after, modules = weights(merged), {id(m): m for m in merged.modules() if isinstance(m, PackedModule)}
+    assert added
+    changed = 0
+    for module in modules.values():
+        path = next(p for p, m in merged.named_modules() if m is module)
+        path = path.replace("base_model.model.", "").replace(".base_layer", "")
+        error = (after[path] - before[path] - added.get(path, 0)).abs()
+        changed += int((after[path] - before[path]).abs().max() > 0)
+        block = module.packed_weights["weight"].scheme.block
+        half_step = step_of(module) / 2 * block**0.5  # a rotation spreads one rounding over a block
+        assert (error <= half_step * 1.01 + 1e-6 * after[path].abs().max()).all(), path
+    assert changed == len(added)
+    assert (logits(merged, ids) - y).norm() < 0.05 * y.norm()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unmerging_gives_the_base_back_up_to_rounding(name):
+    model, ids = packed(name)
+    y = logits(model, ids)
+    model = get_peft_model(model, LoraConfig(r=8, init_lora_weights=False, **MODELS[name])).eval()
+    model.merge_adapter()
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert (logits(model, ids) - y).norm() < 0.05 * y.norm()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=8, use_dora=True, init_lora_weights=False, target_modules=["q_proj", "down_proj"]),
+        LoraConfig(r=8, use_rslora=True, init_lora_weights=False, target_modules=["q_proj", "down_proj"]),
+        LoHaConfig(r=4, init_weights=False, target_modules=["q_proj", "down_proj"], alpha=64),
+        LoKrConfig(r=4, init_weights=False, target_modules=["q_proj", "down_proj"], alpha=64),
+        VeraConfig(r=4, init_weights=False, target_modules=["q_proj"]),
+    ],
+    ids=lambda c: "DoRA" if getattr(c, "use_dora", False) else type(c).__name__,
+)
+def test_other_adapters_merge(config):
+    model, ids = packed("llama")
+    y0 = logits(model, ids)
+    model = get_peft_model(model, config).eval()
+    y = logits(model, ids)
+    z = logits(model.merge_and_unload(), ids)
+    assert (y - y0).norm() > 0.02 * y0.norm()  # the adapter does something
+    assert (z - y).norm() < 0.05 * y.norm()
+    assert not torch.equal(z, y0)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "gaussian", "pissa_niter_4"])
+def test_initialisations_that_change_the_base_weight(init):
+    """PiSSA and OLoRA move a part of the weight into the adapter: the sum stays, up to int8's rounding."""
+    model, ids = packed("llama")
+    y = logits(model, ids)
+    model = get_peft_model(model, LoraConfig(r=4, init_lora_weights=init, target_modules=["q_proj", "down_proj"]))
+    assert (logits(model.eval(), ids) - y).norm() < 0.05 * y.norm()
+
+
+def test_ia3_runs_and_peft_refuses_its_merge():
+    model, ids = packed("llama")
+    settings = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    model = get_peft_model(model, IA3Config(init_ia3_weights=False, **settings)).eval()
+    y = logits(model, ids)
+    with model.disable_adapter():
+        assert not torch.equal(logits(model, ids), y)
+    with pytest.raises(ValueError, match="Cannot merge ia3 layers when the model is loaded in 8-bit mode"):
+        model.merge_and_unload()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_are_those_over_the_dequantised_model(name, compiled):
+    config = LoraConfig(r=4, init_lora_weights=False, **MODELS[name])
+    floats, inputs = models.ALL[name]()
+    ids, model = inputs["input_ids"], int8fx.convert(copy.deepcopy(floats).eval(), int8fx.weight_only())
+    floats.eval()
+    for path, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            floats.get_submodule(path).weight.data = module.dequantize()
+    gradients = []
+    for base in (model, floats):
+        torch.manual_seed(0)
+        tuned = get_peft_model(base, config)
+        run = torch.compile(tuned, backend="aot_eager") if compiled and base is model else tuned
+        run(input_ids=ids, use_cache=False).logits.square().mean().backward()
+        gradients.append({n: p.grad for n, p in tuned.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() != set()
+    for key, gradient in gradients[1].items():
+        assert (gradients[0][key] - gradient).norm() <= 1e-4 * gradient.norm(), key
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_k_bit_recipe(reentrant):
+    model, ids = packed("llama")
+    model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert model.is_gradient_checkpointing
+    assert model.get_input_embeddings()(ids).requires_grad
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])).train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
+
+
+def test_adapters_that_are_there_before_stay_trainable():
+    model, inputs = models.llama()
+    ids = inputs["input_ids"]
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    before = {n for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    int8fx.convert(model)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == before
+    assert len(int8fx.summary(model).converted) == 14
+    y = logits(model, ids)
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(logits(model, ids), y)
+
+
+@pytest.mark.parametrize("source", ["float", "int8"])
+def test_an_adapter_moves_between_float_and_int8(source, tmp_path):
+    floats, inputs = models.llama()
+    int8, ids = int8fx.convert(copy.deepcopy(floats)), inputs["input_ids"]
+    first, second = (floats, int8) if source == "float" else (int8, floats)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    tuned = get_peft_model(first, config).eval()
+    y = logits(tuned, ids)
+    tuned.save_pretrained(tmp_path)
+    z = logits(PeftModel.from_pretrained(second, str(tmp_path)).eval(), ids)
+    assert (z - y).norm() < 0.1 * y.norm()
+
+
+def test_attention_is_refused_and_left_as_it_was():
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(64, 4, batch_first=True)}).eval()
+    int8fx.convert(model)
+    x = torch.randn(2, 5, 64)
+    y = model["attn"](x, x, x)[0]
+    with pytest.raises(TypeError, match=r"'attn.in_proj_weight' is a packed nn.MultiheadAttention"):
+        get_peft_model(model, LoraConfig(r=4, target_modules=["attn"]))
+    assert torch.equal(model["attn"](x, x, x)[0], y)
+
+
+def test_a_copy_of_a_packed_layer_that_is_to_be_trained_is_refused():
+    model, _ = packed("llama")
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["layers.1.mlp.up_proj"])
+    with pytest.raises(RuntimeError, match="floating point"):
+        get_peft_model(model, config)
+    with pytest.raises(TypeError, match="is int8 and is not trained; train adapters"):
+        model.model.layers[0].mlp.up_proj.requires_grad_()
