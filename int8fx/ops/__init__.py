@@ -26,6 +26,7 @@ from .checks import (
     check_quantize_rowwise,
     count_rows,
 )
+from .onnx import refuse_export
 from .rows import Form, form
 
 _LIB = torch.library.Library(schemas.NAMESPACE, "DEF")
@@ -258,13 +259,22 @@ for _name in _CHECKED:
     _LIB.impl(_name, kernel_on(gpu, _name), "CUDA")  # and ROCm
 _LIB.impl("dequantize", _dequantize_kernel, "CompositeExplicitAutograd")
 
+
+def _refusing_onnx(name: str, fake: Callable) -> Callable:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        refuse_export(name)
+        return fake(*args, **kwargs)
+
+    return run
+
+
 _FAKES: dict[str, Callable] = {
     **{_name: _fake_matmul(_name) for _name in _MATMULS},
     "quantize_rowwise": _quantize_rowwise_fake,
     "dequantize": _dequantize_fake,
 }
 for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"int8fx::{_name}", _fake, lib=_LIB)
+    torch.library.register_fake(f"int8fx::{_name}", _refusing_onnx(_name, _fake), lib=_LIB)
 
 for _name, _formula, _setup in (
     ("linear", _backward("linear"), _linear_setup_context),

@@ -22,6 +22,7 @@ SCHEMAS = (
     f"grouped_linear(Tensor x, Tensor offsets, {_WEIGHT}, Tensor? bias=None) -> Tensor",
     f"dequantize({_WEIGHT}, *, ScalarType dtype) -> Tensor",
 )
+NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 
 
 def define(library: torch.library.Library) -> None:
@@ -31,8 +32,7 @@ def define(library: torch.library.Library) -> None:
         RuntimeError: one is defined differently: the kernels that were loaded are those of another version.
     """
     for schema in SCHEMAS:
-        name = f"{NAMESPACE}::{schema.partition('(')[0]}"
-        present = torch._C._jit_get_schemas_for_operator(name)
+        present = torch._C._jit_get_schemas_for_operator(f"{NAMESPACE}::{schema.partition('(')[0]}")
         if not present:
             library.define(schema)
         elif [str(found) for found in present] != [legal := str(torch._C.parse_schema(f"{NAMESPACE}::{schema}"))]:

@@ -10,15 +10,13 @@ from support.samples import LIBRARY
 
 from int8fx.ops import native, schemas
 
-NAMES = [schema.partition("(")[0] for schema in schemas.SCHEMAS]
-
 
 def defined() -> list[str]:
-    return [str(getattr(torch.ops.int8fx, name).default._schema) for name in NAMES]
+    return [str(getattr(torch.ops.int8fx, name).default._schema) for name in schemas.NAMES]
 
 
 def test_the_ops_are_those_of_the_schemas():
-    assert sorted(NAMES) == LIBRARY
+    assert sorted(schemas.NAMES) == LIBRARY
     assert defined() == [str(torch._C.parse_schema(f"int8fx::{schema}")) for schema in schemas.SCHEMAS]
 
 
@@ -67,7 +65,7 @@ def run(code: str):
 
 @pytest.mark.slow
 def test_the_library_defines_the_same_ops():
-    result = run(f"result = [str(getattr(torch.ops.int8fx, name).default._schema) for name in {NAMES!r}]")
+    result = run(f"result = [str(getattr(torch.ops.int8fx, name).default._schema) for name in {schemas.NAMES!r}]")
     assert result == defined()
 
 

@@ -134,6 +134,29 @@ def test_models_export(name):
     assert count_ops(program.graph) == FAMILIES[name].captured
 
 
+@pytest.mark.slow
+def test_without_the_ops_a_program_does_not_load_and_torch_names_them(tmp_path):
+    """With the library of kernels it does, without int8fx."""
+    program, x = exported(int8fx.convert(Small().eval(), int8fx.rotated(block=16))), sample((4, 7), seed=2)
+    torch.export.save(program, tmp_path / "program.pt2")
+    torch.save((x, program.module()(x)), tmp_path / "expected.pt")
+    code = """
+import sys, torch
+program, expected, *library = sys.argv[1:]
+for path in library:
+    torch.ops.load_library(path)
+x, y = torch.load(expected)
+assert torch.equal(torch.export.load(program).module()(x), y)
+assert "int8fx" not in sys.modules
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "program.pt2"), str(tmp_path / "expected.pt")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "failed to resolve torch.ops.int8fx.linear.default" in done.stderr
+    done = subprocess.run([*command, str(native.build(native.instruction_set()))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 # ---- AOTInductor ----------------------------------------------------------------------------------------------------
 
 
