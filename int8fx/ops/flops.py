@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from ..imports import when_imported
-
 
 def register() -> None:
     """Registers a formula for each matmul: ``2 * M * N * K``."""
@@ -34,6 +32,3 @@ def register() -> None:
     ):
         if op not in flop_registry:
             register_flop_formula(op)(formula)
-
-
-when_imported("torch.utils.flop_counter", register)

@@ -1,6 +1,8 @@
 """``torch.utils.flop_counter`` counts a packed layer as the float one."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -41,3 +43,8 @@ def test_every_matmul_counts():
         with FlopCounterMode(display=False) as counter:
             call()
         assert counter.get_total_flops() == expected, name
+
+
+def test_the_counter_may_be_imported_first():
+    script = "import torch.utils.flop_counter as f, torch, int8fx; assert torch.ops.int8fx.linear in f.flop_registry"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
