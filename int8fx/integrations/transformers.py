@@ -257,6 +257,7 @@ class Int8FxQuantizer(HfQuantizer):
             _tie_packed(model)
             refuse_unfit(model, model.state_dict(), "")
             tie_equal_columns(model)
+            conversion.load_kernels(model)
         describe(model, self)
         return model
 
