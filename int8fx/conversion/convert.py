@@ -25,6 +25,7 @@ from . import exported, graph_module, modules
 from .decide import decide, mostly_left
 from .foreign import ForeignLayer, check_scheme, foreign_layers, pack_foreign
 from .layers import Layer, PackedLayer, check_modules, choose, grouped, refuse_converted
+from .packed import tensors_of
 from .quantizer import Columns, Quantizer
 from .selection import Choice, Selection
 
@@ -135,7 +136,6 @@ class Prepared:
     reasons: layer name -> why it is not converted.
     foreign: layers that another package has quantised, to be taken over.
     warning: what to tell the user when it is done, or None.
-    on_cpu: whether one of them is on the CPU.
     """
 
     root: nn.Module
@@ -144,7 +144,6 @@ class Prepared:
     reasons: dict[str, str]
     foreign: list[ForeignLayer]
     warning: str | None
-    on_cpu: bool
 
 
 def prepare(
@@ -186,8 +185,7 @@ def prepare(
     warning = mostly_left(layers) if choice.by_default else None
     if not chosen and not foreign:
         warning = "no layer was converted; int8fx.summary(model) says why"
-    on_cpu = any(layer.weight.device.type == "cpu" and not isinstance(layer.weight, FakeTensor) for layer in chosen)
-    return Prepared(root, chosen, quantizer, reasons, foreign, warning, on_cpu)
+    return Prepared(root, chosen, quantizer, reasons, foreign, warning)
 
 
 AFTER_CONVERSION: list[Callable[[Any], None]] = []
@@ -201,10 +199,19 @@ def finish(model: Any, prepared: Prepared) -> None:
     if prepared.warning is not None:
         warnings.warn(f"int8fx.convert: {prepared.warning}", stacklevel=3)
     install()
-    if prepared.on_cpu:
-        native.load()  # now, with a line on stderr if they must be built first, and not in the first forward
+    load_kernels(model)
     for call in AFTER_CONVERSION:
         call(model)
+
+
+def load_kernels(model: Any) -> None:
+    """Loads the C++ kernels if ``model`` has packed weights on the CPU.
+
+    So they are built at conversion if they have to be, with a line on stderr, and not in the first forward.
+    """
+    codes = (tensors_of(layer.module, layer.parameter).codes for layer in kind_of(model, "convert").packed_of(model))
+    if any(t.device.type == "cpu" and not isinstance(t, FakeTensor) for t in codes):
+        native.load()
 
 
 def _schemes(scheme: Any) -> Scheme | Mapping[str, Scheme]:

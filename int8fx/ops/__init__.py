@@ -18,7 +18,7 @@ from ..imports import when_imported
 from ..schemes.quantize import compute_dtype
 from ..schemes.quantize import dequantize as _dequantize
 from ..schemes.weight import Epilogue, Int8Weight
-from . import fallback, flops, gpu, native
+from . import fallback, flops, gpu, native, schemas
 from .checks import (
     check_dequantize,
     check_grouped_linear,
@@ -27,23 +27,11 @@ from .checks import (
     check_quantize_rowwise,
     count_rows,
 )
+from .onnx import refuse_export
 from .rows import Form, form
 
-_WEIGHT = (
-    "Tensor weight, Tensor weight_scale, float? threshold=None, int block=1, Tensor? columns=None, "
-    "Tensor? columns_weight=None"
-)
-_EPILOGUE = "Tensor? bias=None, str activation='none', Tensor? other=None, str binary='none'"
-_LIB = torch.library.Library("int8fx", "DEF")
-for _schema in (
-    f"linear(Tensor x, {_WEIGHT}, {_EPILOGUE}) -> Tensor",
-    f"linear_quantized(Tensor x, Tensor codes, Tensor x_scale, Tensor outlier_mask, {_WEIGHT}, {_EPILOGUE}) -> Tensor",
-    "quantize_rowwise(Tensor x, float? threshold=None, int block=1, Tensor? columns=None, *, bool for_linear=False) "
-    "-> (Tensor, Tensor, Tensor)",
-    f"grouped_linear(Tensor x, Tensor offsets, {_WEIGHT}, Tensor? bias=None) -> Tensor",
-    f"dequantize({_WEIGHT}, *, ScalarType dtype) -> Tensor",
-):
-    _LIB.define(_schema)
+_LIB = torch.library.Library(schemas.NAMESPACE, "DEF")
+schemas.define(_LIB)
 
 linear = torch.ops.int8fx.linear
 linear_quantized = torch.ops.int8fx.linear_quantized
@@ -272,13 +260,22 @@ for _name in _CHECKED:
     _LIB.impl(_name, kernel_on(gpu, _name), "CUDA")  # and ROCm
 _LIB.impl("dequantize", _dequantize_kernel, "CompositeExplicitAutograd")
 
+
+def _refusing_onnx(name: str, fake: Callable) -> Callable:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        refuse_export(name)
+        return fake(*args, **kwargs)
+
+    return run
+
+
 _FAKES: dict[str, Callable] = {
     **{_name: _fake_matmul(_name) for _name in _MATMULS},
     "quantize_rowwise": _quantize_rowwise_fake,
     "dequantize": _dequantize_fake,
 }
 for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"int8fx::{_name}", _fake, lib=_LIB)
+    torch.library.register_fake(f"int8fx::{_name}", _refusing_onnx(_name, _fake), lib=_LIB)
 
 for _name, _formula, _setup in (
     ("linear", _backward("linear"), _linear_setup_context),

@@ -1,8 +1,9 @@
 """Builds and loads the C++ kernels in ``csrc/`` for this machine's instruction set.
 
-There is one library for each instruction set. It is compiled on first use (half a minute, one file) or ahead of time by
-``int8fx build``. It is stored in torch's folder for C++ extensions (``TORCH_EXTENSIONS_DIR``), under a name with a hash
-of the sources, the flags and torch's version. Loading it registers its kernels for CPU tensors, before `fallback`.
+There is one library for each instruction set. It is compiled by the first `int8fx.convert` of a model on the CPU (half
+a minute, one file) or ahead of time by ``int8fx build``. It is stored in the first of `folders` that can be written,
+under a name with a hash of the sources, the flags and torch's version. Loading it registers its kernels for CPU
+tensors, before `fallback`.
 """
 
 from __future__ import annotations
@@ -10,20 +11,26 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shlex
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from .rows import WEIGHT_ONLY_ROWS_CPU
+from .schemas import NAMESPACE, SCHEMAS
 
+T = TypeVar("T")
 SOURCES = Path(__file__).parent / "csrc"
 _COMMON = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
@@ -71,6 +78,7 @@ def command(isa: InstructionSet, output: Path) -> list[str]:
     root = Path(torch.__file__).parent
     flags = [*_COMMON, *isa.flags, f"-DCPU_CAPABILITY={isa.capability}", f"-DCPU_CAPABILITY_{isa.capability}"]
     flags.append(f"-DINT8FX_WEIGHT_ONLY_ROWS={WEIGHT_ONLY_ROWS_CPU}")
+    flags.append("-DINT8FX_SCHEMAS=" + ", ".join(f'"{schema}"' for schema in SCHEMAS))
     for include in (root / "include", root / "include/torch/csrc/api/include"):
         flags += ["-isystem", str(include)]
     libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
@@ -78,38 +86,145 @@ def command(isa: InstructionSet, output: Path) -> list[str]:
     return [*compiler, *flags, str(SOURCES / "ops.cpp"), *libraries, "-o", str(output)]
 
 
-def library(isa: InstructionSet) -> Path:
-    """The path of the library for ``isa``."""
+# ---- where a library is stored ---------------------------------------------------------------------------------------
+
+
+def folders() -> list[Path]:
+    """Where a library may be, the first choice first.
+
+    The folder that ``TORCH_EXTENSIONS_DIR`` names, if it is set. Otherwise torch's folder for C++ extensions in the
+    user's cache, and for users whose home cannot be written `private_folder`.
+    """
     from torch._appdirs import user_cache_dir
 
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or user_cache_dir(appname="torch_extensions")
-    text = [torch.__version__, *command(isa, Path("library"))[1:]]
+    chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if chosen:
+        return [Path(chosen)]
+    home, private = Path(user_cache_dir(appname="torch_extensions")), private_folder()
+    return [home] if private is None else [home, private]
+
+
+def private_folder() -> Path | None:
+    """A folder of this user in the system's folder for temporary files; None if there is no such folder."""
+    try:
+        return Path(tempfile.gettempdir()).resolve() / f"int8fx-{os.geteuid()}"
+    except (OSError, AttributeError):  # no folder for temporary files; no users (Windows)
+        return None
+
+
+def _make_private(folder: Path) -> None:
+    """Creates ``folder`` for this user alone, or makes sure that it is such a folder.
+
+    To load a library is to run it, with the user's rights, and everybody can write to /tmp. So somebody else may have
+    put a library there in advance, in a folder of the name that we look for, or may exchange the folder between its
+    check and the load. Nothing is loaded from ``folder`` unless it is a folder, not a link, that belongs to the user
+    and that nobody else may enter, in a folder where nobody else but root can rename it.
+
+    Raises:
+        PermissionError: it is not so.
+    """
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found, parent, user = folder.lstat(), folder.parent.stat(), os.geteuid()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o077:
+        raise PermissionError(
+            f"it has mode {stat.filemode(found.st_mode)} and belongs to user {found.st_uid}; legal: a folder of user "
+            f"{user} with mode 0700"
+        )
+    if parent.st_uid not in (user, 0) or (parent.st_mode & 0o022 and not parent.st_mode & stat.S_ISVTX):
+        raise PermissionError(
+            f"{folder.parent} has mode {stat.filemode(parent.st_mode)} and belongs to user {parent.st_uid}; legal: a "
+            f"folder of user {user} or of root in which others cannot rename files"
+        )
+
+
+def _make(folder: Path) -> None:
+    """Creates ``folder`` unless it exists, and makes sure that it can hold a library.
+
+    Raises:
+        OSError: it cannot be created, a library in it would not be safe, or the system loads no library from it.
+    """
+    if folder == private_folder():
+        _make_private(folder)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+    no_exec = getattr(os, "ST_NOEXEC", 0)  # Linux
+    if no_exec and os.statvfs(folder).f_flag & no_exec:
+        raise PermissionError("it is mounted with the option noexec")
+
+
+def _in_first_folder(use: Callable[[Path], T]) -> T:
+    """``use(folder)`` for the first of `folders` for which it does not raise OSError.
+
+    Raises:
+        RuntimeError: there is none. The message names the folders, the reasons and the way out.
+    """
+    failures = []
+    for folder in folders():
+        try:
+            _make(folder)
+            return use(folder)
+        except OSError as error:
+            failures.append(f"{folder}: {error.__cause__ or error}")
+    raise RuntimeError(
+        f"no folder for the compiled kernels ({'; '.join(failures)}); set the environment variable "
+        "TORCH_EXTENSIONS_DIR to a folder that can be written"
+    )
+
+
+def library(folder: Path, isa: InstructionSet) -> Path:
+    """The path of the library for ``isa`` in ``folder``."""
+    text = [torch.__version__, platform.machine(), *command(isa, Path("library"))[1:]]
     text += [path.name + path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".h")]
     key = hashlib.sha256("\0".join(text).encode()).hexdigest()[:16]
-    return Path(root) / f"int8fx_{isa.name}_{key}" / "int8fx_cpu.so"
+    return folder / f"int8fx_{isa.name}_{key}" / "int8fx_cpu.so"
+
+
+# ---- building --------------------------------------------------------------------------------------------------------
 
 
 def build(isa: InstructionSet) -> Path:
     """Compiles the library for ``isa`` unless it exists, with a line on stderr. Processes wait for each other.
 
     Raises:
-        RuntimeError: there is no compiler, or it failed.
-        OSError: the folder cannot be written.
+        RuntimeError: there is no compiler, it failed, or no folder can be used.
         ImportError: the system has no file locks of this kind (Windows).
     """
+    return _in_first_folder(lambda folder: _build(folder, isa))
+
+
+def _build(folder: Path, isa: InstructionSet, broken: int | None = None) -> Path:
+    """`build` in ``folder``. A library that was written at the time ``broken`` is compiled again."""
     import fcntl  # not on Windows
 
-    path = library(isa)
-    if path.exists():
+    path = library(folder, isa)
+    if broken is None and _is_complete(path):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it if the process dies
-        if path.exists():
+        if _is_complete(path) and path.stat().st_mtime_ns != broken:  # by another process
             return path
         print(f"int8fx: compiling the CPU kernels for {isa.name}, once: about half a minute", file=sys.stderr)
         compile_to(path, lambda output: command(isa, output))
+        _digest_file(path).write_text(_digest(path))
     return path
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether the file is what the compiler wrote. Loading a truncated library can end the process (SIGBUS)."""
+    try:
+        return _digest_file(path).read_text() == _digest(path)
+    except FileNotFoundError:
+        return False
 
 
 def compile_to(path: Path, command_for: Callable[[Path], list[str]]) -> None:
@@ -131,23 +246,30 @@ def compile_to(path: Path, command_for: Callable[[Path], list[str]]) -> None:
         os.replace(output, path)
 
 
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
 _loading = threading.Lock()
 _loaded: bool | None = None
 
 
 def load() -> bool:
-    """Whether the C++ kernels run for CPU tensors. Builds and loads them at the first call; warns if that fails."""
+    """Whether the C++ kernels run for CPU tensors. Builds and loads them at the first call; warns if that fails.
+
+    Those that the process has loaded itself by ``torch.ops.load_library`` are taken.
+    """
     global _loaded
     if _loaded is None:
         with _loading:
             if _loaded is None:
-                _loaded = _load()
+                has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::linear", "CPU")
+                _loaded = has_kernel or _load()
     return _loaded
 
 
 def _load() -> bool:
+    isa = instruction_set()
     try:
-        torch.ops.load_library(str(build(instruction_set())))
+        _in_first_folder(lambda folder: _load_from(folder, isa))
     except (ImportError, RuntimeError, OSError) as error:
         warnings.warn(
             f"int8fx: CPU matmuls run on torch's operators, several times slower than the C++ kernels: {error}",
@@ -155,3 +277,13 @@ def _load() -> bool:
         )
         return False
     return True
+
+
+def _load_from(folder: Path, isa: InstructionSet) -> None:
+    """Loads the library in ``folder``. One that does not load, as of a system with newer libraries, is rebuilt once."""
+    path = _build(folder, isa)
+    written = path.stat().st_mtime_ns
+    try:
+        torch.ops.load_library(str(path))
+    except OSError:
+        torch.ops.load_library(str(_build(folder, isa, broken=written)))

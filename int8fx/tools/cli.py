@@ -393,7 +393,9 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _add_build(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("build", help="compile the CPU kernels now instead of at their first use")
+    parser = commands.add_parser(
+        "build", help="compile the CPU kernels ahead of time, and print the path of the library"
+    )
     parser.set_defaults(run=_build)
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import int8fx
 from int8fx.conversion.layers import HEAD
 from int8fx.conversion.packed import PackedModule
+from int8fx.ops import native
 from int8fx.schemes.calibration import Calibration
 from int8fx.schemes.quantize import MAX_K
 from int8fx.schemes.weight import SCALE
@@ -35,6 +36,37 @@ from int8fx.schemes.weight import SCALE
 
 def three() -> nn.ModuleDict:
     return nn.ModuleDict({"first": nn.Linear(8, 8), "bad": nn.Linear(8, 8), "last": nn.Linear(8, 8)})
+
+
+@pytest.fixture
+def kernels_loaded(monkeypatch):
+    """The calls of `native.load` that a conversion makes."""
+    calls = []
+    monkeypatch.setattr(native, "load", lambda: calls.append(True))
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["module", "graph_module", "exported"])
+def test_the_kernels_of_a_model_on_the_cpu_are_loaded_by_the_conversion(kernels_loaded, kind):
+    """And built, if they have to be. Not in the first forward."""
+    model = nn.Sequential(nn.Linear(8, 8)).eval()
+    if kind == "graph_module":
+        model = torch.fx.symbolic_trace(model)
+    elif kind == "exported":
+        model = torch.export.export(model, (torch.ones(2, 8),))
+    int8fx.convert(model)
+    assert kernels_loaded == [True]
+
+
+@pytest.mark.parametrize("place", ["on meta", "fake", "nothing to convert"])
+def test_no_kernels_are_loaded_without_packed_weights_on_the_cpu(kernels_loaded, place):
+    if place == "nothing to convert":
+        with pytest.warns(UserWarning, match="no layer was converted"):
+            int8fx.convert(nn.Sequential(nn.ReLU()))
+    else:
+        with torch.device("meta") if place == "on meta" else torch._subclasses.FakeTensorMode():
+            int8fx.convert(nn.Sequential(nn.Linear(8, 8)))
+    assert kernels_loaded == []
 
 
 def test_arguments_of_the_wrong_kind():
@@ -206,10 +238,10 @@ def _bitsandbytes_4bit() -> nn.Module:
 
 
 def _torchao() -> nn.Module:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import Int8WeightOnlyConfig, PerGroup, quantize_
 
     model = nn.ModuleDict({"first": nn.Linear(64, 64), "bad": nn.Linear(64, 64)})
-    quantize_(model["bad"], Int8WeightOnlyConfig())
+    quantize_(model["bad"], Int8WeightOnlyConfig(granularity=PerGroup(32), set_inductor_config=False))
     return model
 
 
@@ -230,9 +262,8 @@ REFUSED = {
     ),
     "long": (lambda: _with(lambda: torch.zeros(1, MAX_K + 1)), f"has K = {MAX_K + 1} input channels"),
     "sparse": (lambda: _with(lambda: torch.eye(8).to_sparse()), "has a sparse_coo weight"),
-    "bitsandbytes": (_bitsandbytes, "is already quantised by bitsandbytes"),
     "bitsandbytes 4 bit": (_bitsandbytes_4bit, "is already quantised by bitsandbytes"),
-    "torchao": (_torchao, "is already quantised by torchao"),
+    "torchao in groups": (_torchao, "is already quantised by torchao"),
 }
 
 

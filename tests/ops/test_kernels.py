@@ -194,12 +194,35 @@ def test_an_outlier_costs_a_rotated_weight_little_and_an_unquantised_column_noth
     assert both < 1.1 * column
 
 
-@given(problems(batched=None))
-def test_dequantize_reads_the_weight_that_the_oracle_has(p):
-    w = ops.dequantize(*p.weight, dtype=torch.float64)
-    assert torch.equal(w, dequantize(p.weight, torch.float64))
+@given(problems(batched=None), st.sampled_from(DTYPES))
+def test_dequantize_gives_the_bits_of_the_specification(p, dtype):
+    w = ops.dequantize(*p.weight, dtype=dtype)
+    assert torch.equal(w, dequantize(p.weight, dtype))
     if p.weight.columns is not None:
-        assert torch.equal(w[..., p.weight.columns], p.weight.columns_weight.double())
+        assert torch.equal(w[..., p.weight.columns], p.weight.columns_weight.to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(24,), (0, 24), (5, 0), (2, 3, 5, 24)])
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+def test_dequantize_of_other_shapes_strides_and_scales(shape, scale_dtype):
+    g = generator(0)
+    codes = torch.randint(-127, 128, shape, generator=g).to(torch.int8)
+    scale = torch.rand(shape[:-1], generator=g).to(scale_dtype)
+    for block in (1, 16):
+        weight = Int8Weight(codes, scale, None, block)
+        w = ops.dequantize(*weight, dtype=torch.float32)
+        assert torch.equal(w, dequantize(weight, torch.float32))
+        strided = Int8Weight(codes.mT.contiguous().mT if codes.dim() > 1 else codes, scale, None, block)
+        assert torch.equal(ops.dequantize(*strided, dtype=torch.float32), w)
+
+
+def test_dequantize_keeps_scales_that_are_not_finite_to_their_row():
+    codes, scale = torch.ones(3, 8, dtype=torch.int8), torch.tensor([math.nan, 2.0, math.inf])
+    for block in (1, 8):
+        w = ops.dequantize(codes, scale, None, block, dtype=torch.bfloat16)
+        assert torch.equal(w[1], dequantize(Int8Weight(codes, scale, None, block), torch.bfloat16)[1])
+        assert w[1].isfinite().all()
+        assert not w[0].isfinite().any()
 
 
 # ---- few rows --------------------------------------------------------------------------------------------------------

@@ -7,15 +7,21 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support.helpers import assert_within_budget, problem
 
 from int8fx import ops
 from int8fx.ops import native
 
 HERE = Path(__file__)
+assert native.load()
+LIBRARY = native.build(native.instruction_set())
+"""The real one."""
 
 
 @pytest.fixture
@@ -51,16 +57,18 @@ def test_a_library_is_compiled_once(extensions, compiler, capfd):
 
 
 def test_other_sources_flags_and_instructions_are_other_libraries(extensions, monkeypatch, tmp_path):
-    paths = [native.library(isa) for isa in (native.DEFAULT, native.AVX2, native.AVX512_VNNI)]
+    paths = [native.library(extensions, isa) for isa in (native.DEFAULT, native.AVX2, native.AVX512_VNNI)]
     sources = tmp_path / "csrc"
     sources.mkdir()
     for path in native.SOURCES.iterdir():
         (sources / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(native, "SOURCES", sources)
-    paths.append(native.library(native.AVX2))
+    paths.append(native.library(extensions, native.AVX2))
     (sources / "product.h").write_text("// nothing")
-    paths.append(native.library(native.AVX2))
-    assert len(set(paths)) == 5
+    paths.append(native.library(extensions, native.AVX2))
+    monkeypatch.setattr(native.platform, "machine", lambda: "another")
+    paths.append(native.library(extensions, native.AVX2))
+    assert len(set(paths)) == 6
 
 
 @pytest.mark.parametrize(
@@ -83,11 +91,195 @@ def test_without_a_working_compiler_torch_serves_with_a_word(extensions, monkeyp
     assert not list(extensions.glob("*/*.so"))
 
 
-def test_a_folder_that_cannot_be_written(extensions, monkeypatch):
-    (extensions / "file").write_text("")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions / "file"))
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_home(monkeypatch, tmp_path):
+    """A user whose home cannot be written, root included; the folder for temporary files."""
+    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/proc/nonexistent")
+    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+HOME = Path("/proc/nonexistent/.cache/torch_extensions")
+
+
+def test_folders(no_home, monkeypatch):
+    private = no_home / f"int8fx-{os.geteuid()}"
+    assert native.folders() == [HOME, private]
+    monkeypatch.setattr(native.tempfile, "gettempdir", lambda: (_ for _ in ()).throw(FileNotFoundError("no folder")))
+    assert native.folders() == [HOME]
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/chosen")
+    assert native.folders() == [Path("/chosen")]
+
+
+def test_without_a_home_a_folder_of_this_user_holds_the_library(no_home, compiler):
+    path = native.build(native.AVX2)
+    assert path == native.library(no_home / f"int8fx-{os.geteuid()}", native.AVX2)
+    assert path.read_text() == "built\n"
+    assert path.parents[1].stat().st_mode & 0o777 == 0o700
+    assert native.build(native.AVX2) == path
+    assert compiler.read_text().count("call") == 1
+
+
+def test_a_library_in_a_home_that_cannot_be_written_is_used(no_home, compiler, monkeypatch):
+    written = native.build(native.AVX2)
+    monkeypatch.setattr(native, "private_folder", lambda: no_home / "another")
+    monkeypatch.setattr(native, "folders", lambda: [written.parents[1], no_home / "another"])
+    written.parent.chmod(0o500)
+    written.parents[1].chmod(0o500)
+    assert native.build(native.AVX2) == written
+
+
+def test_a_folder_that_was_chosen_is_the_only_one(no_home, compiler, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    with pytest.raises(RuntimeError, match=r"no folder .*/file: .*set the environment variable TORCH_EXTENSIONS_DIR"):
+        native.build(native.AVX2)
+    assert not compiler.exists()
+
+
+def test_the_warning_names_the_folders_the_reasons_and_the_variable(no_home):
+    (no_home / f"int8fx-{os.geteuid()}").symlink_to(no_home)
+    with pytest.warns(UserWarning, match="several times slower") as caught:
+        assert not native._load()
+    [message] = [str(w.message) for w in caught]
+    assert f"({HOME}: [Errno 2] No such file or directory" in message
+    assert f"; {no_home}/int8fx-{os.geteuid()}: it has mode lrwx" in message
+    assert message.endswith("set the environment variable TORCH_EXTENSIONS_DIR to a folder that can be written")
+
+
+@given(st.integers(0, 0o777))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_private_folder_is_one_that_nobody_else_may_enter(tmp_path, mode):
+    folder = tmp_path / "private"
+    folder.mkdir(exist_ok=True)
+    folder.chmod(mode)
+    if mode & 0o077:
+        with pytest.raises(PermissionError, match=r"legal: a folder of user \d+ with mode 0700"):
+            native._make_private(folder)
+    else:
+        native._make_private(folder)
+
+
+@pytest.mark.parametrize("what", ["a link", "a file", "of another user"])
+def test_a_private_folder_is_a_folder_of_this_user(tmp_path, monkeypatch, what):
+    folder, elsewhere = tmp_path / "private", tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    if what == "a link":
+        folder.symlink_to(elsewhere)
+    elif what == "a file":
+        folder.touch(mode=0o600)
+    else:
+        folder.mkdir(mode=0o700)
+        user = os.geteuid()
+        monkeypatch.setattr(native.os, "geteuid", lambda: user + 1)
+    with pytest.raises(PermissionError, match=r"it has mode .* and belongs to user \d+; legal: a folder of user \d+"):
+        native._make_private(folder)
+
+
+@pytest.mark.parametrize(
+    ("mode", "safe"),
+    [(0o700, True), (0o755, True), (0o1777, True), (0o1770, True), (0o777, False), (0o770, False), (0o702, False)],
+)
+def test_nobody_else_may_rename_a_private_folder(tmp_path, mode, safe):
+    """In /tmp (1777) the system sees to it. A folder that exists already is judged in the same way."""
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    parent.chmod(mode)
+    for _ in range(2):
+        if safe:
+            native._make_private(parent / "private")
+        else:
+            with pytest.raises(PermissionError, match="in which others cannot rename files"):
+                native._make_private(parent / "private")
+
+
+def test_what_somebody_else_put_into_the_private_folder_is_not_loaded(no_home, monkeypatch):
+    """A complete library, in a folder that all may write: nothing loads it, and nothing is compiled over it."""
+    monkeypatch.setattr(native, "compile_to", None)
+    path = native.library(no_home / f"int8fx-{os.geteuid()}", native.instruction_set())
+    path.parent.mkdir(parents=True)
+    path.parents[1].chmod(0o777)
+    path.write_text("harm")
+    native._digest_file(path).write_text(native._digest(path))
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail(f"{path} was loaded"))
+    with pytest.warns(UserWarning, match="it has mode drwxrwxrwx and belongs to user"):
+        assert not native._load()
+
+
+def test_a_folder_from_which_the_system_loads_nothing(extensions, compiler, monkeypatch):
+    """A file system that is mounted with ``noexec``."""
+    monkeypatch.setattr(native.os, "ST_NOEXEC", 8, raising=False)
+    monkeypatch.setattr(native.os, "statvfs", lambda folder: SimpleNamespace(f_flag=8))
+    with pytest.raises(RuntimeError, match=r"it is mounted with the option noexec\); set the environment variable"):
+        native.build(native.AVX2)
+    assert not compiler.exists()
+
+
+# ---- libraries that do not load --------------------------------------------------------------------------------------
+
+
+def test_a_library_that_does_not_load_is_compiled_again_once(extensions, compiler):
+    with pytest.warns(UserWarning, match=r"several times slower .*int8fx_cpu\.so: .*set the environment variable"):
+        assert not native._load()
+    assert compiler.read_text().count("call") == 2
     with pytest.warns(UserWarning, match="several times slower"):
         assert not native._load()
+    assert compiler.read_text().count("call") == 3
+
+
+def test_the_next_folder_is_tried_if_a_library_does_not_load(no_home, compiler, monkeypatch):
+    """As in a home that is shared with other machines."""
+    monkeypatch.setattr(native, "folders", lambda: [no_home / "home", no_home / "second"])
+    seen = []
+
+    def load(path):
+        seen.append(path)
+        if "home" in path:
+            raise OSError("Could not load this library") from OSError("version `GLIBC_2.99' not found")
+
+    monkeypatch.setattr(torch.ops, "load_library", load)
+    assert native._load()
+    assert ["home" in path for path in seen] == [True, True, False]
+
+
+def test_what_another_process_compiled_meanwhile_is_not_compiled_again(extensions, compiler):
+    path = native.build(native.AVX2)
+    assert native._build(extensions, native.AVX2, broken=path.stat().st_mtime_ns - 1) == path
+    assert compiler.read_text().count("call") == 1
+    assert native._build(extensions, native.AVX2, broken=path.stat().st_mtime_ns) == path
+    assert compiler.read_text().count("call") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["empty", "cut off", "without a digest", "not a library", "none"])
+def test_a_faulty_library_is_replaced(extensions, tmp_path, monkeypatch, fault):
+    """In a new process, with a compiler that copies the real library. Truncated ones would end it by SIGBUS."""
+    script, calls = tmp_path / "compiler", tmp_path / "calls"
+    script.write_text(f'#!/bin/sh\necho call >> {calls}\nfor last; do :; done\ncp {LIBRARY} "$last"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    path, content = native.build(native.instruction_set()), LIBRARY.read_bytes()
+    calls.unlink()
+    path.unlink()
+    path.write_bytes(
+        {"empty": b"", "cut off": content[: len(content) // 2], "not a library": b"text"}.get(fault, content)
+    )
+    if fault == "without a digest":
+        native._digest_file(path).unlink()
+    elif fault == "not a library":
+        native._digest_file(path).write_text(native._digest(path))
+    code = "import sys, warnings; warnings.simplefilter('error'); from int8fx.ops import native; assert native.load()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert path.read_bytes() == content
+    assert native._is_complete(path)
+    assert calls.exists() is (fault != "none")
+    if fault != "none":
+        assert calls.read_text().count("call") == 1
 
 
 @pytest.mark.slow
@@ -213,7 +405,7 @@ def test_the_command(extensions, compiler):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert main(["build"]) == 0
-    assert native.library(native.instruction_set()).exists()
+    assert native.library(extensions, native.instruction_set()).exists()
 
 
 def test_the_command_says_why_it_failed(extensions, monkeypatch, capsys):

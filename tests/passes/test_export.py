@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch.export import Dim, ExportedProgram, export
 
 import int8fx
 from int8fx.graph.count import count_ops
+from int8fx.ops import native
 from int8fx.passes import Report
 from int8fx.passes.inductor import PASSES
 from int8fx.schemes.weight import CODES, SCALE, Int8Weight, PackedTensors
@@ -131,6 +134,29 @@ def test_models_export(name):
     assert count_ops(program.graph) == FAMILIES[name].captured
 
 
+@pytest.mark.slow
+def test_without_the_ops_a_program_does_not_load_and_torch_names_them(tmp_path):
+    """With the library of kernels it does, without int8fx."""
+    program, x = exported(int8fx.convert(Small().eval(), int8fx.rotated(block=16))), sample((4, 7), seed=2)
+    torch.export.save(program, tmp_path / "program.pt2")
+    torch.save((x, program.module()(x)), tmp_path / "expected.pt")
+    code = """
+import sys, torch
+program, expected, *library = sys.argv[1:]
+for path in library:
+    torch.ops.load_library(path)
+x, y = torch.load(expected)
+assert torch.equal(torch.export.load(program).module()(x), y)
+assert "int8fx" not in sys.modules
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "program.pt2"), str(tmp_path / "expected.pt")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "failed to resolve torch.ops.int8fx.linear.default" in done.stderr
+    done = subprocess.run([*command, str(native.build(native.instruction_set()))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 # ---- AOTInductor ----------------------------------------------------------------------------------------------------
 
 
@@ -168,3 +194,34 @@ def test_aot_inductor_packages_run(scheme, first, tmp_path):
         assert torch.equal(run(x), as_rewritten(state, bias, x, scheme))
         if first == "export":
             assert torch.equal(run(x), program.module()(x))
+
+
+class Read(Small):
+    """Reads a packed weight in a way that no int8 matmul can serve: `dequantize` stays in the graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.bare.sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", [int8fx.llm_int8(columns=0.05), int8fx.rotated(columns=0.05, block=16)], ids=str)
+def test_a_package_needs_the_library_of_kernels_only(scheme, tmp_path):
+    """In a process that has not imported int8fx, bit for bit."""
+    program = exported(int8fx.convert(Read().eval(), scheme))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "read.pt2"))
+    assert int8fx.reports()[-1].dequantized == 1
+    run, inputs = torch._inductor.aoti_load_package(path), [sample(size, seed=3) for size in SIZES]
+    torch.save([(x, run(x)) for x in inputs], tmp_path / "expected.pt")
+    code = """
+import sys, torch
+library, package, expected = sys.argv[1:]
+torch.ops.load_library(library)
+run = torch._inductor.aoti_load_package(package)
+for x, y in torch.load(expected):
+    assert torch.equal(run(x), y)
+assert "int8fx" not in sys.modules
+"""
+    library = native.build(native.instruction_set())
+    command = [sys.executable, "-c", code, str(library), path, str(tmp_path / "expected.pt")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

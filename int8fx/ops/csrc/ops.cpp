@@ -1,4 +1,5 @@
-// The CPU kernels of the int8fx ops. Schemas and fakes are in ../__init__.py, error messages in ../checks.py.
+// The CPU kernels of the int8fx ops. Schemas are in ../schemas.py, fakes in ../__init__.py, error messages in
+// ../checks.py. The library also serves processes without Python's int8fx, such as those that run an AOTInductor package.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -16,15 +17,18 @@ using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 constexpr char LINEAR[] = "int8fx::linear", LINEAR_QUANTIZED[] = "int8fx::linear_quantized",
-               QUANTIZE_ROWWISE[] = "int8fx::quantize_rowwise", GROUPED_LINEAR[] = "int8fx::grouped_linear";
+               QUANTIZE_ROWWISE[] = "int8fx::quantize_rowwise", GROUPED_LINEAR[] = "int8fx::grouped_linear",
+               DEQUANTIZE[] = "int8fx::dequantize";
 
-// x, bias, other: float16, bfloat16, float32 or float64.
-bool is_float(const Tensor& t) {
-  const auto dtype = t.scalar_type();
+bool is_float(at::ScalarType dtype) {
   return dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kFloat || dtype == at::kDouble;
 }
 
-at::ScalarType compute_dtype(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+bool is_float(const Tensor& t) { return is_float(t.scalar_type()); }
+
+at::ScalarType compute_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+at::ScalarType compute_dtype(const Tensor& x) { return compute_dtype(x.scalar_type()); }
 
 constexpr int64_t MAX_K = std::numeric_limits<int32_t>::max() / (INT8_MAX_CODE * INT8_MAX_CODE);
 
@@ -58,12 +62,12 @@ bool quantisation_is_legal(
   return true;
 }
 
-bool weight_is_legal(const Tensor& x, const Int8Weight& weight, const MaybeTensor& bias) {
+at::IntArrayRef channels_of(const Tensor& codes) { return codes.sizes().slice(0, codes.dim() - 1); }
+
+bool weight_is_legal(const Int8Weight& weight) {
   const Tensor& codes = weight.codes;
-  const auto channels = codes.sizes().slice(0, std::max<int64_t>(codes.dim() - 1, 0));
-  if (!(is_float(x) && x.dim() > 0 && codes.scalar_type() == at::kChar && codes.dim() >= 2 && is_float(weight.scale) &&
-        weight.scale.sizes() == channels && codes.size(-1) <= MAX_K && x.size(-1) == codes.size(-1) &&
-        (!bias.has_value() || (is_float(*bias) && bias->sizes() == channels))))
+  if (!(codes.scalar_type() == at::kChar && codes.dim() >= 1 && is_float(weight.scale) &&
+        weight.scale.sizes() == channels_of(codes) && codes.size(-1) <= MAX_K))
     return false;
   if (!quantisation_is_legal(weight.threshold, weight.block, weight.columns, codes.size(-1)) ||
       weight.columns.has_value() != weight.columns_weight.has_value())
@@ -72,6 +76,12 @@ bool weight_is_legal(const Tensor& x, const Int8Weight& weight, const MaybeTenso
   at::DimVector shape(codes.sizes().begin(), codes.sizes().end());
   shape.back() = weight.columns->size(0);
   return is_float(*weight.columns_weight) && weight.columns_weight->sizes() == at::IntArrayRef(shape);
+}
+
+bool product_is_legal(const Tensor& x, const Int8Weight& weight, const MaybeTensor& bias) {
+  return is_float(x) && x.dim() > 0 && weight_is_legal(weight) && weight.codes.dim() >= 2 &&
+      x.size(-1) == weight.codes.size(-1) &&
+      (!bias.has_value() || (is_float(*bias) && bias->sizes() == channels_of(weight.codes)));
 }
 
 at::DimVector shape_of_y(const Tensor& x, const Tensor& weight) {
@@ -108,14 +118,26 @@ std::optional<Epilogue> epilogue_of(
       bias.has_value() ? bias->contiguous() : Tensor(), *a, other.has_value() ? other->contiguous() : Tensor(), *b};
 }
 
-// Calls the op's fake with the illegal arguments: it raises the error.
+std::string described(const Tensor& t) { return c10::str(t.scalar_type(), " ", t.sizes()); }
+std::string described(const MaybeTensor& t) { return t.has_value() ? described(*t) : "None"; }
+std::string described(std::optional<double> value) { return value.has_value() ? c10::str(*value) : "None"; }
+template <typename T>
+std::string described(const T& value) { return c10::str(value); }
+
+// Calls the op's fake with the illegal arguments: it raises the error. Without Python's int8fx there is no fake.
 template <typename... Args>
 [[noreturn]] void refuse(const char* name, Args&&... args) {
-  torch::jit::Stack stack;
-  (stack.emplace_back(std::forward<Args>(args)), ...);
-  c10::Dispatcher::singleton().findSchemaOrThrow(name, "").redispatchBoxed(
-      c10::DispatchKeySet(c10::DispatchKey::Meta), &stack);
-  TORCH_CHECK(false, name, ": the kernel refuses arguments that the fake accepts");
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+  if (op.hasKernelForDispatchKey(c10::DispatchKey::Meta)) {
+    torch::jit::Stack stack;
+    (stack.emplace_back(args), ...);
+    op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::Meta), &stack);
+    TORCH_CHECK(false, name, ": the kernel refuses arguments that the fake accepts");
+  }
+  std::string found;
+  size_t i = 0;
+  ((found += c10::str(i ? ", " : "", op.schema().arguments()[i].name(), " = ", described(args)), ++i), ...);
+  TORCH_CHECK(false, name, ": illegal arguments: ", found, "; after `import int8fx` the error says which one and why");
 }
 
 int64_t count_rows(const Tensor& x) { return c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)); }
@@ -123,8 +145,8 @@ int64_t count_rows(const Tensor& x) { return c10::multiply_integers(x.sizes().sl
 Tensor rows_of(const Tensor& x) { return x.reshape({count_rows(x), x.size(-1)}).contiguous(); }
 
 template <typename F>
-void dispatch(const Tensor& x, F&& f) {
-  switch (x.scalar_type()) {
+void dispatch(at::ScalarType dtype, F&& f) {
+  switch (dtype) {
     case at::kBFloat16: return f(c10::BFloat16{});
     case at::kHalf: return f(c10::Half{});
     case at::kFloat: return f(float{});
@@ -160,7 +182,7 @@ Quantized quantize(const Tensor& x, std::optional<double> threshold, int64_t blo
   const int64_t M = x.size(0), K = x.size(1);
   Quantized q = empty_quantized(x);
   const std::vector<int64_t> indices = values_of(columns);
-  dispatch(x, [&](auto of) {
+  dispatch(x.scalar_type(), [&](auto of) {
     using scalar_t = decltype(of);
     const auto* data = x.const_data_ptr<scalar_t>();
     auto* mask = q.mask.mutable_data_ptr<bool>();
@@ -183,7 +205,7 @@ Quantized quantize(const Tensor& x, std::optional<double> threshold, int64_t blo
 // x [M, K], codes [N, K], all contiguous; q is not read if x is not quantised.
 void product_into(
     const Tensor& y, const Tensor& x, const Quantized& q, const Int8Weight& weight, const Epilogue& epilogue) {
-  dispatch(x, [&](auto of) {
+  dispatch(x.scalar_type(), [&](auto of) {
     using scalar_t = decltype(of);
     using P = Product<scalar_t>;
     P p{};
@@ -224,7 +246,7 @@ Tensor linear(
     const MaybeTensor& columns, const MaybeTensor& columns_weight, const MaybeTensor& bias,
     std::string_view activation, const MaybeTensor& other, std::string_view binary) {
   Int8Weight weight{codes, scale, threshold, block, columns, columns_weight};
-  const bool legal = weight_is_legal(x, weight, bias) &&
+  const bool legal = product_is_legal(x, weight, bias) &&
       (codes.dim() == 2 || (codes.dim() == 3 && x.dim() == 3 && x.size(0) == codes.size(0)));
   const auto epilogue = legal ? epilogue_of(x, codes, bias, activation, other, binary) : std::nullopt;
   if (!epilogue)
@@ -260,7 +282,7 @@ Tensor linear_quantized(
     const MaybeTensor& columns_weight, const MaybeTensor& bias, std::string_view activation, const MaybeTensor& other,
     std::string_view binary) {
   const Int8Weight weight{codes, scale, threshold, block, columns, columns_weight};
-  bool legal = weight_is_legal(x, weight, bias) && codes.dim() == 2;
+  bool legal = product_is_legal(x, weight, bias) && codes.dim() == 2;
   if (legal) {
     const int64_t K = codes.size(1), M = count_rows(x);
     legal = x_codes.scalar_type() == at::kChar && x_codes.sizes() == at::IntArrayRef({M, K}) &&
@@ -281,7 +303,7 @@ Tensor grouped_linear(
     const Tensor& x, const Tensor& offsets, const Tensor& codes, const Tensor& scale, std::optional<double> threshold,
     int64_t block, const MaybeTensor& columns, const MaybeTensor& columns_weight, const MaybeTensor& bias) {
   Int8Weight weight{codes, scale, threshold, block, columns, columns_weight};
-  const bool legal = weight_is_legal(x, weight, bias) && codes.dim() == 3 && x.dim() == 2 && offsets.dim() == 1 &&
+  const bool legal = product_is_legal(x, weight, bias) && codes.dim() == 3 && x.dim() == 2 && offsets.dim() == 1 &&
       offsets.size(0) == codes.size(0) && (offsets.scalar_type() == at::kInt || offsets.scalar_type() == at::kLong);
   if (!legal) refuse(GROUPED_LINEAR, x, offsets, codes, scale, threshold, block, columns, columns_weight, bias);
   const Tensor y = at::zeros({x.size(0), codes.size(1)}, x.options());
@@ -298,6 +320,38 @@ Tensor grouped_linear(
     begin = std::max(begin, end);
   }
   return y;
+}
+
+// schemes/quantize.py's `dequantize`, bit for bit.
+Tensor dequantize(
+    const Tensor& codes, const Tensor& scale, std::optional<double> threshold, int64_t block,
+    const MaybeTensor& columns, const MaybeTensor& columns_weight, at::ScalarType dtype) {
+  if (!is_float(dtype) || !weight_is_legal({codes, scale, threshold, block, columns, columns_weight}))
+    refuse(DEQUANTIZE, codes, scale, threshold, block, columns, columns_weight, dtype);
+  const Tensor w = at::empty(codes.sizes(), dtype), rows = codes.contiguous();
+  const Tensor scales = scale.to(compute_dtype(dtype)).contiguous();
+  const Tensor floats = columns.has_value() ? columns_weight->to(compute_dtype(dtype)).contiguous() : Tensor();
+  const std::vector<int64_t> indices = values_of(columns);
+  const int64_t K = codes.size(-1), C = static_cast<int64_t>(indices.size());
+  dispatch(dtype, [&](auto of) {
+    using scalar_t = decltype(of);
+    using T = compute_t<scalar_t>;
+    const int8_t* from = rows.const_data_ptr<int8_t>();
+    const T* row_scale = scales.const_data_ptr<T>();
+    const T* kept = C ? floats.const_data_ptr<T>() : nullptr;
+    scalar_t* to = w.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, scales.numel(), std::max<int64_t>(1, 32768 / std::max<int64_t>(K, 1)),
+                     [&](int64_t begin, int64_t end) {
+      std::vector<T> row(K);
+      for (int64_t n = begin; n < end; ++n) {
+        for (int64_t k = 0; k < K; ++k) row[k] = static_cast<T>(from[n * K + k]) * row_scale[n];
+        if (block > 1) rotate_row(row.data(), K, block);
+        for (int64_t c = 0; c < C; ++c) row[indices[c]] = kept[n * C + c];
+        for (int64_t k = 0; k < K; ++k) to[n * K + k] = static_cast<scalar_t>(row[k]);
+      }
+    });
+  });
+  return w;
 }
 
 // ---- autograd: the formulas are in ../__init__.py. Calls that need no gradient do not reach them. --------------------
@@ -329,11 +383,19 @@ auto* autograd(Result (*)(Args...)) {
 
 }  // namespace
 
+// Static initialisation runs in the order of this file: schemas first.
+TORCH_LIBRARY_FRAGMENT(int8fx, m) {
+  for (const std::string schema : {INT8FX_SCHEMAS})
+    if (!c10::Dispatcher::singleton().findSchema({"int8fx::" + schema.substr(0, schema.find('(')), ""}))
+      m.def(torch::schema(schema.c_str()));
+}
+
 TORCH_LIBRARY_IMPL(int8fx, CPU, m) {
   m.impl("linear", linear);
   m.impl("linear_quantized", linear_quantized);
   m.impl("quantize_rowwise", quantize_rowwise);
   m.impl("grouped_linear", grouped_linear);
+  m.impl("dequantize", dequantize);
 }
 
 TORCH_LIBRARY_IMPL(int8fx, AutogradCPU, m) {

@@ -105,7 +105,7 @@ def _build() -> Path:
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", *isa.flags]
     key = sha256("\0".join([*compiler, *flags, SOURCE.read_text()]).encode()).hexdigest()[:16]
-    path = native.library(isa).parent.parent / f"int8fx_limits_{key}" / "limits.so"
+    path = native.build(isa).parent.parent / f"int8fx_limits_{key}" / "limits.so"
     if not path.exists():
         native.compile_to(path, lambda output: [*compiler, *flags, str(SOURCE), "-o", str(output)])
     return path
