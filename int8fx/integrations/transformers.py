@@ -177,7 +177,7 @@ class Int8FxQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> Any:
         stored = _Stored(checkpoint_files, model, _renamings(model, self))
-        _tie_on_meta(model, stored.weights())
+        _tie_on_meta(model, stored)
         if self.pre_quantized:
             self._convert_as_stored(model, stored)
             return model
@@ -408,10 +408,10 @@ def _packed_together(chosen: list[Layer], by_siblings: bool) -> Iterator[list[La
     yield from grouped(chosen, lambda layer: root(id(layer.weight)))
 
 
-def _tie_on_meta(model: Any, there: set[str]) -> None:
+def _tie_on_meta(model: Any, stored: _Stored) -> None:
     """Ties the weights that ``model`` shares, unless the checkpoint has values for each: then transformers decides."""
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        if not {target, source} <= there:
+        if not (stored.has(target) and stored.has(source)):
             path, _, name = target.rpartition(".")
             setattr(model.get_submodule(path), name, model.get_parameter(source))
 
@@ -500,9 +500,9 @@ class _Stored:
         file = self.files[key]
         return file[key] if isinstance(file, dict) else file.get_tensor(key)
 
-    def weights(self) -> set[str]:
-        """The names of the weights that have values here, packed or not."""
-        return {name.removesuffix(CODES) for name in self.keys}
+    def has(self, weight: str) -> bool:
+        """Whether the files have values for the weight called ``weight``, packed or not."""
+        return weight + CODES in self.keys or (weight in self.keys and not _is_guard(self.header(weight)))
 
     def packed(self, names: list[str]) -> str | None:
         """One of the tied ``names`` if the files have this weight packed, or remains of it."""
