@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any
 from zipfile import is_zipfile
 
@@ -110,6 +110,10 @@ class Int8FxConfig(QuantizationConfigMixin):
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of a dict: ``from_pretrained(path, config=model.config)`` takes the configuration of a model for one."""
+        return self.to_dict().get(name, default)
 
 
 def _names(names: list[str] | str | None) -> list[str]:
@@ -347,9 +351,8 @@ def _describe(model: Any, quantizer: Int8FxQuantizer | None) -> None:
     quantizer.quantization_config = config
     model.hf_quantizer, model.config.quantization_config = quantizer, config
     model.is_quantized, model.quantization_method, model.is_loaded_in_8bit = True, METHOD, True
-    model.half, model.float = (
-        MethodType(cast, model) for cast in (nn.Module.half, nn.Module.float)
-    )  # not refused here
+    # transformers refuses these of quantised models. A bound method would be pickled by name, as the one that refuses.
+    model.half, model.float = partial(nn.Module.half, model), partial(nn.Module.float, model)
     for module in model.modules():
         if hasattr(module, "get_input_embeddings"):  # models inside the model
             module.config._is_quantized = True
@@ -461,7 +464,7 @@ class _Stored:
         self.files: dict[str, Any] = {}  # key -> an open file, or a dict of tensors
         for file in [files] if isinstance(files, str) else files or ():
             if str(file).endswith(".safetensors"):
-                opened = safe_open(file, framework="pt")
+                opened: Any = safe_open(file, framework="pt")
             else:
                 loaded = torch.load(file, map_location="cpu", mmap=is_zipfile(file), weights_only=True)
                 opened = {key: t for key, t in loaded.items() if isinstance(t, Tensor)}

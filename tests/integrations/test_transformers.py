@@ -256,14 +256,23 @@ def test_a_file_of_torch_save_loads(saved):
         transformers.LlamaForCausalLM.from_pretrained(saved)
 
 
+def test_the_configuration_of_a_loaded_model_loads_another_one(saved):
+    model = transformers.LlamaForCausalLM.from_pretrained(saved)
+    assert_same_tensors(type(model).from_pretrained(saved, config=model.config), model)
+
+
 def test_a_state_dict_in_place_of_files_is_refused(saved):
     """transformers does not show it to quantizers."""
     model = transformers.LlamaForCausalLM.from_pretrained(saved)
     with pytest.raises(ValueError, match=r"found no file .* legal: a folder"):
         type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict())
-    state = {key: tensor for key, tensor in model.state_dict().items() if key != W + "_codes"}
-    with pytest.raises(RuntimeError, match=r"up_proj\.weight_codes' that fits"):
-        type(model).from_pretrained(saved, state_dict=state)
+
+
+def test_a_weight_that_is_renamed_away_is_refused(saved):
+    """The last check, after loading: no packed tensor may be uninitialised memory."""
+    mapping = {r"layers\.0\.mlp\.up_proj\.weight_codes": "layers.0.mlp.gate_proj.weight_codes"}
+    with pytest.raises(RuntimeError, match=r"no 'model\.layers\.0\.mlp\.up_proj\.weight_codes' that fits"):
+        transformers.LlamaForCausalLM.from_pretrained(saved, key_mapping=mapping)
 
 
 def test_a_checkpoint_whose_configuration_does_not_say_that_it_is_int8_is_refused(saved):
@@ -278,7 +287,7 @@ def test_the_scheme_of_a_checkpoint_is_its_own(saved):
     config = int8fx.Int8FxConfig(int8fx.plain())
     with pytest.warns(UserWarning, match="quantization_config` from the model will be used"):
         model = transformers.LlamaForCausalLM.from_pretrained(saved, quantization_config=config)
-    assert {row.scheme for row in int8fx.summary(model).converted} == {int8fx.rotated(16, columns=0.05)}
+    assert {row.scheme for row in int8fx.summary(model).converted} == {"rotated(block=16, columns=0.05)"}
 
 
 def test_tensors_of_packed_weights_keep_their_dtype(saved):
