@@ -161,8 +161,8 @@ def _unfit(place: Place, state_dict: Mapping[str, Any], loaded: set[int] | None,
             yield f'"{key + SCALE}" has dtype {scale.dtype}; legal: torch.float32'
         elif is_readable(scale) and not bool(((scale > 0) & (scale <= _LARGEST_SCALE)).all()):
             yield (
-                f'"{key + SCALE}" has a scale that is NaN, inf, zero, negative or above {_LARGEST_SCALE:.4g}; legal: '
-                "finite weights, scales above 0"
+                f'"{key + SCALE}" has a scale that is NaN, inf, zero or negative, or above {_LARGEST_SCALE:.4g}; '
+                "legal: finite and above 0"
             )
     if columns is not None:
         yield from _unfit_columns(key, columns, present[key + CODES].shape[-1])
