@@ -153,13 +153,18 @@ class PackedState(nn.Module):
     def _check(
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], errors: list[str]
     ) -> None:
-        """Checks a load that did not begin at a converted model: all packed weights that it loads, before the first."""
+        """Checks a load that did not begin at a model with `refuse_unfit`: before the first packed weight, all of them.
+
+        If it began here, nothing at all was loaded yet.
+        """
         load, assign = running_load(errors), metadata.get(ASSIGN, False)
-        if load is None or not all(map(loads_as_written, load.model.modules())):
-            _raise(self, unfit_weights(_places(self, prefix), state_dict, complete=False, assign=assign))
-        else:
+        if load is not None and load.model is self:
+            refuse_unfit(self, state_dict, prefix, metadata, errors=errors)
+        elif load is not None and all(map(loads_as_written, load.model.modules())):
             _raise(load.model, unfit_weights(_places(load.model, ""), load.state_dict, complete=True, assign=assign))
             set_checked(errors, "")
+        else:  # of a tied weight, another module may get a part
+            _raise(self, unfit_weights(_places(self, prefix), state_dict, complete=False, assign=assign))
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any):
         """The state dict. Columns that weights share are copied in it: checkpoint formats refuse shared memory."""
@@ -196,9 +201,7 @@ def refuse_unfit(
     """
     if errors is not None and is_checked(errors, prefix):
         return
-    odd = next((key for key in state_dict if not isinstance(key, str)), None)
-    if odd is not None:
-        _raise(model, [f"a key is {odd!r}; legal: text"])
+    _raise(model, (f"a key is {key!r}; legal: text" for key in state_dict if not isinstance(key, str)))
     places, assign = _places(model, prefix), bool(metadata and metadata.get(ASSIGN, False))
     _raise(model, unfit_weights(places, state_dict, complete=True, assign=assign))
     packed = {key for place in places for key in place.tensors}
