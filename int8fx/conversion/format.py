@@ -20,7 +20,7 @@ FORMAT = "_format"
 VERSION = 2
 """1 was int8fx 0.1: codes were called ``weight``, and nothing named the scheme."""
 
-_LONGEST = 4096  # bytes: a scheme takes less than 100
+_LONGEST = 1024  # bytes: int8fx writes about 100
 
 
 def format_tensor(scheme: Scheme, device: torch.device | None = None) -> Tensor:
@@ -40,10 +40,12 @@ def read_scheme(tensor: Tensor) -> Scheme:
     try:
         content: Any = json.loads(bytes(tensor.tolist()).decode())
         kind, version, scheme = content["format"], content["version"], content["scheme"]
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"found a text that is not int8fx's ({type(error).__name__}: {error})") from None
-    if kind != "int8fx" or version != VERSION or not isinstance(scheme, str):
-        raise ValueError(f"found format {kind!r}, version {version!r}; legal: 'int8fx', {VERSION}; is int8fx too old?")
+    if kind != "int8fx" or type(version) is not int or version < VERSION or not isinstance(scheme, str):
+        raise ValueError(f"found format {kind!r}, version {version!r}, scheme {scheme!r}; legal: 'int8fx', {VERSION}")
+    if version > VERSION:
+        raise ValueError(f"found version {version}, of a newer int8fx; this one reads up to {VERSION}: update it")
     return parse_scheme(scheme)
 
 

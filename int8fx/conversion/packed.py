@@ -20,7 +20,7 @@ is being captured it is ``int8fx::dequantize`` of them, which the passes turn in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -29,16 +29,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from .. import ops  # noqa: F401  registers torch.ops.int8fx
 from ..graph.count import count_ops
 from ..schemes import Scheme
-from ..schemes.quantize import INT8_MAX, quantize_weight
+from ..schemes.quantize import quantize_weight
 from ..schemes.weight import CODES, COLUMNS, COLUMNS_WEIGHT, SCALE, SUFFIXES, Int8Weight, PackedTensors
 from .format import FORMAT, format_tensor, read_scheme, same_arithmetic
+from .loading import (
+    PLAIN_HOOKS,
+    PLAIN_LOADERS,
+    Place,
+    is_checked,
+    is_readable,
+    loads_as_written,
+    running_load,
+    set_checked,
+    unfit_keys,
+    unfit_others,
+    unfit_weights,
+)
 from .view import PackedWeight, is_captured, is_differentiated
 
 
@@ -124,19 +136,35 @@ class PackedState(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        refuse_unfit(self, state_dict, prefix, complete=False)  # of a tied weight, another module may get a part
+        if not is_checked(errors, prefix):
+            self._check(state_dict, prefix, local_metadata, errors)
         for path, owner, name, _ in self._packed_places():
             key = prefix + join(path, name)
             if key in state_dict:  # the codes of version 1, or the guard of a file by `save_pretrained`
                 state_dict.setdefault(key + CODES, state_dict.pop(key))
-            if key + CODES in state_dict:
-                form = state_dict.get(key + FORMAT)
-                if form is None:  # version 1
-                    state_dict[key + FORMAT] = owner._buffers[name + FORMAT]
-                elif _readable(form):
-                    self._adopt(owner, name, form)
+            form = state_dict.get(key + FORMAT)
+            if form is not None and is_readable(form):
+                self._adopt(owner, name, form)
+            elif form is None and key + CODES in state_dict:  # version 1
+                state_dict[key + FORMAT] = owner._buffers[name + FORMAT]
             _untie_columns(owner._buffers, name, state_dict.get(key + COLUMNS))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def _check(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], errors: list[str]
+    ) -> None:
+        """Checks a load that did not begin at a model with `refuse_unfit`: before the first packed weight, all of them.
+
+        If it began here, nothing at all was loaded yet.
+        """
+        load, assign = running_load(errors), metadata.get(ASSIGN, False)
+        if load is not None and load.model is self:
+            refuse_unfit(self, state_dict, prefix, metadata, errors=errors)
+        elif load is not None and all(map(loads_as_written, load.model.modules())):
+            _raise(load.model, unfit_weights(_places(load.model, ""), load.state_dict, complete=True, assign=assign))
+            set_checked(errors, "")
+        else:  # of a tied weight, another module may get a part
+            _raise(self, unfit_weights(_places(self, prefix), state_dict, complete=False, assign=assign))
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any):
         """The state dict. Columns that weights share are copied in it: checkpoint formats refuse shared memory."""
@@ -153,115 +181,62 @@ def _holder(owner: nn.Module, suffix: str) -> dict[str, Any]:
     return owner._parameters if suffix == CODES else owner._buffers
 
 
-def refuse_unfit(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any, complete: bool = True) -> None:
-    """Raises RuntimeError, before anything is loaded, if ``state_dict`` has tensors that packed weights cannot take.
+ASSIGN = "assign_to_params_buffers"
+"""torch's key for ``load_state_dict(assign=True)`` in the metadata that hooks get."""
 
-    `convert` registers it as a pre-hook of the model's ``load_state_dict``. ``complete``: refuse parts of weights.
+
+def refuse_unfit(
+    model: nn.Module,
+    state_dict: Mapping[str, Any],
+    prefix: str = "",
+    metadata: Mapping[str, Any] | None = None,
+    strict: bool = True,
+    missing: list[str] | None = None,
+    unexpected: list[str] | None = None,
+    errors: list[str] | None = None,
+) -> None:
+    """Raises RuntimeError, before anything is loaded, if ``state_dict`` has what ``model`` cannot take.
+
+    `convert` registers it as a pre-hook of the model's ``load_state_dict``, which gives the arguments after ``prefix``.
     """
-    places = [
-        (owner, name, scheme, prefix + join(path, join(inner, name)))
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, PackedState)
-        for inner, owner, name, scheme in module._packed_places()
-    ]
-    loaded = {  # tied tensors may be there under one of their names
-        id(tensor)
-        for owner, name, _, key in places
-        for k, tensor in tensors_of(owner, name).named(key).items()
-        if k in state_dict or (k == key + CODES and key in state_dict)
-    }
-    problems = [problem for place in places for problem in _unfit(*place, state_dict, loaded if complete else None)]
-    if complete and not problems:  # torch would find these while it loads, and leave the model half loaded
-        problems = list(_misshapen(model, state_dict, prefix))
+    if errors is not None and is_checked(errors, prefix):
+        return
+    _raise(model, (f"a key is {key!r}; legal: text" for key in state_dict if not isinstance(key, str)))
+    places, assign = _places(model, prefix), bool(metadata and metadata.get(ASSIGN, False))
+    _raise(model, unfit_weights(places, state_dict, complete=True, assign=assign))
+    packed = {key for place in places for key in place.tensors}
+    load = running_load(errors) if errors is not None else None
+    keys = unfit_keys(model, state_dict, prefix, places) if load is not None and load.strict else ()
+    _raise(model, [*keys, *unfit_others(model, state_dict, prefix, packed, assign=assign)])
+    if errors is not None and all(map(loads_as_written, model.modules())):
+        set_checked(errors, prefix)
+
+
+def _places(model: nn.Module, prefix: str) -> list[Place]:
+    """The packed weights of ``model``, under the names that they have in a state dict with ``prefix``."""
+    places = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PackedState):
+            for inner, owner, name, scheme in module._packed_places():
+                key = prefix + join(path, join(inner, name))
+                form = owner._buffers[name + FORMAT]
+                tensors = tensors_of(owner, name).named(key) | ({} if form is None else {key + FORMAT: form})
+                places.append(Place(key, tensors, scheme))
+    return places
+
+
+def _raise(model: nn.Module, problems: Iterable[str]) -> None:
+    """Raises RuntimeError if there are problems, in the form that torch gives them."""
+    problems = list(problems)
     if problems:
         raise RuntimeError("\n\t".join([f"Error(s) in loading state_dict for {type(model).__name__}:", *problems]))
-
-
-def _misshapen(model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    for key, tensor in nn.Module.state_dict(model, prefix=prefix).items():
-        value = state_dict.get(key)
-        if key in state_dict and isinstance(tensor, Tensor) and not key.endswith(FORMAT):
-            if not isinstance(value, Tensor):
-                yield f'"{key}" is {type(value).__name__}; legal: a tensor'
-            elif value.shape != tensor.shape and (value.dim(), tensor.dim()) != (0, 1):
-                yield f"size mismatch for {key}: found {tuple(value.shape)}; legal: {tuple(tensor.shape)}"
-
-
-def _unfit(
-    owner: nn.Module, name: str, scheme: Scheme | None, key: str, state_dict: Mapping[str, Any], loaded: set[int] | None
-) -> Iterator[str]:
-    """Problems of the tensors that ``state_dict`` has for a packed weight, which is called ``key`` there.
-
-    ``loaded``: ids of the model's tensors that ``state_dict`` has values for; None: a part of the weight is no problem.
-    """
-    present = tensors_of(owner, name).named(key)
-    given = {k: state_dict[k] for k in (*present, key + FORMAT) if k in state_dict}
-    if key in state_dict and key + CODES not in state_dict:  # version 1, or a float weight
-        given[key + CODES] = state_dict[key]
-    for k, tensor in given.items():
-        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
-            what = str(tensor.layout) if isinstance(tensor, Tensor) else type(tensor).__name__
-            yield f'"{k}" is {what}; legal: a dense tensor'
-            return
-    codes, scale, columns, columns_weight = PackedTensors.of(given, key)
-    if codes is not None and codes.dtype != torch.int8:
-        yield f'"{key}" is packed and takes int8 codes, found {codes.dtype}; load float weights before int8fx.convert'
-        return
-    parts = given.keys() - {key + COLUMNS, key + FORMAT}  # these two are there for each name of a tied weight
-    absent = sorted(k for k, t in present.items() if loaded is not None and k not in given and id(t) not in loaded)
-    if parts and absent:
-        yield f'"{key}" is packed, and a part of it is missing: {", ".join(absent)}'
-        return
-    for k, tensor in present.items():
-        if k in given and given[k].shape != tensor.shape:
-            yield f'"{k}" has shape {tuple(given[k].shape)}; legal: {tuple(tensor.shape)}'
-            return
-    form = given.get(key + FORMAT)
-    if form is not None and _readable(form):
-        try:
-            found = read_scheme(form)
-        except ValueError as error:
-            yield f'"{key + FORMAT}": {error}'
-            return
-        if scheme is not None and not same_arithmetic(found, scheme):
-            yield f'"{key}" was quantised by {found}, and this layer by {scheme}; convert the model by {found} first'
-    if codes is not None and _readable(codes) and codes.numel() and int(codes.min()) < -INT8_MAX:
-        yield f'"{key + CODES}" has a code of {int(codes.min())}; legal: {-INT8_MAX} to {INT8_MAX}'
-    if scale is not None:
-        if scale.dtype != torch.float32:
-            yield f'"{key + SCALE}" has dtype {scale.dtype}; legal: torch.float32'
-        elif _readable(scale) and not bool((scale.isfinite() & (scale > 0)).all()):
-            yield f'"{key + SCALE}" has a scale that is NaN, inf, zero or negative; legal: finite and above 0'
-    if columns is not None and codes is not None:
-        yield from _unfit_columns(key, columns, codes.shape[-1])
-    if columns_weight is not None:
-        if not columns_weight.is_floating_point():
-            yield f'"{key + COLUMNS_WEIGHT}" has dtype {columns_weight.dtype}; legal: a float dtype'
-        elif _readable(columns_weight) and not bool(columns_weight.isfinite().all()):
-            yield f'"{key + COLUMNS_WEIGHT}" has NaN or inf; legal: finite weights'
-
-
-def _unfit_columns(key: str, columns: Tensor, K: int) -> Iterator[str]:
-    if columns.dtype != torch.int64:
-        yield f'"{key + COLUMNS}" takes the numbers of columns as torch.int64, found {columns.dtype}'
-    elif _readable(columns):
-        seen: set[int] = set()
-        wrong = [c for c in columns.tolist() if not 0 <= c < K or c in seen or seen.add(c)]  # type: ignore[func-returns-value]
-        if wrong:
-            what = "is there twice" if 0 <= wrong[0] < K else "is out of range"
-            yield f'"{key + COLUMNS}": column {wrong[0]} {what}; legal: different columns, from 0 to {K - 1}'
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether the values of ``tensor`` are there."""
-    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
 def _untie_columns(buffers: dict[str, Tensor | None], name: str, loaded: Tensor | None) -> None:
     """Gives a weight a copy of columns that it shares with other weights, if different ones will be loaded."""
     columns = buffers.get(name + COLUMNS)
-    if columns is not None and loaded is not None and _readable(columns):
-        same = _readable(loaded) and loaded.shape == columns.shape and torch.equal(loaded.to(columns.device), columns)
+    if columns is not None and loaded is not None and is_readable(columns):
+        same = is_readable(loaded) and loaded.shape == columns.shape and torch.equal(loaded.to(columns.device), columns)
         buffers[name + COLUMNS] = columns if same else columns.clone()
 
 
@@ -276,8 +251,12 @@ def tie_equal_columns(model: nn.Module, *_: Any) -> None:
             for place in module._packed_places():
                 owner, name = place[1:3]
                 columns = owner._buffers.get(name + COLUMNS)
-                if columns is not None and _readable(columns):
+                if columns is not None and is_readable(columns):
                     owner._buffers[name + COLUMNS] = tied.setdefault((columns.device, *columns.tolist()), columns)
+
+
+PLAIN_LOADERS.add(PackedState._load_from_state_dict)
+PLAIN_HOOKS.update((refuse_unfit, tie_equal_columns))
 
 
 @contextmanager
@@ -435,7 +414,7 @@ class PackedModule(PackedState):
 
     def _check_format(self, name: str, value: Any) -> None:
         """Raises ValueError if the format tensor ``value`` is of a scheme that the weight ``name`` does not have."""
-        if isinstance(value, Tensor) and _readable(value):
+        if isinstance(value, Tensor) and is_readable(value):
             scheme, mine = read_scheme(value), self.packed_weights[name].scheme
             if not same_arithmetic(scheme, mine):
                 raise ValueError(f"int8fx: {self.label(name)} is quantised by {mine}, found a format of {scheme}")

@@ -171,6 +171,9 @@ _MAKERS: dict[str, Callable[..., Scheme]] = {
 }
 
 
+_SHOWN = 200  # characters of a text that is no scheme, in messages
+
+
 def parse_scheme(text: str) -> Scheme:
     """The scheme of a Python expression: ``llm_int8``, ``rotated(block=32, columns=0)``, ``plain``.
 
@@ -185,9 +188,10 @@ def parse_scheme(text: str) -> Scheme:
         arguments = [_literal(a) for a in call.args]
         named = {k.arg or "": _literal(k.value) for k in call.keywords}
         return _MAKERS[call.func.id](*arguments, **named)  # type: ignore[attr-defined]  # AttributeError is caught
-    except (SyntaxError, KeyError, AttributeError, TypeError, ValueError) as error:
+    except (SyntaxError, KeyError, AttributeError, TypeError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(
-            f"scheme {text!r}: {error}; legal: llm_int8(threshold=6, columns=0), rotated(...), weight_only, plain"
+            f"scheme {repr(text)[:_SHOWN]}: {str(error)[:_SHOWN]}; legal: llm_int8(threshold=6, columns=0), "
+            "rotated(...), weight_only, plain"
         ) from error
 
 
