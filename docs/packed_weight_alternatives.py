@@ -68,7 +68,8 @@ class Packed(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         aten = torch.ops.aten
         if func in (aten.t.default, aten.detach.default, aten.alias.default):
-            return _Transposed(args[0]) if func is aten.t.default else Packed(args[0].codes, args[0].scale, args[0].dtype)
+            w = args[0]
+            return _Transposed(w) if func is aten.t.default else Packed(w.codes, w.scale, w.dtype)
         if func._schema.arguments[0].alias_info is not None and func._schema.arguments[0].alias_info.is_write:
             value = args[0].dequantize()
             func(value, *args[1:], **(kwargs or {}))
@@ -133,7 +134,7 @@ WAYS: dict[str, Callable[[nn.Linear], nn.Module]] = {
 }
 
 
-# ---- what tools do: each returns "right", "refused" or "WRONG" --------------------------------------------------------
+# ---- what tools do: each returns "right", "refused" or "WRONG" ------------------------------------------------------
 
 
 def verdict(run: Callable[[], bool]) -> str:
@@ -202,7 +203,7 @@ def main() -> None:
     torch.set_num_threads(1)
     floats, x = nn.Linear(K, N), torch.randn(16, K)
     rows = {
-        name: [verdict(lambda check=check, way=way: check(lambda: way(copy.deepcopy(floats)), x)) for way in WAYS.values()]
+        name: [verdict(lambda do=check, way=way: do(lambda: way(copy.deepcopy(floats)), x)) for way in WAYS.values()]
         for name, check in CHECKS.items()
     }
     models = [nn.Linear(K, N), *(way(copy.deepcopy(floats)) for way in WAYS.values())]

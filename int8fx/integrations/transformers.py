@@ -287,26 +287,41 @@ class Int8FxQuantizer(HfQuantizer):
 
 
 def describe(model: Any, quantizer: Int8FxQuantizer | None = None) -> None:
-    """Makes a converted transformers model say so: in its configuration, and to the libraries that ask.
+    """Makes converted transformers models say so: in their configuration, and to the libraries that ask.
 
-    `int8fx.convert` calls it for every model; others than transformers' are left alone.
+    `int8fx.convert` calls it for every model. Those inside others, such as PEFT's or sentence-transformers', are found;
+    models that are not transformers' are left alone.
     """
-    from transformers import PreTrainedModel
+    for inner in _outermost(model):
+        if is_packed(inner):
+            _describe(inner, quantizer)
 
-    if not isinstance(model, PreTrainedModel) or not is_packed(model):
-        return
+
+def _outermost(model: Any) -> Iterator[Any]:
+    """The transformers models in ``model`` that are not inside another one."""
+    from transformers import PreTrainedModel  # when this file is loaded, transformers may be loading it
+
+    if isinstance(model, PreTrainedModel):
+        yield model
+    elif isinstance(model, nn.Module):
+        for child in model.children():
+            yield from _outermost(child)
+
+
+def _describe(model: Any, quantizer: Int8FxQuantizer | None) -> None:
     rows = list(packed_layers(model))
     schemes = [reading.scheme for *_, reading in rows if reading is not None]
     config = Int8FxConfig(max(set(schemes), key=schemes.count), select=sorted(row.name for row in rows))
     if quantizer is None:
         quantizer = Int8FxQuantizer(config, pre_quantized=True)
     quantizer.quantization_config = config
-    of: Any = model
-    of.hf_quantizer, of.config.quantization_config = quantizer, config
-    of.is_quantized, of.quantization_method, of.is_loaded_in_8bit = True, METHOD, True
-    of.half, of.float = (MethodType(cast, model) for cast in (nn.Module.half, nn.Module.float))  # not refused here
+    model.hf_quantizer, model.config.quantization_config = quantizer, config
+    model.is_quantized, model.quantization_method, model.is_loaded_in_8bit = True, METHOD, True
+    model.half, model.float = (
+        MethodType(cast, model) for cast in (nn.Module.half, nn.Module.float)
+    )  # not refused here
     for module in model.modules():
-        if isinstance(module, PreTrainedModel):
+        if hasattr(module, "get_input_embeddings"):  # models inside the model
             module.config._is_quantized = True
     _expect_packed_names(model)
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from ..imports import when_imported
 from ..schemes.quantize import compute_dtype
 from ..schemes.quantize import dequantize as _dequantize
 from ..schemes.weight import Epilogue, Int8Weight
-from . import fallback, gpu, native
+from . import fallback, flops, gpu, native
 from .checks import (
     check_dequantize,
     check_grouped_linear,
@@ -311,3 +312,5 @@ def _autocast(name: str, device: str):
 for _name in ("linear", "grouped_linear"):
     for _device in ("cpu", "cuda"):
         _LIB.impl(_name, _autocast(_name, _device), f"Autocast{_device.upper()}")
+
+when_imported("torch.utils.flop_counter", flops.register)

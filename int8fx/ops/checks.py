@@ -94,6 +94,11 @@ def _check_weight(op: str, weight: Int8Weight, dims: Shape | None = None) -> Non
 def _check_matmul(op: str, x: Tensor, weight: Int8Weight, bias: Tensor | None, dims: Shape) -> None:
     _check_x(op, x)
     _check_weight(op, weight, dims)
+    for name, tensor in (("weight", weight.codes), ("weight_scale", weight.scale)):
+        if (
+            tensor.device.type != x.device.type
+        ):  # one on meta would otherwise select the fake, whose result is undefined
+            _refuse(op, f"x is on {x.device} and {name} on {tensor.device}", "one device")
     *channels, K = weight.codes.shape
     if x.shape[-1] != K:
         _refuse(op, f"x has shape {tuple(x.shape)}", f"[..., {K}] for K = {K}")

@@ -56,17 +56,28 @@ def convert_checkpoint(
         raise CheckpointError(f"{source}/config.json names architectures {names}; legal: one that transformers has")
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target} exists; legal: another folder, or --overwrite")
+    if target.exists() and not (target / "config.json").is_file():
+        raise CheckpointError(f"{target} is not the folder of a model; --overwrite replaces only such folders")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
         written = Path(folder) / "new"
-        model = cls.from_pretrained(source, quantization_config=config, dtype="auto")
+        model, loaded = cls.from_pretrained(source, quantization_config=config, dtype="auto", output_loading_info=True)
+        if loaded["missing_keys"]:
+            missing = ", ".join(sorted(loaded["missing_keys"])[:3])
+            raise CheckpointError(f"{source} lacks tensors: {missing}; legal: a model with all of its weights")
         model.save_pretrained(written, max_shard_size=max_shard_size)
         for path in source.iterdir():
             if path.is_file() and not path.name.endswith(_WEIGHTS) and not (written / path.name).exists():
                 shutil.copy2(path, written / path.name)
+        old = Path(folder) / "old"
         if target.exists():
-            os.replace(target, Path(folder) / "old")
-        os.replace(written, target)
+            os.replace(target, old)
+        try:
+            os.replace(written, target)
+        except BaseException:
+            if old.exists():
+                os.replace(old, target)
+            raise
 
 
 def _read_json(path: Path) -> dict[str, Any]:

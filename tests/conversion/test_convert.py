@@ -206,10 +206,10 @@ def _bitsandbytes_4bit() -> nn.Module:
 
 
 def _torchao() -> nn.Module:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import Int8WeightOnlyConfig, PerGroup, quantize_
 
     model = nn.ModuleDict({"first": nn.Linear(64, 64), "bad": nn.Linear(64, 64)})
-    quantize_(model["bad"], Int8WeightOnlyConfig())
+    quantize_(model["bad"], Int8WeightOnlyConfig(granularity=PerGroup(32), set_inductor_config=False))
     return model
 
 
@@ -230,9 +230,8 @@ REFUSED = {
     ),
     "long": (lambda: _with(lambda: torch.zeros(1, MAX_K + 1)), f"has K = {MAX_K + 1} input channels"),
     "sparse": (lambda: _with(lambda: torch.eye(8).to_sparse()), "has a sparse_coo weight"),
-    "bitsandbytes": (_bitsandbytes, "is already quantised by bitsandbytes"),
     "bitsandbytes 4 bit": (_bitsandbytes_4bit, "is already quantised by bitsandbytes"),
-    "torchao": (_torchao, "is already quantised by torchao"),
+    "torchao in groups": (_torchao, "is already quantised by torchao"),
 }
 
 

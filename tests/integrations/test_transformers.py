@@ -400,6 +400,16 @@ def test_a_trainer_refuses_to_train_a_converted_model_without_adapters(saved, tm
         transformers.Trainer(model=model, args=arguments, train_dataset=[])
 
 
+def test_a_model_inside_another_one_says_what_it_is(tmp_path):
+    model, inputs = made("llama")
+    wrapper = nn.ModuleDict({"inner": nn.Sequential(model)})
+    int8fx.convert(wrapper, int8fx.rotated(16))
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(outputs(again, inputs)[0], outputs(model, inputs)[0])
+    assert not hasattr(wrapper, "hf_quantizer")
+
+
 def test_other_models_are_left_alone():
     model = int8fx.convert(nn.Sequential(nn.Linear(8, 8)))
     assert not hasattr(model, "hf_quantizer")

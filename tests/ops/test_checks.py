@@ -13,6 +13,7 @@ from int8fx import ops
 from int8fx.ops import fallback
 from int8fx.schemes import reference
 from int8fx.schemes.quantize import MAX_K, MAX_THRESHOLD
+from int8fx.schemes.weight import Int8Weight
 
 LINEARS = ("linear", "linear_quantized")
 MATMULS = (*LINEARS, "grouped_linear")
@@ -231,3 +232,14 @@ def test_groups_that_end_out_of_order_or_range_are_those_of_the_reference(ends, 
     x, offsets = torch.randn(5, K), torch.tensor(ends)
     expected = reference.grouped_linear(x, offsets, weight)
     torch.testing.assert_close(op(x, offsets, *weight), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("part", ["codes", "scale"])
+def test_tensors_on_several_devices_are_refused(part):
+    """The dispatcher would take the fake kernel, and return memory that nobody has written to."""
+    weight = Int8Weight(torch.ones(4, 8, dtype=torch.int8), torch.ones(4), 6.0)
+    mixed = weight._replace(**{part: getattr(weight, part).to("meta")})
+    with pytest.raises(ValueError, match=r"int8fx::linear: x is on cpu and weight(_scale)? on meta; legal: one device"):
+        torch.ops.int8fx.linear(torch.ones(2, 8), *mixed)
+    with pytest.raises(ValueError, match="legal: one device"):
+        torch.ops.int8fx.linear(torch.ones(2, 8, device="meta"), *weight)

@@ -87,6 +87,20 @@ def test_what_is_refused_leaves_the_target(source, tmp_path, capsys):
     assert {entry.scheme for entry in read_contents(target).packed} == {"plain"}
 
 
+def test_only_models_are_overwritten_and_only_whole_ones_are_converted(source, tmp_path, capsys):
+    assert main(["convert", str(source), str(tmp_path), "--overwrite"]) == 1
+    assert "is not the folder of a model" in capsys.readouterr().err
+    assert (source / "config.json").is_file()
+    model, _ = models.llama()
+    model.save_pretrained(tmp_path / "part")
+    state = load_file(tmp_path / "part" / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
+    assert main(["convert", str(tmp_path / "part"), str(tmp_path / "int8")]) == 1
+    assert "lacks tensors: model.layers.1.mlp.up_proj.weight" in capsys.readouterr().err
+    assert not (tmp_path / "int8").exists()
+
+
 def test_damaged_checkpoints_are_refused_by_name(source, tmp_path):
     int8fx.convert(models.llama()[0]).save_pretrained(tmp_path / "int8")
     file = tmp_path / "int8" / "model.safetensors"
