@@ -342,26 +342,32 @@ class PackedModule(PackedState):
         return self.dequantize(name) if captured else PackedWeight(self, name)
 
     @torch.no_grad()
-    def requantize(self, name: str, weight: Tensor) -> None:
-        """Stores ``weight``, rounded to nearest by the scheme of the packed weight ``name``, in place of that.
+    def requantize(self, name: str, weight: Tensor, rows: slice = slice(None)) -> None:
+        """Stores ``weight``, rounded to nearest by the scheme of the packed weight ``name``, in place of its ``rows``.
 
         Args:
-            weight: ``[..., N, K]``, any float dtype.
+            weight: ``[R, K]``, any float dtype.
+            rows: which of the rows they are, counted through all experts; by default all.
 
         Raises:
             ValueError: it is not finite. Nothing is changed.
         """
         reading, tensors = self.packed_weights[name], tensors_of(self, name)
+        if tensors.codes.is_meta:
+            return
         if not bool(weight.isfinite().all()):
             raise ValueError(
                 f"int8fx: a write of NaN or inf into the packed weight {self.label(name)}; legal: finite values"
             )
-        new = quantize_weight(weight, reading.scheme.block, tensors.columns)
-        for tensor, value in zip((tensors.codes, tensors.scale), new, strict=True):
-            tensor.data = value  # a new tensor: copies of the old weight that are in use keep their values
+        codes, scale = quantize_weight(weight, reading.scheme.block, tensors.columns)
+        parts = [(tensors.codes, codes), (tensors.scale.unsqueeze(-1), scale.unsqueeze(-1))]
         if tensors.columns is not None and tensors.columns_weight is not None:
-            columns_weight = weight.index_select(-1, tensors.columns)
-            tensors.columns_weight.data = columns_weight.to(tensors.columns_weight.dtype)
+            parts.append((tensors.columns_weight, weight.index_select(-1, tensors.columns)))
+        for tensor, value in parts:
+            flat = tensor.flatten(0, -2)
+            flat[rows] = value.to(tensor.dtype)
+            if not tensor.is_contiguous():  # then ``flat`` is a copy
+                tensor.copy_(flat.view(tensor.shape))
 
     def label(self, name: str) -> str:
         """The name of the packed weight ``name`` in messages."""

@@ -7,15 +7,17 @@ run on the int8 codes, other reads dequantise the rows that they need, and write
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch._C import _functorch, _get_dispatch_mode, _TorchDispatchModeKey
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..schemes.weight import CODES, Int8Weight
 
@@ -61,10 +63,12 @@ class PackedWeight(Tensor):
       ``int8fx::grouped_linear`` for a stack of experts. It has the gradient of the matmul with the dequantised weight.
     - ``to`` another dtype is a PackedWeight of this dtype. It is a copy: a write to it does not change the module.
     - Any other operation that reads it gets the float values (``int8fx::dequantize``).
-    - A write into it (``copy_``, ``w[0] = 0``, ``w.data += delta``, ``w.data = t``) changes the module: the values
-      after the write are rounded to int8 again (`PackedModule.requantize`). NaN and inf are refused.
+    - A write into it (``copy_``, ``w[0] = 0``, ``w.data += delta``, ``w.data = t``) changes the module: the rows that
+      it reaches are computed in float32, or in float64, and rounded to int8 again (`PackedModule.requantize`). NaN and
+      inf are refused.
 
-    Each read of ``module.weight`` makes a new one. It holds references only.
+    Each read of ``module.weight`` makes a new one. It holds references only: there are no float values in memory.
+    ``data_ptr`` says where its codes are, so that tied weights have equal ones. ``numpy`` gives a read-only copy.
     """
 
     module: Any  # a `packed.PackedModule`
@@ -92,6 +96,7 @@ class PackedWeight(Tensor):
         self = Tensor._make_wrapper_subclass(
             cls, shape, stride, offset, dtype=dtype or reading.dtype, device=codes.device
         )
+        torch._C._set_throw_on_mutable_data_ptr(self)  # C++ code that wants the values' address gets an error
         self.module, self.weight_name, self.copied = module, name, copied
         self._is_param = view is None  # then isinstance(self, nn.Parameter)
         return self
@@ -107,7 +112,9 @@ class PackedWeight(Tensor):
     @property
     def is_whole(self) -> bool:
         """Whether this is the weight as the module uses it, not a part or a copy of it."""
-        return self._is_param
+        codes = getattr(self.module, self.weight_name + CODES)
+        shape, stride = _whole_geometry(self.module.packed_weights[self.weight_name], codes.shape)
+        return self.copied is None and _places(self) == (shape, stride, 0)
 
     @property
     def packed(self) -> Int8Weight:
@@ -139,13 +146,16 @@ class PackedWeight(Tensor):
     def data(self, value: Tensor) -> None:
         if isinstance(value, PackedWeight) and _owner(value) == _owner(self) and _places(value) == _places(self):
             return  # what an in-place operation on ``data`` has written
-        if value.shape != self.shape:
+        if value.shape != self.shape or value.device != self.device or not value.is_floating_point():
             raise ValueError(
-                f"int8fx: the packed weight {self.module.label(self.weight_name)} has shape {tuple(self.shape)}, found "
-                f"{tuple(value.shape)} for its data; legal: a tensor of its shape"
+                f"int8fx: the packed weight {self.label} takes as its data a float tensor {tuple(self.shape)} on "
+                f"{self.device}, found {value.dtype} {tuple(value.shape)} on {value.device}; module.to moves it"
             )
         with torch.no_grad():
             self.copy_(value)
+        if self.is_whole and value.dtype != self.dtype:
+            readings = self.module.packed_weights
+            readings[self.weight_name] = replace(readings[self.weight_name], dtype=value.dtype)
 
     @property
     def requires_grad(self) -> bool:
@@ -157,11 +167,30 @@ class PackedWeight(Tensor):
 
     def requires_grad_(self, requires_grad: bool = True) -> PackedWeight:
         if requires_grad:
-            raise TypeError(
-                f"int8fx: the packed weight {self.module.label(self.weight_name)} is int8 and takes no gradient; train "
-                "adapters (LoRA) on top, or leave the layer out: convert(model, skip=[...])"
-            )
+            raise self._no_gradient()
         return self
+
+    @property
+    def grad(self) -> None:
+        return None
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        if value is not None:
+            raise self._no_gradient()
+
+    def _no_gradient(self) -> TypeError:
+        return TypeError(
+            f"int8fx: the packed weight {self.label} is int8 and takes no gradient; train adapters (LoRA) on top, or "
+            "leave the layer out: convert(model, skip=[...])"
+        )
+
+    @property
+    def label(self) -> str:
+        """The name of the weight in messages."""
+        return self.module.label(self.weight_name)
+
+    # ---- as values, and as memory ------------------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict) -> Tensor:
         return memo.setdefault(id(self), dense(self))
@@ -170,26 +199,62 @@ class PackedWeight(Tensor):
         return dense(self).__reduce_ex__(protocol)
 
     def numpy(self, *, force: bool = False):
-        return dense(self).numpy(force=force)
+        values = dense(self).numpy(force=force)
+        values.flags.writeable = False  # a write would be lost
+        return values
 
     def tolist(self):
         return dense(self).tolist()
 
+    def __format__(self, spec: str) -> str:
+        return format(dense(self), spec) if self.dim() == 0 else format(str(self), spec)
+
     def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
         where = "" if self.device.type == "cpu" else f", device='{self.device}'"
         scheme = self.module.packed_weights[self.weight_name].scheme
-        return (
-            f"PackedWeight({self.module.label(self.weight_name)}, {tuple(self.shape)}, {self.dtype}, {scheme}{where})"
+        return f"PackedWeight({self.label}, {tuple(self.shape)}, {self.dtype}, {scheme}{where})"
+
+    def apply_(self, function: Callable[[Any], Any]) -> PackedWeight:
+        return self.copy_(dense(self).apply_(function))  # type: ignore[return-value]  # self
+
+    def data_ptr(self) -> int:
+        return self.packed.codes.data_ptr() + int(self.storage_offset())
+
+    def untyped_storage(self):
+        raise TypeError(
+            f"int8fx: the packed weight {self.label} has no float values in memory; legal: {type(self.module).__name__}"
+            f".dequantize({self.weight_name!r}) for a float copy, .packed({self.weight_name!r}) for its int8 tensors"
         )
+
+    def _no_memory(self, *_: Any, **__: Any) -> Any:
+        return self.untyped_storage()
+
+    storage = _typed_storage = share_memory_ = __dlpack__ = _no_memory
+
+    def is_shared(self) -> bool:
+        return False
 
 
 class _Copy:
-    """The values of a copy of a packed weight: packed, until something writes to it."""
+    """The values of a copy of a packed weight: its packed tensors until something writes to one of the two."""
+
+    living: ClassVar[WeakSet[_Copy]] = WeakSet()
 
     def __init__(self, packed: Int8Weight) -> None:
         tensors: dict[str, Any] = {k: t.detach() for k, t in packed._asdict().items() if isinstance(t, Tensor)}
         self.packed = packed._replace(**tensors)
         self.dense: Tensor | None = None  # [..., N, K]
+        self.living.add(self)
+
+    @classmethod
+    def part_from(cls, packed: Int8Weight) -> None:
+        """Gives all copies of ``packed`` tensors of their own, as it is about to change."""
+        for copy in list(cls.living):
+            if copy.packed.codes.data_ptr() == packed.codes.data_ptr():
+                tensors: dict[str, Any] = {
+                    k: t.clone() for k, t in copy.packed._asdict().items() if isinstance(t, Tensor)
+                }
+                copy.packed = copy.packed._replace(**tensors)
 
 
 @lru_cache(maxsize=4096)
@@ -206,16 +271,31 @@ def dense(w: PackedWeight) -> Tensor:
     """The float values of ``w``, a new tensor. Only the rows of the weight that ``w`` has values of are dequantised."""
     if w.copied is not None and w.copied.dense is not None:
         return w.copied.dense.as_strided(*_places(w)).clone()
-    packed, K = w.packed, w.packed.codes.shape[-1]
     if not w.numel():
         return torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device)
-    first, last = _reach(w)
-    row, end = first // K, last // K + 1
-    rows = packed._replace(codes=packed.codes.flatten(0, -2)[row:end], scale=packed.scale.flatten()[row:end])
+    rows = _rows_reached([w])
+    return _in_rows(w, _dequantize_rows(w, rows, w.dtype), rows)
+
+
+def _dequantize_rows(w: PackedWeight, rows: slice, dtype: torch.dtype) -> Tensor:
+    """``[R, K]``: rows of the weight that ``w`` is a view of, counted through all experts."""
+    packed = w.packed
+    part = packed._replace(codes=packed.codes.flatten(0, -2)[rows], scale=packed.scale.flatten()[rows])
     if packed.columns_weight is not None:
-        rows = rows._replace(columns_weight=packed.columns_weight.flatten(0, -2)[row:end])
-    values = int8fx.dequantize.default(*rows, dtype=w.dtype)
-    return values.as_strided(w.shape, w.stride(), w.storage_offset() - row * K)
+        part = part._replace(columns_weight=packed.columns_weight.flatten(0, -2)[rows])
+    return int8fx.dequantize.default(*part, dtype=dtype)
+
+
+def _rows_reached(views: list[PackedWeight]) -> slice:
+    """From the first to the last row that one of ``views``, which are views of one weight, has a value of."""
+    K = views[0].packed.codes.shape[-1]
+    reached = [_reach(w) for w in views if w.numel()]
+    return slice(min(r[0] for r in reached) // K, max(r[1] for r in reached) // K + 1) if reached else slice(0, 0)
+
+
+def _in_rows(w: PackedWeight, values: Tensor, rows: slice) -> Tensor:
+    """``w`` as a view of ``values``, which are the ``rows`` of its weight."""
+    return values.as_strided(w.shape, w.stride(), w.storage_offset() - rows.start * values.shape[-1])
 
 
 def _reach(view: Tensor) -> tuple[int, int]:
@@ -240,31 +320,90 @@ def _kind(func: Any) -> str:
 
 def _view(func: Any, args: tuple, kwargs: dict) -> Any:
     w = args[0]
-    if not isinstance(w, PackedWeight) or func is aten.view.dtype:
+    if not isinstance(w, PackedWeight) or func in (aten.view.dtype, aten._neg_view.default):
         args, kwargs = tree_map_only(PackedWeight, dense, (args, kwargs))
         return func(*args, **kwargs)
     geometry = func(w.geometry, *args[1:], **kwargs)
 
     def wrap(view: Tensor) -> PackedWeight:
-        return PackedWeight(w.module, w.weight_name, view, w.dtype, w.copied)
+        with torch.inference_mode(w.is_inference()):  # as torch wants a view of a tensor made outside
+            return PackedWeight(w.module, w.weight_name, view, w.dtype, w.copied)
 
     return [wrap(g) for g in geometry] if isinstance(geometry, (list, tuple)) else wrap(geometry)
 
 
 def _write(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Runs an operator that writes into a packed weight on its float values, and stores these."""
+    """Runs an operator that writes into packed weights on float values of the rows that it reaches, and stores these.
+
+    The values are float32 if the weight is of 16 bits. Then other operands of its dtype become float32 too.
+    """
     written = [w for w in _written(func, args, kwargs) if isinstance(w, PackedWeight)]
-    whole: dict[tuple, Tensor] = {_owner(w): _whole(w) for w in written}
-    views = {id(w): whole[_owner(w)].as_strided(*_places(w)) for w in written}
-    args_, kwargs_ = tree_map_only(PackedWeight, lambda w: views[id(w)] if id(w) in views else dense(w), (args, kwargs))
-    result = func(*args_, **kwargs_)
-    for w in {_owner(w): w for w in written}.values():
-        if w.copied is not None:
-            w.copied.dense = whole[_owner(w)]
-        else:
-            w.module.requantize(w.weight_name, whole[_owner(w)])
+    for w in written:
+        _check_write(w, func, (args, kwargs))
+    owners: dict[tuple, list[PackedWeight]] = {}
+    for w in written:
+        owners.setdefault(_owner(w), []).append(w)
+    targets = [_Target(views) for views in owners.values()]
+    views = {id(w): view for target in targets for w, view in target.views}
+    others = [t for t in _written(func, args, kwargs) if not isinstance(t, PackedWeight)]
+    widened = {target.weight.dtype: target.values.dtype for target in targets}
+
+    def operand(t: Tensor) -> Tensor:
+        if id(t) in views:
+            return views[id(t)]
+        if any(t is other for other in others):
+            return t
+        t = dense(t) if isinstance(t, PackedWeight) else t
+        return t.to(widened.get(t.dtype, t.dtype))
+
+    shapes = {key: view.shape for key, view in views.items()}
+    result = func(*tree_map_only(Tensor, operand, args), **tree_map_only(Tensor, operand, kwargs))
+    for w in written:
+        if views[id(w)].shape != shapes[id(w)]:
+            raise _no_resize(w, func)
+    for target in targets:
+        target.store()
     back = {id(views[id(w)]): w for w in written}
     return tree_map_only(Tensor, lambda t: back.get(id(t), t), result)
+
+
+def _check_write(w: PackedWeight, func: Any, operands: Any) -> None:
+    if torch.Tag.inplace_view in func.tags:
+        raise _no_resize(w, func)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tree_leaves(operands) if isinstance(t, Tensor)):
+        raise TypeError(
+            f"int8fx: {func} writes a value with a gradient into the packed weight {w.label}, which takes none; legal: "
+            "under torch.no_grad()"
+        )
+
+
+def _no_resize(w: PackedWeight, func: Any) -> TypeError:
+    return TypeError(
+        f"int8fx: {func} would change the shape or the memory of the packed weight {w.label}, {tuple(w.shape)}; legal: "
+        "writes of values, and new views (w.t() instead of w.t_())"
+    )
+
+
+class _Target:
+    """Float values of the rows of one weight that its ``views`` reach, to be written to and then stored."""
+
+    def __init__(self, views: list[PackedWeight]) -> None:
+        self.weight = w = views[0]
+        if w.copied is not None:
+            self.rows = slice(0, w.packed.scale.numel())
+            self.values = _dequantize_rows(w, self.rows, w.dtype) if w.copied.dense is None else w.copied.dense
+        else:
+            self.rows = _rows_reached(views)
+            self.values = _dequantize_rows(w, self.rows, torch.promote_types(w.dtype, torch.float32))
+        self.views = [(view, _in_rows(view, self.values, self.rows)) for view in views]
+
+    def store(self) -> None:
+        w = self.weight
+        if w.copied is not None:
+            w.copied.dense = self.values
+        else:
+            _Copy.part_from(w.packed)
+            w.module.requantize(w.weight_name, self.values, self.rows)
 
 
 def _written(func: Any, args: tuple, kwargs: dict) -> Iterator[Any]:
@@ -277,14 +416,8 @@ def _written(func: Any, args: tuple, kwargs: dict) -> Iterator[Any]:
 
 
 def _owner(w: PackedWeight) -> tuple:
-    return (id(w.module), w.weight_name) if w.copied is None else (id(w.copied),)
-
-
-def _whole(w: PackedWeight) -> Tensor:
-    """The float values of the weight that ``w`` is a view of, ``[..., N, K]``."""
-    if w.copied is not None and w.copied.dense is not None:
-        return w.copied.dense
-    return int8fx.dequantize.default(*w.packed, dtype=w.dtype)
+    """Equal for views of the same values, also of tied weights."""
+    return (id(w.packed.codes),) if w.copied is None else (id(w.copied),)
 
 
 # ---- matmuls ---------------------------------------------------------------------------------------------------------
@@ -405,7 +538,8 @@ def _batched(x: Any, w: Any) -> Tensor | None:
     offsets = (
         torch.arange(M, (B + 1) * M, M, device=x.device) if M else torch.zeros(B, dtype=torch.int64, device=x.device)
     )
-    return int8fx.grouped_linear.default(x.reshape(B * M, -1), offsets, *stack.weight).view(B, M, -1)
+    y = int8fx.grouped_linear.default(x.reshape(B * M, x.shape[2]), offsets, *stack.weight)
+    return y.view(B, M, y.shape[1])
 
 
 def _baddbmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Tensor | None:
