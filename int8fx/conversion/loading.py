@@ -252,28 +252,34 @@ def unfit_others(
     torch finds these while it loads, and leaves the model half loaded. What a module changes before it loads is torch's
     to check.
     """
+    mixed = any(isinstance(value, Tensor) and is_readable(value) for value in state_dict.values())
     for path, module in _loaded_as_written(model, prefix):
         for name, tensor in own_state(module).items():
             key = path + name
             if key in state_dict and key not in packed:
-                problem = _misfit(state_dict[key], tensor, assign)
+                problem = _misfit(state_dict[key], tensor, assign, mixed)
                 if problem is not None:
                     yield f"{problem[0]} for {key}: found {problem[1]}; legal: {problem[2]}"
 
 
-def _misfit(value: Any, tensor: Tensor, assign: bool) -> tuple[str, Any, Any] | None:
-    """What is wrong with ``value`` for ``tensor`` of the model: what, found, legal."""
+def _misfit(value: Any, tensor: Tensor, assign: bool, mixed: bool) -> tuple[str, Any, Any] | None:
+    """What is wrong with ``value`` for ``tensor`` of the model: what, found, legal.
+
+    Args:
+        mixed: whether the state dict has tensors with data.
+    """
     if not is_tensor_like(value):
         return "no tensor", type(value).__name__, "a tensor"
     if is_lazy(tensor) or not isinstance(value, Tensor):
         return None
-    if not assign and (found := _no_dense_tensor(value)) is not None and _no_dense_tensor(tensor) is None:
+    found = _no_dense_tensor(value)
+    if found is not None and _no_dense_tensor(tensor) is None and (value.is_nested or not assign):
         return "no dense tensor", found, "a dense tensor"
-    if value.is_nested or tensor.is_nested:
+    if tensor.is_nested:
         return None
     if value.shape != tensor.shape and (tuple(value.shape), tuple(tensor.shape)) != ((1,), ()):
         return "size mismatch", tuple(value.shape), tuple(tensor.shape)
-    if value.is_meta and not tensor.is_meta and not assign:
+    if value.is_meta and not tensor.is_meta and (mixed or not assign):
         return "no data", "a tensor on meta", "a tensor with data"
     wrong = value.is_complex() and not tensor.is_complex()
     if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
