@@ -87,20 +87,18 @@ class Reading:
 
 
 def tensors_of(owner: nn.Module, name: str) -> PackedTensors:
-    """The packed tensors of the weight called ``name`` in ``owner``. Replicas hold their codes as plain attributes."""
+    """The packed tensors of the weight called ``name`` in ``owner``.
+
+    Replicas hold their codes as plain attributes. Under FSDP1 codes are buffers.
+    """
     codes, buffers = owner._parameters.get(name + CODES), owner._buffers
     scale, *columns = (buffers.get(name + suffix) for suffix in SUFFIXES[1:])
     return PackedTensors(getattr(owner, name + CODES) if codes is None else codes, scale, *columns)  # type: ignore[arg-type]
 
 
 def frozen(codes: Tensor) -> nn.Parameter:
-    """``codes`` as a Parameter that does not train. Tied weights have one, so this is done once.
-
-    FSDP1 leaves Parameters with the mark ``_fsdp_flattened`` out of its flat parameter, which takes no integers.
-    """
-    parameter = codes if isinstance(codes, nn.Parameter) else nn.Parameter(codes, requires_grad=False)
-    parameter._fsdp_flattened = True  # type: ignore[attr-defined]
-    return parameter
+    """``codes`` as a Parameter that does not train. Tied weights have one, so this is done once."""
+    return codes if isinstance(codes, nn.Parameter) else nn.Parameter(codes, requires_grad=False)
 
 
 def store(owner: nn.Module, name: str, tensors: PackedTensors, scheme: Scheme) -> None:
@@ -130,7 +128,7 @@ class PackedState(nn.Module):
         owner._buffers[name + FORMAT] = form.to(present.device if present is not None else None, copy=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        keys = [(_holder(owner, s), name + s) for _, owner, name, _ in self._packed_places() for s in SUFFIXES]
+        keys = [(_holder(owner, name + s), name + s) for _, owner, name, _ in self._packed_places() for s in SUFFIXES]
         with _moved_separately([(tensors, key) for tensors, key in keys if key in tensors], fn):
             super()._apply(fn, recurse)
         return self
@@ -177,8 +175,8 @@ class PackedState(nn.Module):
         return state
 
 
-def _holder(owner: nn.Module, suffix: str) -> dict[str, Any]:
-    return owner._parameters if suffix == CODES else owner._buffers
+def _holder(owner: nn.Module, key: str) -> dict[str, Any]:
+    return owner._parameters if key in owner._parameters else owner._buffers
 
 
 ASSIGN = "assign_to_params_buffers"
@@ -255,10 +253,6 @@ def tie_equal_columns(model: nn.Module, *_: Any) -> None:
                     owner._buffers[name + COLUMNS] = tied.setdefault((columns.device, *columns.tolist()), columns)
 
 
-PLAIN_LOADERS.add(PackedState._load_from_state_dict)
-PLAIN_HOOKS.update((refuse_unfit, tie_equal_columns))
-
-
 @contextmanager
 def _moved_separately(places: list[tuple[dict[str, Any], str]], fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Hides the tensors at ``places`` from an ``nn.Module._apply(fn)`` in this context, and then moves them.
@@ -291,6 +285,7 @@ def join(path: str, leaf: str) -> str:
 # ---- packed modules -------------------------------------------------------------------------------------------------
 
 
+_TAKEN_BY_FSDP = "_is_fsdp_managed_module"  # FSDP1 and FSDP2 set this attribute of every module that they take
 _NEWOBJ = object.__reduce_ex__(object(), 2)[0]  # copyreg.__newobj__: how pickle makes an object of a class
 
 
@@ -298,6 +293,7 @@ class PackedModule(PackedState):
     """Mixed into the class of a module with packed weights. `packed_weights`: weight name -> how the module uses it."""
 
     packed_weights: dict[str, Reading]
+    _before_cast: dict[str, Tensor]  # under FSDP1: name -> the float tensor that it may cast
 
     def dequantize(self, name: str = "weight") -> Tensor:
         """The packed weight ``name`` as the float tensor that the module would have had.
@@ -317,9 +313,11 @@ class PackedModule(PackedState):
         scheme, buffers = self.packed_weights[name].scheme, self._buffers  # no calls: every forward comes here
         codes, scale = self._parameters.get(name + CODES), buffers[name + SCALE]
         if scale.dtype is not torch.float32:  # type: ignore[union-attr]  # it is there
+            self._undo_cast()
+            scale = buffers[name + SCALE]
+        if scale.dtype is not torch.float32:  # type: ignore[union-attr]
             raise TypeError(
-                f"int8fx: {name + SCALE} of layer {self.label(name)} was cast to {scale.dtype}; legal: torch.float32. "  # type: ignore[union-attr]
-                "FSDP1's MixedPrecision(buffer_dtype=...) does so: leave buffer_dtype out"
+                f"int8fx: {name + SCALE} of layer {self.label(name)} was cast to {scale.dtype}; legal: torch.float32"  # type: ignore[union-attr]
             )
         return Int8Weight(
             getattr(self, name + CODES) if codes is None else codes,
@@ -373,6 +371,15 @@ class PackedModule(PackedState):
         """The name of the packed weight ``name`` in messages."""
         return repr(self.packed_weights[name].layer or f"{type(self).__name__}.{name}")
 
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any):
+        self._undo_cast()
+        return super().state_dict(*args, prefix=prefix, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._undo_cast()
+        super()._load_from_state_dict(*args)
+        self._keep_uncast()  # ``assign=True`` replaces tensors
+
     def _packed_places(self) -> list[tuple[str, nn.Module, str, Scheme | None]]:
         return [("", self, name, reading.scheme) for name, reading in self.packed_weights.items()]
 
@@ -392,9 +399,9 @@ class PackedModule(PackedState):
                     f"int8fx: layer {self.label('in_proj_weight')} is a packed nn.MultiheadAttention, and PEFT's "
                     "adapters replace its weights; legal: convert(model, skip=[...]), or adapters elsewhere"
                 )
-            if isinstance(value, nn.Parameter) and is_codes(name, value) and name.removesuffix(CODES) in packed:
-                frozen(value)
             super().__setattr__(name, value)
+            if name == _TAKEN_BY_FSDP:
+                self._leave_flat_parameter()
 
     def _tie(self, name: str, value: Any) -> None:
         """Makes the packed weight ``name`` the same tensors as another one."""
@@ -413,7 +420,7 @@ class PackedModule(PackedState):
         mine, its = tensors_of(self, name).named(name), tensors_of(other, value.weight_name).named(name)
         for key in mine.keys() - its.keys():
             del self._buffers[key]
-        self._parameters[name + CODES] = its.pop(name + CODES)  # type: ignore[assignment]  # a Parameter
+        _holder(self, name + CODES)[name + CODES] = its.pop(name + CODES)
         self._buffers.update(its)
         self._buffers[name + FORMAT] = other._buffers[value.weight_name + FORMAT]
         self.packed_weights[name] = replace(self.packed_weights[name], scheme=reading.scheme, dtype=reading.dtype)
@@ -426,10 +433,29 @@ class PackedModule(PackedState):
                 raise ValueError(f"int8fx: {self.label(name)} is quantised by {mine}, found a format of {scheme}")
             self.packed_weights[name] = replace(self.packed_weights[name], scheme=scheme)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+    def _leave_flat_parameter(self) -> None:
+        """Makes codes buffers if FSDP1 is about to flatten Parameters: its flat parameter takes no integers.
+
+        It broadcasts buffers (``sync_module_states``) as it does Parameters. FSDP2 shards codes, and has replaced them
+        by DTensors before it comes here. FSDP1 casts float buffers by ``MixedPrecision(buffer_dtype)``: the tensors
+        before that are kept, and `_undo_cast` puts them back.
+        """
         for name in self.packed_weights:
-            frozen(tensors_of(self, name).codes)  # copies of Parameters lose their mark
+            if type(self._parameters.get(name + CODES)) is nn.Parameter:
+                self._buffers[name + CODES] = self._parameters.pop(name + CODES)  # one object still: ties stay
+                self._before_cast = {}
+        self._keep_uncast()
+
+    def _keep_uncast(self) -> None:
+        if "_before_cast" in self.__dict__:
+            named = [t for name in self.packed_weights for t in tensors_of(self, name).named(name).items()]
+            self._before_cast = {key: tensor.detach() for key, tensor in named if tensor.is_floating_point()}
+
+    def _undo_cast(self) -> None:
+        for key, tensor in self.__dict__.get("_before_cast", {}).items():
+            buffer = self._buffers[key]
+            if buffer is not None and (buffer.dtype != tensor.dtype or buffer.data_ptr() != tensor.data_ptr()):
+                buffer.data = tensor
 
     def requires_grad_(self, requires_grad: bool = True):
         if requires_grad:
@@ -452,12 +478,14 @@ class PackedModule(PackedState):
         super().__delattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        self._undo_cast()
         super()._apply(fn, recurse)
         self.packed_weights = {
             name: replace(reading, dtype=fn(torch.empty(0, dtype=reading.dtype, device=codes.device)).dtype)
             for name, reading in self.packed_weights.items()
-            if (codes := self._parameters[name + CODES]) is not None
+            if (codes := tensors_of(self, name).codes) is not None
         }
+        self._keep_uncast()
         return self
 
     def __reduce_ex__(self, protocol):
@@ -471,6 +499,10 @@ class PackedModule(PackedState):
         shapes = {name: tuple(self.packed(name).codes.shape) for name in self.packed_weights}
         packed = ", ".join(f"{name}: int8 {shape}" for name, shape in shapes.items())
         return ", ".join(part for part in (super().extra_repr(), packed) if part)
+
+
+PLAIN_LOADERS.update((PackedState._load_from_state_dict, PackedModule._load_from_state_dict))
+PLAIN_HOOKS.update((refuse_unfit, tie_equal_columns))
 
 
 def float_class(module: PackedModule) -> type[nn.Module]:
@@ -548,11 +580,11 @@ def unpack(module: PackedModule, dtype: torch.dtype | None = None) -> None:
     floats = {name: module.dequantize(name) for name in module.packed_weights}
     base = float_class(module)
     for name, weight in floats.items():
-        del module._parameters[name + CODES]
-        for suffix in (*SUFFIXES[1:], FORMAT):
-            module._buffers.pop(name + suffix, None)
+        for suffix in (*SUFFIXES, FORMAT):
+            _holder(module, name + suffix).pop(name + suffix, None)
         module._parameters[name] = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
     del module.__dict__["packed_weights"]
+    module.__dict__.pop("_before_cast", None)
     object.__setattr__(module, "__class__", base)
 
 
