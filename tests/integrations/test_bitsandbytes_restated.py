@@ -65,7 +65,7 @@ def test_products_of_integers_are_exact(lead, K):
 
 
 def test_sums_above_2_24_are_exact():
-    """bitsandbytes' CPU product of integers is a float32 matmul, which rounds such sums."""
+    """Where bitsandbytes has no int8 matmul, it multiplies in float32, which rounds such sums."""
     K = 2049
     layer = nn.Linear(K, 3, bias=False, dtype=torch.float64)
     nn.init.constant_(layer.weight, 127)
@@ -452,11 +452,12 @@ def test_one_graph_without_an_eager_call_first(mode, threshold, bias_dtype):
     """Four layers of 256, 16 rows. Theirs needs an eager call first if the bias is float32, and has gradients only at
     threshold 0."""
     torch._dynamo.reset()
+    device = hardware.DEVICE or "cpu"
     model = nn.Sequential(*(float_linear(256, 256, bias_dtype is not None, torch.float16) for _ in range(4)))
     for layer in model if bias_dtype else ():
         layer.bias.data = layer.bias.data.to(bias_dtype)
-    model = int8fx.convert(model, SCHEMES[threshold])
-    x = randn(16, 256, dtype=torch.float16)
+    model = int8fx.convert(model.to(device), SCHEMES[threshold])
+    x = randn(16, 256, dtype=torch.float16).to(device)
     x[:, 7] = 8.0
     leaf, eager_leaf = x.clone().requires_grad_(), x.clone().requires_grad_()
     y = torch.compile(model, fullgraph=True, mode=mode)(leaf)

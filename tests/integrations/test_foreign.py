@@ -161,3 +161,24 @@ def test_int4_of_torchao_is_refused():
         pytest.skip(f"torchao cannot make one here: {error}")
     with pytest.raises(ValueError, match="already quantised by torchao"):
         int8fx.convert(model)
+
+
+ROTATED_ELSEWHERE = {
+    "ComfyUI": ({"weight_scale": (48, 1)}, r'"0\.weight_scale" has shape \(48, 1\); legal: \(48,\)'),
+    "SDNQ": ({"scale": (48, 1)}, r'"0\.weight" is packed, and a part of it is missing: 0\.weight_scale'),
+}
+
+
+@pytest.mark.parametrize("tool", ROTATED_ELSEWHERE)
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("scheme", [int8fx.plain(), int8fx.rotated(block=64, columns=0)], ids=str)
+def test_rotated_files_of_other_tools_are_not_read_as_ours(tool, strict, scheme):
+    """Their codes are called ``weight``, as in our version 1, and rotated by another matrix."""
+    shapes, message = ROTATED_ELSEWHERE[tool]
+    model, x = int8fx.convert(nn.Sequential(nn.Linear(64, 48, bias=False)), scheme), torch.randn(8, 64)
+    y = model(x)
+    state = {"0.weight": torch.randint(-127, 128, (48, 64), dtype=torch.int8)}
+    state |= {f"0.{name}": torch.full(shape, 0.01) for name, shape in shapes.items()}
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(state, strict=strict)
+    assert torch.equal(model(x), y)
