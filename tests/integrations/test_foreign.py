@@ -99,6 +99,16 @@ def test_schemes_that_need_other_codes_are_refused_and_the_model_is_left():
         assert model[0].packed_weights["weight"].scheme == int8fx.llm_int8(5.0)
 
 
+@pytest.mark.parametrize("make", [bitsandbytes_layer, lambda: _ao("dynamic")], ids=["bitsandbytes", "torchao"])
+def test_layers_that_are_taken_over_count_as_converted(make, caplog, recwarn):
+    caplog.set_level("INFO", logger="int8fx")
+    int8fx.convert(nn.Sequential(make(), nn.Linear(48, 8)))
+    assert caplog.messages == ["convert: 2 weights to int8; left: none"]
+    assert not [w for w in recwarn if "int8fx" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"98 % of the weight bytes .* The largest is 1\b"):
+        int8fx.convert(nn.Sequential(make(), nn.Conv2d(64, 64, 3)))
+
+
 def _ao(config: str) -> nn.Module:
     model = nn.Sequential(nn.Linear(64, 48))
     quantize_(model, AO[config])
