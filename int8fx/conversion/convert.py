@@ -182,7 +182,7 @@ def prepare(
     quantizer.check(chosen)
     taken = {layer.name for layer in foreign}
     reasons = {layer.name: layer.reason for layer in layers if layer.reason is not None and layer.name not in taken}
-    warning = mostly_left(layers) if choice.by_default else None
+    warning = mostly_left(layers, taken) if choice.by_default else None
     if not chosen and not foreign:
         warning = "no layer was converted; int8fx.summary(model) says why"
     return Prepared(root, chosen, quantizer, reasons, foreign, warning)
@@ -195,7 +195,8 @@ AFTER_CONVERSION: list[Callable[[Any], None]] = []
 def finish(model: Any, prepared: Prepared) -> None:
     """Records what a conversion did, once the layers are packed, and makes ready what will run them."""
     setattr(prepared.root, LEFT, prepared.reasons)
-    log.info("convert: %d weights to int8; left: %s", len(prepared.chosen), _counts(prepared.reasons) or "none")
+    converted = len(prepared.chosen) + len(prepared.foreign)
+    log.info("convert: %d weights to int8; left: %s", converted, _counts(prepared.reasons) or "none")
     if prepared.warning is not None:
         warnings.warn(f"int8fx.convert: {prepared.warning}", stacklevel=3)
     install()

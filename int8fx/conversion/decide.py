@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import nn
 
@@ -46,14 +46,15 @@ def decide(model: nn.Module, layers: Iterable[Layer], choice: Choice) -> list[La
 EXPECTED_TO_STAY = (TABLE, HEAD, TASK_HEAD, TRAINABLE, TRAINED_WHOLE, "skipped")
 
 
-def mostly_left(layers: list[Layer]) -> str | None:
+def mostly_left(layers: list[Layer], taken: Collection[str]) -> str | None:
     """A warning that more than half of the bytes of a model stay as they are, None if that is not so.
 
     Counted are weights that a user would expect to become int8: not embeddings, heads, and what is trained or skipped.
-    Layers are those of `decide`, by default.
+    Layers are those of `decide`, by default; ``taken`` names those whose int8 weights are taken over from another
+    package.
     """
     weights = {id(layer.weight): layer for layer in layers if layer.reason not in EXPECTED_TO_STAY}
-    left = [layer for layer in weights.values() if layer.reason is not None]
+    left = [layer for layer in weights.values() if layer.reason is not None and layer.name not in taken]
     size, size_left = (sum(layer.weight.nbytes for layer in group) for group in (weights.values(), left))
     if 2 * size_left <= size:
         return None

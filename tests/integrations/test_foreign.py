@@ -99,6 +99,16 @@ def test_schemes_that_need_other_codes_are_refused_and_the_model_is_left():
         assert model[0].packed_weights["weight"].scheme == int8fx.llm_int8(5.0)
 
 
+@pytest.mark.parametrize("make", [bitsandbytes_layer, lambda: _ao("dynamic")], ids=["bitsandbytes", "torchao"])
+def test_layers_that_are_taken_over_count_as_converted(make, caplog, recwarn):
+    caplog.set_level("INFO", logger="int8fx")
+    int8fx.convert(nn.Sequential(make(), nn.Linear(48, 8)))
+    assert caplog.messages == ["convert: 2 weights to int8; left: none"]
+    assert not [w for w in recwarn if "int8fx" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"9[0-9] % of the weight bytes .* The largest is 1\b"):
+        int8fx.convert(nn.Sequential(make(), nn.Conv2d(64, 64, 3)))
+
+
 def _ao(config: str) -> nn.Module:
     model = nn.Sequential(nn.Linear(64, 48))
     quantize_(model, AO[config])
@@ -161,3 +171,24 @@ def test_int4_of_torchao_is_refused():
         pytest.skip(f"torchao cannot make one here: {error}")
     with pytest.raises(ValueError, match="already quantised by torchao"):
         int8fx.convert(model)
+
+
+ROTATED_ELSEWHERE = {
+    "ComfyUI": ({"weight_scale": (48, 1)}, r'"0\.weight_scale" has shape \(48, 1\); legal: \(48,\)'),
+    "SDNQ": ({"scale": (48, 1)}, r'"0\.weight" is packed, and a part of it is missing: 0\.weight_scale'),
+}
+
+
+@pytest.mark.parametrize("tool", ROTATED_ELSEWHERE)
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("scheme", [int8fx.plain(), int8fx.rotated(block=64, columns=0)], ids=str)
+def test_rotated_files_of_other_tools_are_not_read_as_ours(tool, strict, scheme):
+    """Their codes are called ``weight``, as in our version 1, and rotated by another matrix."""
+    shapes, message = ROTATED_ELSEWHERE[tool]
+    model, x = int8fx.convert(nn.Sequential(nn.Linear(64, 48, bias=False)), scheme), torch.randn(8, 64)
+    y = model(x)
+    state = {"0.weight": torch.randint(-127, 128, (48, 64), dtype=torch.int8)}
+    state |= {f"0.{name}": torch.full(shape, 0.01) for name, shape in shapes.items()}
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(state, strict=strict)
+    assert torch.equal(model(x), y)
