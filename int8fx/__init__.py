@@ -63,7 +63,14 @@ def _register_in_transformers() -> None:
     from .integrations import transformers as transformers  # it registers what it defines
 
 
+def _describe_when_saved() -> None:
+    from .integrations import transformers
+
+    transformers.describe_when_saved()
+
+
 when_imported("transformers.quantizers.auto", _register_in_transformers)
+when_imported("transformers.modeling_utils", _describe_when_saved)
 
 
 def __dir__() -> list[str]:

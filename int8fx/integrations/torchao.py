@@ -34,6 +34,7 @@ class LLMInt8Config(AOBaseConfig):
     - ``filter_fn`` alone chooses: ``lm_head`` is quantised too, ``Conv1D`` of GPT-2 and fused experts are not.
     - Unquantised columns are chosen for each module alone, so q, k and v no longer share the quantisation of their x.
     - Modules that share a weight do not share it afterwards.
+    - ``nn.TransformerEncoderLayer`` keeps its fused path in eval mode, which dequantises its weights.
 
     Args:
         scheme: as `int8fx.convert` takes it, or its text: ``"rotated(columns=0)"``.
@@ -71,7 +72,7 @@ def _quantize(module: nn.Module, config: LLMInt8Config) -> nn.Module:
     scheme = config.scheme
     assert isinstance(scheme, (LLMInt8, Rotated))
     if isinstance(module, GraphModule):
-        raise ValueError(f"LLMInt8Config: filter_fn chose a {type(module).__name__}; legal: int8fx.convert of it")
+        raise ValueError("LLMInt8Config: filter_fn chose a GraphModule; legal: int8fx.convert of it")
     packed = list(packed_layers(module))
     for layer in packed:
         if layer.reading is not None and layer.reading.scheme != scheme:
