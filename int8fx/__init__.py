@@ -18,6 +18,7 @@ from .schemes import LLMInt8, Rotated, Scheme, llm_int8, plain, rotated, weight_
 from .schemes.calibration import Calibration
 
 if TYPE_CHECKING:
+    from .integrations.torchao import LLMInt8Config as LLMInt8Config
     from .integrations.transformers import Int8FxConfig as Int8FxConfig
 
 __version__ = "0.2.0"
@@ -49,6 +50,12 @@ def __getattr__(name: str) -> Any:
             message = 'int8fx.Int8FxConfig needs transformers: pip install "int8fx[transformers]"'
             raise ImportError(message) from error
         return transformers.Int8FxConfig
+    if name == "LLMInt8Config":  # nor this one, as it needs torchao
+        try:
+            from .integrations import torchao
+        except ModuleNotFoundError as error:
+            raise ImportError('int8fx.LLMInt8Config needs torchao: pip install "torchao>=0.18"') from error
+        return torchao.LLMInt8Config
     raise AttributeError(f"module 'int8fx' has no attribute {name!r}")
 
 
@@ -56,8 +63,15 @@ def _register_in_transformers() -> None:
     from .integrations import transformers as transformers  # it registers what it defines
 
 
+def _describe_when_saved() -> None:
+    from .integrations import transformers
+
+    transformers.describe_when_saved()
+
+
 when_imported("transformers.quantizers.auto", _register_in_transformers)
+when_imported("transformers.modeling_utils", _describe_when_saved)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "Int8FxConfig"})
+    return sorted({*globals(), *__all__, "Int8FxConfig", "LLMInt8Config"})

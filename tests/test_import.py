@@ -140,11 +140,12 @@ x = torch.arange(16.0).view(2, 8)
 y = model(x)
 int8fx.convert(model)
 difference = float((model(x) - y).abs().max() / y.abs().max())
-try:
-    int8fx.Int8FxConfig
-    needed = ""
-except ImportError as error:
-    needed = str(error)
+needed = []
+for name in ("Int8FxConfig", "LLMInt8Config"):
+    try:
+        getattr(int8fx, name)
+    except ImportError as error:
+        needed.append(str(error))
 missing = [name for name in int8fx.__all__ if not hasattr(int8fx, name)]
 converted = len(int8fx.summary(model).converted)
 result = [needed, missing, int8fx.is_packed(model[0]), converted, difference, int8fx.__version__]
@@ -152,7 +153,10 @@ result = [needed, missing, int8fx.is_packed(model[0]), converted, difference, in
         tmp_path,
     )
     needed, missing, packed, converted, error, version = facts
-    assert needed == 'int8fx.Int8FxConfig needs transformers: pip install "int8fx[transformers]"'
+    assert needed == [
+        'int8fx.Int8FxConfig needs transformers: pip install "int8fx[transformers]"',
+        'int8fx.LLMInt8Config needs torchao: pip install "torchao>=0.18"',
+    ]
     assert (missing, packed, converted) == ([], True, 1)
     assert error < 2 / 127
     assert version.count(".") == 2

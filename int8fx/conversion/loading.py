@@ -132,6 +132,9 @@ def _unfit(place: Place, state_dict: Mapping[str, Any], loaded: set[int] | None,
     if key in state_dict and key + CODES in state_dict and not _is_guard(state_dict[key]):
         yield f'"{key}" and "{key + CODES}" are both there; legal: one of them'
         return
+    if codes is not None and (marker := key[: key.rfind(".") + 1] + "comfy_quant") in state_dict:
+        yield f'"{marker}" is there, so that "{key}" is as ComfyUI stores it; legal: tensors that int8fx wrote'
+        return
     optional = {key + FORMAT} if key + CODES not in state_dict else set()  # version 1 has none
     absent = sorted(k for k in present.keys() - given.keys() - optional if loaded and id(present[k]) not in loaded)
     if given and absent:

@@ -10,6 +10,9 @@
 Beside each ``<name>_codes`` a saved file has a guard: a tensor ``<name>`` of one byte. Without int8fx, transformers
 would find the float weight missing and initialise it at random, with no more than a warning. The guard has a wrong
 shape, which is an error.
+
+`TorchAoQuantizer` and `describe_when_saved` are for weights that were packed one by one, without their model: a model
+with some of them is saved and loaded as if `convert` had packed them.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -29,13 +33,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import PrefixChange, get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..conversion import convert as conversion
 from ..conversion.format import FORMAT, VERSION, read_scheme
-from ..conversion.layers import Layer, check_weight, grouped, layer_name, packed_layers
+from ..conversion.layers import Layer, check_weight, grouped, layer_name, packed_layers, quantised_by
 from ..conversion.modules import check_what_is_loaded, leave_fast_paths, pack_layers
 from ..conversion.packed import PackedModule, is_packed, join, refuse_unfit, tensors_of, tie_equal_columns
 from ..schemes import LLMInt8, Rotated, Scheme, llm_int8, parse_scheme
@@ -314,7 +319,16 @@ class Int8FxQuantizer(HfQuantizer):
         """The state dict with a guard for each packed weight, see above.
 
         Of tied weights, only the codes are stored once: transformers ties Parameters when it loads, and not buffers.
+
+        Raises:
+            ValueError: torchao has quantised other weights. The message names one.
         """
+        for path, module in model.named_modules():
+            if quantised_by(module) == "torchao":
+                raise ValueError(
+                    f"int8fx: layer {path!r} is quantised by torchao, and others by int8fx; no format of transformers "
+                    "holds both. Legal: one of them, as int8fx.Int8FxConfig does"
+                )
         state: dict[str, Tensor] = dict(model.state_dict())
         first: dict[int, str] = {}
         for key in [key for key in state if key.endswith(CODES) and key.removesuffix(CODES) + FORMAT in state]:
@@ -566,4 +580,58 @@ def _is_guard(tensor: Tensor) -> bool:
     return tensor.dtype == torch.uint8 and tensor.shape == (1,)
 
 
+# ---- weights that were packed one by one -----------------------------------------------------------------------------
+
+
+class TorchAoQuantizer(TorchAoHfQuantizer):
+    """transformers' own, for ``TorchAoConfig``. It makes what `int8fx.LLMInt8Config` packed a model of int8fx."""
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        super().validate_environment(*args, **kwargs)
+        if self.pre_quantized and self._is_int8fx:
+            raise ValueError(
+                "int8fx: config.json names torchao's method with int8fx.LLMInt8Config, which has no checkpoints of its "
+                "own; legal: int8fx.Int8FxConfig, as save_pretrained writes it"
+            )
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        super()._process_model_after_weight_loading(model, **kwargs)
+        if is_packed(model):
+            check_what_is_loaded(model)
+            describe(model)
+        elif self._is_int8fx:
+            warnings.warn(
+                "int8fx.LLMInt8Config: no layer of this model was quantised: torchao's are nn.Linear and no heads; "
+                "int8fx.Int8FxConfig quantises Conv1D and fused experts too",
+                stacklevel=2,
+            )
+            self.remove_quantization_config(model)
+        return model
+
+    @property
+    def _is_int8fx(self) -> bool:
+        return type(self.quantization_config.quant_type).__name__ == "LLMInt8Config"
+
+
+def describe_when_saved() -> None:
+    """Makes ``save_pretrained`` describe a model first if none of its packed weights was packed together with it.
+
+    Called once, when transformers has defined its models.
+
+    Without guards and configuration, transformers would load random weights in their place, with only a warning.
+    """
+    from transformers.modeling_utils import PreTrainedModel
+
+    save = PreTrainedModel.save_pretrained
+
+    @wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(getattr(self.config, "quantization_config", None), Int8FxConfig) and is_packed(self):
+            describe(self)
+        return save(self, *args, **kwargs)
+
+    PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
 conversion.AFTER_CONVERSION.append(describe)
+AUTO_QUANTIZER_MAPPING["torchao"] = TorchAoQuantizer

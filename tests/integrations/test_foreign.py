@@ -175,6 +175,10 @@ def test_int4_of_torchao_is_refused():
 
 ROTATED_ELSEWHERE = {
     "ComfyUI": ({"weight_scale": (48, 1)}, r'"0\.weight_scale" has shape \(48, 1\); legal: \(48,\)'),
+    "ComfyUI, scales [N]": (
+        {"weight_scale": (48,), "comfy_quant": (67,)},
+        r'"0\.comfy_quant" is there, so that "0\.weight" is as ComfyUI stores it',
+    ),
     "SDNQ": ({"scale": (48, 1)}, r'"0\.weight" is packed, and a part of it is missing: 0\.weight_scale'),
 }
 
