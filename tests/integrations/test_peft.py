@@ -177,6 +177,36 @@ def test_the_k_bit_recipe(reentrant):
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
 
 
+TRAINING = {
+    "DoRA": LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "down_proj"]),
+    "rsLoRA": LoraConfig(r=4, use_rslora=True, target_modules=["q_proj", "down_proj"]),
+    "PiSSA": LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj", "down_proj"]),
+    "OLoRA": LoraConfig(r=4, init_lora_weights="olora", target_modules=["q_proj", "down_proj"]),
+    "LoHa": LoHaConfig(r=4, target_modules=["q_proj", "down_proj"]),
+    "LoKr": LoKrConfig(r=4, target_modules=["q_proj", "down_proj"]),
+    "VeRA": VeraConfig(r=4, target_modules=["q_proj"]),
+    "IA3": IA3Config(**IA3),
+}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_lowers_the_loss(name):
+    model, ids = packed("llama")
+    model = get_peft_model(model, copy.deepcopy(TRAINING[name]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(6):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.03
+    if name != "IA3":
+        merged = model.merge_and_unload()
+        assert merged(input_ids=ids, labels=ids).loss < losses[0] - 0.03
+
+
 def test_adapters_that_are_there_before_stay_trainable():
     model, inputs = models.llama()
     ids = inputs["input_ids"]
