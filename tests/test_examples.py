@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.tiny_models import save_lm
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +20,7 @@ def run(path: Path, *arguments: str) -> str:
 
 
 def test_there_are_examples():
-    assert {path.stem for path in EXAMPLES} == {"quickstart", "show_rewrite", "on_gpu", "inspect_outliers"}
+    assert {path.stem for path in EXAMPLES} == {"quickstart", "show_rewrite", "on_gpu", "inspect_outliers", "lora"}
 
 
 @pytest.mark.parametrize("name", ["quickstart", "on_gpu"])
@@ -32,6 +33,17 @@ def test_outliers_are_inspected_and_drawn(tmp_path):
     picture = tmp_path / "picture.png"
     assert "layers.0.linear1.weight_columns" in run(ROOT / "examples" / "inspect_outliers.py", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_lora_trains_over_each_base(tmp_path):
+    pytest.importorskip("peft")
+    model = str(save_lm(tmp_path))
+    printed = run(ROOT / "examples" / "lora.py", "--model", model, "--steps", "30", "--tokens", "48", "--held-out", "4")
+    rows = [line.split() for line in printed.split("\n") if line.startswith(("bfloat16 ", "llm_int8 ", "rotated "))]
+    assert [row[0] for row in rows] == ["bfloat16", "llm_int8", "rotated"]
+    for _, before, after, ratio, *_ in rows:
+        assert float(after) < float(before)
+        assert 0.98 < float(ratio) < 1.02
 
 
 def test_the_docs_show_the_rewrite_as_it_is_printed():

@@ -1,7 +1,7 @@
 """What `convert` leaves in 16 bits unless it is selected, although it could convert it.
 
 Heads, routers, what a model's authors keep in float32, and what is being trained. Attributes of models of transformers
-and the names of PEFT's classes are read; neither package is imported.
+are read; it is not imported.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .layers import HEAD, ROUTER, TASK_HEAD, TRAINABLE, TRAINED_WHOLE, Layer, packed_layers
 from .packed import join, tensors_of
+from .peft import is_trained_whole
 from .recipes import Kind
 
 HEADS = {"lm_head": HEAD, "score": TASK_HEAD, "classifier": TASK_HEAD, "qa_outputs": TASK_HEAD}
@@ -24,7 +25,7 @@ KEPT_IN_FLOAT32 = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 
 def leave_by_default(model: nn.Module, layers: list[Layer]) -> None:
     """Sets the reason of each of ``layers`` that has none, and that is left unless it is selected."""
-    wrapped = {id(inner) for module in model.modules() if _is_trained_whole(module) for inner in module.modules()}
+    wrapped = {id(inner) for module in model.modules() if is_trained_whole(module) for inner in module.modules()}
     for layer in layers:
         if layer.reason is None and id(layer.module) in wrapped:
             layer.reason = TRAINED_WHOLE
@@ -167,12 +168,6 @@ def _kept_in_float32(model: nn.Module) -> Any:
         return None
 
     return reason
-
-
-def _is_trained_whole(module: nn.Module) -> bool:
-    """Whether ``module`` is PEFT's, and holds another module and copies of it that are trained and saved."""
-    classes = type(module).__mro__
-    return any((c.__module__, c.__name__) == ("peft.utils.other", "ModulesToSaveWrapper") for c in classes)
 
 
 def _leave_trainable(layers: list[Layer]) -> None:

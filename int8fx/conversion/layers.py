@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensor
 
 from ..schemes.quantize import INT8_MAX, MAX_K
 from .packed import PackedModule, Reading, is_codes, join
+from .peft import adapted_parameters
 from .recipes import Recipe, matrices, recipe_for, uninitialized
 from .selection import Choice
 
@@ -19,6 +20,7 @@ HEAD = "the output embeddings: left in 16 bits unless selected"
 TASK_HEAD = "the head for a task: left in 16 bits unless selected"
 ROUTER = "the router of experts: left in 16 bits unless selected"
 TRAINABLE = "trainable: other weights are frozen, so it is being trained; left unless selected"
+ADAPTED = "PEFT adapts a Parameter of its module (target_parameters), which stays in 16 bits"
 TRAINED_WHOLE = "trainable: PEFT trains a copy of its module (modules_to_save); left unless selected"
 
 
@@ -92,11 +94,14 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[Layer]:
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(prefix=prefix, remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
+    adapted = adapted_parameters(model)
     for path, module in model.named_modules(prefix=prefix):
         parameters = [name for name in matrices(module) if not is_codes(name, module._parameters[name])]
         package = quantised_by(module)
         if isinstance(module, PackedModule):
             recipe = Recipe(refused=dict.fromkeys(parameters, "its module is converted in part"))
+        elif id(module) in adapted:
+            recipe = Recipe(refused=dict.fromkeys(parameters, ADAPTED))
         elif package:
             recipe = Recipe(refused=dict.fromkeys(parameters, f"already quantised by {package}"))
         else:

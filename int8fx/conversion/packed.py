@@ -51,6 +51,7 @@ from .loading import (
     unfit_others,
     unfit_weights,
 )
+from .peft import refuse_targets, refuse_trained_copy
 from .view import PackedWeight, is_captured, is_differentiated
 
 
@@ -380,6 +381,13 @@ class PackedModule(PackedState):
         super()._load_from_state_dict(*args)
         self._keep_uncast()  # ``assign=True`` replaces tensors
 
+    def named_parameters(self, *args: Any, **kwargs: Any):
+        """As in ``nn.Module``. PEFT looks here for the Parameters that it adapts."""
+        if not torch.compiler.is_compiling():
+            for name in self.packed_weights:
+                refuse_targets((name, name + CODES), self.label(name))
+        return super().named_parameters(*args, **kwargs)
+
     def _packed_places(self) -> list[tuple[str, nn.Module, str, Scheme | None]]:
         return [("", self, name, reading.scheme) for name, reading in self.packed_weights.items()]
 
@@ -489,6 +497,7 @@ class PackedModule(PackedState):
         return self
 
     def __reduce_ex__(self, protocol):
+        refuse_trained_copy(self.label(next(iter(self.packed_weights))))
         reduced = super().__reduce_ex__(max(protocol, 2))  # 0 and 1 would name this class, which no module holds
         if reduced[0] is not _NEWOBJ or reduced[1] != (type(self),):
             return reduced

@@ -123,10 +123,12 @@ def test_initialisations_that_change_the_base_weight(init):
     assert (logits(model.eval(), ids) - y).norm() < 0.05 * y.norm()
 
 
+IA3 = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+
+
 def test_ia3_runs_and_peft_refuses_its_merge():
     model, ids = packed("llama")
-    settings = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
-    model = get_peft_model(model, IA3Config(init_ia3_weights=False, **settings)).eval()
+    model = get_peft_model(model, IA3Config(init_ia3_weights=False, **IA3)).eval()
     y = logits(model, ids)
     with model.disable_adapter():
         assert not torch.equal(logits(model, ids), y)
@@ -134,10 +136,17 @@ def test_ia3_runs_and_peft_refuses_its_merge():
         model.merge_and_unload()
 
 
-@pytest.mark.parametrize("name", MODELS)
+TRAINED = {
+    "llama": ("llama", LoraConfig(r=4, init_lora_weights=False, **MODELS["llama"])),
+    "gpt2": ("gpt2", LoraConfig(r=4, init_lora_weights=False, **MODELS["gpt2"])),
+    "IA3": ("llama", IA3Config(init_ia3_weights=False, **IA3)),
+}
+
+
+@pytest.mark.parametrize("case", TRAINED)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gradients_are_those_over_the_dequantised_model(name, compiled):
-    config = LoraConfig(r=4, init_lora_weights=False, **MODELS[name])
+def test_gradients_are_those_over_the_dequantised_model(case, compiled):
+    name, config = TRAINED[case]
     floats, inputs = models.ALL[name]()
     ids, model = inputs["input_ids"], int8fx.convert(copy.deepcopy(floats).eval(), int8fx.weight_only())
     floats.eval()
@@ -166,6 +175,36 @@ def test_the_k_bit_recipe(reentrant):
     model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])).train()
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
+
+
+TRAINING = {
+    "DoRA": LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "down_proj"]),
+    "rsLoRA": LoraConfig(r=4, use_rslora=True, target_modules=["q_proj", "down_proj"]),
+    "PiSSA": LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj", "down_proj"]),
+    "OLoRA": LoraConfig(r=4, init_lora_weights="olora", target_modules=["q_proj", "down_proj"]),
+    "LoHa": LoHaConfig(r=4, target_modules=["q_proj", "down_proj"]),
+    "LoKr": LoKrConfig(r=4, target_modules=["q_proj", "down_proj"]),
+    "VeRA": VeraConfig(r=4, target_modules=["q_proj"]),
+    "IA3": IA3Config(**IA3),
+}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_lowers_the_loss(name):
+    model, ids = packed("llama")
+    model = get_peft_model(model, copy.deepcopy(TRAINING[name]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(6):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.03
+    if name != "IA3":
+        merged = model.merge_and_unload()
+        assert merged(input_ids=ids, labels=ids).loss < losses[0] - 0.03
 
 
 def test_adapters_that_are_there_before_stay_trainable():
@@ -208,10 +247,119 @@ def test_attention_is_refused_and_left_as_it_was():
     assert torch.equal(model["attn"](x, x, x)[0], y)
 
 
-def test_a_copy_of_a_packed_layer_that_is_to_be_trained_is_refused():
+@pytest.mark.parametrize(
+    ("named", "layer"),
+    [("layers.1.mlp.up_proj", "model.layers.1.mlp.up_proj"), ("layers.1.mlp", "model.layers.1.mlp.gate_proj")],
+)
+def test_a_copy_of_a_packed_layer_that_is_to_be_trained_is_refused(named, layer):
     model, _ = packed("llama")
-    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["layers.1.mlp.up_proj"])
-    with pytest.raises(RuntimeError, match="floating point"):
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=[named])
+    with pytest.raises(TypeError, match=rf"modules_to_save .* '{layer}'.*skip=\['{layer}'\]"):
         get_peft_model(model, config)
     with pytest.raises(TypeError, match="is int8 and is not trained; train adapters"):
         model.model.layers[0].mlp.up_proj.requires_grad_()
+
+
+def test_a_layer_in_16_bits_is_trained_whole_and_packed_layers_are_still_copied():
+    model, inputs = models.llama()
+    int8fx.convert(model.eval(), skip=["layers.1.mlp.up_proj"])
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["layers.1.mlp.up_proj"])
+    model = get_peft_model(model, config)
+    model(input_ids=inputs["input_ids"], labels=inputs["input_ids"]).loss.backward()
+    trained = model.base_model.model.model.layers[1].mlp.up_proj.modules_to_save["default"]
+    assert trained.weight.grad.norm() > 0
+    assert len(int8fx.summary(copy.deepcopy(model)).converted) == 13
+
+
+# ---- adapters for a Parameter (target_parameters) --------------------------------------------------------------------
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("targets", "modules"),
+    [(EXPERTS, []), (EXPERTS[:1], ["q_proj"]), (["down_proj"], ["q_proj"]), (["experts.gate_up_proj_codes"], [])],
+)
+def test_an_adapter_for_packed_experts_is_refused(name, targets, modules):
+    model, ids = packed(name)
+    y = logits(model, ids)
+    with pytest.raises(TypeError, match=r"target_parameters .* 'model.layers.0.mlp.experts.\w+_proj' is int8.*skip="):
+        get_peft_model(model, LoraConfig(r=4, target_modules=modules, target_parameters=targets))
+    assert torch.equal(logits(model, ids), y)
+
+
+def test_an_adapter_for_the_parameter_of_a_packed_linear_layer_is_refused():
+    model, _ = packed("llama")
+    with pytest.raises(TypeError, match=r"'q_proj.weight', and the weight 'model.layers.0.self_attn.q_proj' is int8"):
+        get_peft_model(model, LoraConfig(r=4, target_modules=[], target_parameters=["q_proj.weight"]))
+
+
+def test_other_parameters_of_a_packed_model_take_an_adapter():
+    """A name that only ends alike is another Parameter; one in 16 bits is adapted beside packed layers."""
+    model, inputs = models.mixtral()
+    model = int8fx.convert(model.eval(), skip=["*.experts.*"])
+    config = LoraConfig(r=4, target_modules=[], target_parameters=EXPERTS, init_lora_weights=False)
+    y = logits(model, inputs["input_ids"])
+    model = get_peft_model(model, config)
+    assert len(int8fx.summary(model).converted) == 8
+    assert not torch.allclose(logits(model, inputs["input_ids"]), y)
+    packed_model, _ = packed("llama")
+    with pytest.raises(ValueError, match="no `target_parameters` found"):
+        get_peft_model(packed_model, LoraConfig(r=4, target_modules=[], target_parameters=["proj.weight"]))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("targets", [EXPERTS, EXPERTS[:1]])
+def test_experts_with_adapters_stay_in_16_bits(name, targets):
+    """Outputs and gradients are those over the model whose packed layers are dequantised, and a merge is exact."""
+    floats, inputs = models.ALL[name]()
+    ids, config = inputs["input_ids"], LoraConfig(r=4, target_modules=["q_proj"], target_parameters=targets)
+    config.init_lora_weights = False
+    torch.manual_seed(0)
+    model = get_peft_model(floats.eval(), config)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    reference = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="PEFT adapts a Parameter of its module"):
+        int8fx.convert(model, int8fx.weight_only())
+    rows = int8fx.summary(model)
+    assert {row.name.rpartition(".")[2] for row in rows.converted} >= {"base_layer", "k_proj", "v_proj", "o_proj"}
+    assert all("experts" not in row.name for row in rows.converted)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trainable
+    for path, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            reference.get_submodule(path).weight.data = module.dequantize()
+    gradients = []
+    for tuned in (model, reference):
+        y = tuned(input_ids=ids, use_cache=False).logits
+        y.square().mean().backward()
+        gradients.append([y.detach(), *(p.grad for p in tuned.parameters() if p.requires_grad)])
+    for mine, expected in zip(*gradients, strict=True):
+        assert expected.norm() > 0
+        assert (mine - expected).norm() <= 1e-4 * expected.norm()
+    merged, expected = model.merge_and_unload(), reference.merge_and_unload()
+    for target in targets:
+        path = f"model.layers.0.mlp.{target}"
+        assert torch.equal(merged.get_parameter(path), expected.get_parameter(path))
+
+
+def test_merged_experts_are_converted_when_they_are_selected():
+    model, inputs = models.mixtral()
+    config = LoraConfig(r=4, target_modules=[], target_parameters=EXPERTS, init_lora_weights=False)
+    model = get_peft_model(model.eval(), config)
+    with pytest.warns(UserWarning, match="PEFT adapts a Parameter of its module"):
+        int8fx.convert(model)
+    y = logits(model, inputs["input_ids"])
+    model = int8fx.convert(model.merge_and_unload(), select=["*.experts.*"])
+    assert len(int8fx.summary(model).converted) == 8 + 4
+    assert 0 < (logits(model, inputs["input_ids"]) - y).norm() < 0.05 * y.norm()
+
+
+def test_experts_with_adapters_are_not_converted_even_if_selected():
+    model, _ = models.mixtral()
+    model = get_peft_model(model.eval(), LoraConfig(r=4, target_modules=[], target_parameters=EXPERTS))
+    with pytest.warns(UserWarning, match="no layer was converted"):
+        int8fx.convert(model, select=["*.gate_up_proj"])
+    reasons = {row.reason for row in int8fx.summary(model).left if "gate_up_proj" in row.name}
+    assert len(reasons) == 1
+    assert "PEFT adapts a Parameter of its module" in reasons.pop()
