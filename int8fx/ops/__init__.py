@@ -157,6 +157,23 @@ def _saved_weight(ctx, tensors: Sequence[Any]) -> Int8Weight:
     return Int8Weight(codes, scale, None, ctx.block, columns, columns_weight)
 
 
+def _times_dequantized(grad: Tensor, weight: Int8Weight) -> Tensor:
+    """``grad [..., N] @ W [N, K]``, in float32 where torch has no fast matmul for the dtype of ``grad``."""
+    dtype = grad.dtype if _has_fast_matmul(grad) else torch.float32
+    return (grad.to(dtype) @ torch.ops.int8fx.dequantize(*weight, dtype=dtype)).to(grad.dtype)
+
+
+def _has_fast_matmul(x: Tensor) -> bool:
+    """Whether oneDNN multiplies the dtype of ``x`` on this CPU; elsewhere torch's own loops take 30 times as long."""
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    mkldnn = torch.ops.mkldnn
+    supported = mkldnn._is_mkldnn_bf16_supported if x.dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported
+    return bool(supported())
+
+
 def _backward(op: str) -> Callable:
     """The backward of `linear` or `linear_quantized`: one gradient for each argument of the op."""
     names = [argument.name for argument in getattr(torch.ops.int8fx, op).default._schema.arguments]
@@ -168,7 +185,7 @@ def _backward(op: str) -> Callable:
         grads: list[Tensor | None] = [None] * len(names)
         if ctx.needs_input_grad[x_at]:
             weight = _saved_weight(ctx, ctx.saved_tensors)
-            grads[x_at] = grad @ torch.ops.int8fx.dequantize(*weight, dtype=grad.dtype)
+            grads[x_at] = _times_dequantized(grad, weight)
         if ctx.bias is not None and ctx.needs_input_grad[bias_at]:
             shape, dtype = ctx.bias
             lead = tuple(range(len(shape) - 1, grad.dim() - 1))
@@ -215,7 +232,7 @@ def _grouped_linear_backward(ctx, grad):
         grad_x = grad.new_zeros(grad.shape[0], K)
         for e in range(E):
             part = grad.masked_fill((group != e)[:, None], 0)
-            grad_x = grad_x + part @ torch.ops.int8fx.dequantize(*weight.of_expert(e), dtype=grad.dtype)
+            grad_x = grad_x + _times_dequantized(part, weight.of_expert(e))
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2 + _WEIGHT_FIELDS]:
         grad_bias = grad.new_zeros(E, N).index_add(0, group.clamp(max=E - 1), grad).to(ctx.bias_dtype)
     return grad_x, None, *[None] * _WEIGHT_FIELDS, grad_bias
