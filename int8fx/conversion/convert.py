@@ -25,6 +25,7 @@ from . import exported, graph_module, modules
 from .decide import decide, mostly_left
 from .foreign import ForeignLayer, check_scheme, foreign_layers, pack_foreign
 from .layers import Layer, PackedLayer, check_modules, choose, grouped, refuse_converted
+from .memory import trim_heap
 from .packed import tensors_of
 from .quantizer import Columns, Quantizer
 from .selection import Choice, Selection
@@ -123,6 +124,7 @@ def convert(
     kind_of(model, "convert").pack(model, prepared.chosen, prepared.quantizer)
     pack_foreign(prepared.foreign, scheme if isinstance(scheme, (LLMInt8, Rotated)) else None)
     finish(model, prepared)
+    trim_heap()
     return model
 
 

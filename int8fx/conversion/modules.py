@@ -7,6 +7,7 @@ from torch import nn
 from ..schemes.weight import PackedTensors
 from .forwards import FORWARDS
 from .layers import Layer, PackedLayer, grouped, packed_layers, walk
+from .memory import drop_file_pages
 from .packed import Weights, pack_modules, refuse_unfit, tie_equal_columns
 from .quantizer import Quantizer
 from .recipes import Kind
@@ -49,7 +50,10 @@ def pack_layers(chosen: list[Layer], quantizer: Quantizer) -> None:
             # Attention leaves its fused path even if only some weights are packed. Others then keep their forward.
             replaced = recipe.kind is Kind.ATTENTION or recipe.layouts.keys() == weights.keys()
             ready.append((layers[0].module, weights, FORWARDS.get(recipe.kind) if replaced else None))
+        floats = [layer.weight for layer in together]
         pack_modules(ready)
+        for weight in floats:
+            drop_file_pages(weight)
 
 
 def _together(chosen: list[Layer]) -> list[list[Layer]]:

@@ -17,14 +17,11 @@ with some of them is saved and loaded as if `convert` had packed them.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial, wraps
-from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
@@ -280,10 +277,7 @@ class Int8FxQuantizer(HfQuantizer):
 
     def _pack(self, group: list[Layer]) -> None:
         assert self.prepared is not None
-        floats = [layer.weight for layer in group]
         pack_layers(group, self.prepared.quantizer)
-        for weight in floats:
-            drop_file_pages(weight)
         for name in [name for name, layers in self.groups.items() if layers is group]:
             del self.groups[name]
 
@@ -338,31 +332,6 @@ class Int8FxQuantizer(HfQuantizer):
             else:
                 state |= {weight + part: state[weight + part].clone() for part in _PARTS[1:] if weight + part in state}
         return state, {}
-
-
-_MADV_PAGEOUT = 21  # Linux's <asm-generic/mman-common.h>
-
-
-def drop_file_pages(tensor: Tensor) -> None:
-    """Takes ``tensor`` out of this process's resident memory if it is a part of a memory-mapped file.
-
-    Its values stay: pages that are read again come from the file (``man 2 madvise``, MADV_PAGEOUT). On other systems
-    than Linux nothing happens: there the system drops pages only when memory is short.
-    """
-    maps = Path("/proc/self/maps")
-    if tensor.device.type != "cpu" or not tensor.nbytes or not maps.exists():
-        return
-    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    for line in maps.read_text().splitlines():
-        region, _, _, _, inode, *_ = line.split()
-        first, last = (int(address, 16) for address in region.split("-"))
-        if first <= start < last:
-            if inode != "0":
-                start -= start % mmap.PAGESIZE
-                ctypes.CDLL(None).madvise(
-                    ctypes.c_void_p(start), ctypes.c_size_t(min(end, last) - start), _MADV_PAGEOUT
-                )
-            return
 
 
 def describe(model: Any, quantizer: Int8FxQuantizer | None = None) -> None:

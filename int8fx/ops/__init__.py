@@ -158,9 +158,12 @@ def _saved_weight(ctx, tensors: Sequence[Any]) -> Int8Weight:
 
 
 def _times_dequantized(grad: Tensor, weight: Int8Weight) -> Tensor:
-    """``grad [..., N] @ W [N, K]``, in float32 where torch has no fast matmul for the dtype of ``grad``."""
-    dtype = grad.dtype if _has_fast_matmul(grad) else torch.float32
-    return (grad.to(dtype) @ torch.ops.int8fx.dequantize(*weight, dtype=dtype)).to(grad.dtype)
+    """``grad [..., N] @ W [N, K]``, where W has the dtype of ``grad``.
+
+    Products and sums are in float32, and the result is rounded once, where torch has no fast matmul for that dtype.
+    """
+    w = torch.ops.int8fx.dequantize(*weight, dtype=grad.dtype)
+    return grad @ w if _has_fast_matmul(grad) else (grad.float() @ w.float()).to(grad.dtype)
 
 
 def _has_fast_matmul(x: Tensor) -> bool:

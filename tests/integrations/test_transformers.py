@@ -163,27 +163,6 @@ def test_float_weights_are_freed_group_by_group(tmp_path):
     assert 0 < max(floats) <= mlp.gate_proj.weight.nbytes + mlp.up_proj.weight.nbytes
 
 
-def test_pages_of_a_mapped_file_are_dropped_and_read_again(tmp_path):
-    from int8fx.integrations.transformers import drop_file_pages
-
-    size = 16 << 20
-    (tmp_path / "file").write_bytes(bytes(range(256)) * (size // 256))
-    mapped = torch.from_file(str(tmp_path / "file"), size=size, dtype=torch.uint8)
-    other = torch.arange(size // 8)
-
-    def of_files() -> int:
-        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssFile")) << 10
-
-    before, total = of_files(), mapped.sum()
-    read = of_files()
-    assert read - before > 0.9 * size
-    for tensor in (other, mapped[:0], mapped[: size // 2]):
-        drop_file_pages(tensor)
-    assert 0.4 * size < read - of_files() < 0.6 * size
-    assert mapped.sum() == total
-    assert torch.equal(other, torch.arange(size // 8))
-
-
 # ---- what goes wrong ------------------------------------------------------------------------------------------------
 
 

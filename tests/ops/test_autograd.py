@@ -59,7 +59,9 @@ def test_gradients_are_those_of_the_dequantised_linear(p, seed):
     assert y.requires_grad
     grad = torch.randn(y.shape, generator=generator(seed)).to(y.dtype)
     computed = gradients(y, (x, bias), grad)
-    assert torch.equal(computed[0], grad @ ops.dequantize(*weight, dtype=grad.dtype))
+    w = ops.dequantize(*weight, dtype=grad.dtype)
+    once = (grad.float() @ w.float()).to(grad.dtype)  # of 16 bits, on CPUs without instructions for them
+    assert torch.equal(computed[0], grad @ w) or (grad.dtype.itemsize == 2 and torch.equal(computed[0], once))
 
     x64 = x.detach().double().requires_grad_()
     bias64 = None if bias is None else bias.detach().double().requires_grad_()
