@@ -56,7 +56,19 @@ def _register_in_transformers() -> None:
     from .integrations import transformers as transformers  # it registers what it defines
 
 
+def _register_in_diffusers() -> None:
+    from .integrations import diffusers as diffusers  # it registers what it defines
+
+
+def _describe_diffusers_when_saved() -> None:
+    from .integrations import diffusers
+
+    diffusers.describe_when_saved()
+
+
 when_imported("transformers.quantizers.auto", _register_in_transformers)
+when_imported("diffusers.quantizers.auto", _register_in_diffusers)
+when_imported("diffusers.models.modeling_utils", _describe_diffusers_when_saved)
 
 
 def __dir__() -> list[str]:
