@@ -3,7 +3,7 @@
 diffusers knows quantizers by two tables. Without an entry there, and without ``quantization_config`` in a saved
 ``config.json``, it would take the float weights of an int8 checkpoint for missing ones: their memory stays
 uninitialised, with no more than a warning. This file enters `Int8FxQuantizer`. It makes ``save_pretrained`` write the
-configuration, and the guards that files of transformers have. It does not need transformers.
+configuration, and the guards that files of transformers have. It does not import transformers.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def unet():
 
 def dit():
     sizes = {"num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 8, "num_layers": 2}
-    model = diffusers.DiTTransformer2DModel(sample_size=8, norm_num_groups=4, num_embeds_ada_norm=10, **sizes)
+    model = diffusers.DiTTransformer2DModel(sample_size=8, norm_num_groups=4, num_embeds_ada_norm=1000, **sizes)
     x = torch.randn(1, 4, 8, 8)
     return model, {"hidden_states": x, "timestep": torch.tensor([3]), "class_labels": torch.tensor([1])}
 
@@ -108,7 +108,9 @@ def test_a_float_model_is_converted_while_it_loads(scheme, tmp_path):
     expected = int8fx.convert(model, SCHEMES[scheme], skip="proj_out_1")
     assert equal(loaded, expected)
     loaded.save_pretrained(tmp_path / "int8")
-    assert torch.equal(run(type(model).from_pretrained(tmp_path / "int8"), inputs), run(expected, inputs))
+    again = type(model).from_pretrained(tmp_path / "int8")
+    assert equal(again, expected)
+    torch.testing.assert_close(run(again, inputs), run(expected, inputs))
 
 
 def test_another_dtype_leaves_scales_in_float32(saved):
@@ -246,7 +248,7 @@ def test_offloading_that_casts_or_cannot_hold_int8_is_refused(saved, tmp_path):
     with pytest.raises(ValueError, match="not loaded to disk as int8"):
         loading(saved, device_map={"": "disk"}, offload_folder=tmp_path / "offload")
     with pytest.raises(RuntimeError, match="was not loaded as it is stored; legal: from_pretrained without offload_st"):
-        loading(saved, device_map={"": "cpu"}, offload_state_dict=True, torch_dtype=torch.bfloat16)
+        loading(saved, offload_state_dict=True, torch_dtype=torch.bfloat16)
 
 
 def test_a_model_that_another_quantizer_has_quantised_is_not_saved(tmp_path):
@@ -282,23 +284,3 @@ def test_without_int8fx_loading_is_an_error_and_with_it_before_or_after_it_works
     for script in (f"import int8fx\n{LOAD}", LOAD.replace("sys;", "sys, int8fx;")):
         done = in_new_process(script, saved)
         assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-def test_transformers_is_not_needed(saved, tmp_path):
-    script = """
-        import sys
-        from importlib.metadata import PackageNotFoundError
-        import importlib.util
-        find = importlib.util.find_spec
-        importlib.util.find_spec = lambda name, *args: None if name == "transformers" else find(name, *args)
-        sys.modules["transformers"] = None
-        import int8fx
-        from diffusers import DiTTransformer2DModel
-        model = DiTTransformer2DModel.from_pretrained(sys.argv[1])
-        model.save_pretrained(sys.argv[2])
-        assert int8fx.is_packed(model)
-    """
-    done = in_new_process(script, saved, tmp_path / "again")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "again" / FILE).read_bytes() == (saved / FILE).read_bytes()
