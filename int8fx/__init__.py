@@ -66,9 +66,16 @@ def _describe_diffusers_when_saved() -> None:
     diffusers.describe_when_saved()
 
 
+def _load_packed_modules() -> None:
+    from .integrations import sentence_transformers
+
+    sentence_transformers.convert_before_loading()
+
+
 when_imported("transformers.quantizers.auto", _register_in_transformers)
 when_imported("diffusers.quantizers.auto", _register_in_diffusers)
 when_imported("diffusers.models.modeling_utils", _describe_diffusers_when_saved)
+when_imported("sentence_transformers.base.modules.module", _load_packed_modules)
 
 
 def __dir__() -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 from zipfile import is_zipfile
@@ -22,12 +21,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..conversion import convert as conversion
-from ..conversion.format import FORMAT, VERSION, read_scheme
+from ..conversion.format import FORMAT, VERSION
 from ..conversion.layers import layer_name, packed_layers
 from ..conversion.packed import PackedModule, frozen, is_packed, join, refuse_unfit, tie_equal_columns, unpack
 from ..schemes import Scheme, parse_scheme
-from ..schemes.calibration import Calibration
 from ..schemes.weight import CODES, COLUMNS, COLUMNS_WEIGHT, SCALE
+from .stored import convert_as_stored, read_schemes
 
 METHOD = "int8fx"
 _PARTS = (CODES, SCALE, FORMAT, COLUMNS, COLUMNS_WEIGHT)
@@ -60,14 +59,6 @@ class StoredConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return self.content
-
-
-@dataclass(frozen=True)
-class _Schemes:
-    """The scheme of each layer, as ``convert`` takes a plan."""
-
-    schemes: Mapping[str, Scheme]
-    calibration: Calibration | None = None
 
 
 class Int8FxQuantizer(DiffusersQuantizer):
@@ -120,12 +111,12 @@ class Int8FxQuantizer(DiffusersQuantizer):
         self, model: Any, state_dict: Mapping[str, Tensor] | None = None, **_: Any
     ) -> Any:
         headers = self.headers if self.headers is not None else state_dict or {}
-        schemes = {key.removesuffix(FORMAT): _scheme(headers, key) for key in headers if key.endswith(FORMAT)}
+        schemes = read_schemes(headers)
         if self.pre_quantized and self.headers is not None:
             self._check_claims(schemes)
         if schemes:
-            conversion.convert(model, _Schemes({layer_name(name): scheme for name, scheme in schemes.items()}))
-            self._check(model, headers, schemes)
+            convert_as_stored(model, schemes)
+            self._check(model, headers)
         return model
 
     def _check_claims(self, stored: Mapping[str, Scheme]) -> None:
@@ -135,12 +126,9 @@ class Int8FxQuantizer(DiffusersQuantizer):
             what = f"{lost[0]!r} is packed" if lost else "the model is packed"
             raise ValueError(f"int8fx: config.json says that {what}, and the checkpoint lacks its tensors")
 
-    def _check(self, model: nn.Module, headers: Mapping[str, Tensor], stored: Mapping[str, Scheme]) -> None:
+    def _check(self, model: nn.Module, headers: Mapping[str, Tensor]) -> None:
         """Raises ValueError or RuntimeError if tensors of packed weights do not fit ``model``, which is converted."""
         here = _packed_names(model)
-        if lost := sorted(stored.keys() - here):
-            reason = getattr(model, conversion.LEFT, {}).get(layer_name(lost[0]), "the model has no such weight")
-            raise ValueError(f"int8fx: {lost[0]!r} is packed in the checkpoint, and cannot be here: {reason}")
         names = {name + part for name in here for part in ("", *_PARTS)} & headers.keys()
         given = {name: headers[name] for name in names if not _is_guard(headers[name])}
         self.stored = {name + part for name in here for part in _PARTS} & model.state_dict().keys()
@@ -250,13 +238,6 @@ def _headers(files: list[str]) -> Iterator[tuple[str, Tensor]]:
         else:
             loaded = torch.load(file, map_location="cpu", mmap=is_zipfile(file), weights_only=True)
             yield from ((key, tensor) for key, tensor in loaded.items() if isinstance(tensor, Tensor))
-
-
-def _scheme(headers: Mapping[str, Tensor], key: str) -> Scheme:
-    try:
-        return read_scheme(headers[key])
-    except ValueError as error:
-        raise ValueError(f"int8fx: {key!r} of the checkpoint: {error}") from error
 
 
 def _is_guard(tensor: Tensor) -> bool:

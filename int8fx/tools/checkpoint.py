@@ -35,8 +35,7 @@ def convert_checkpoint(
     """Quantises the transformers model in ``source`` while it loads, and writes it to ``target``.
 
     The folder is written beside ``target`` and renamed when it is complete: if the process dies, ``target`` is what it
-    was. Files that hold no weights, such as the tokenizer's, are copied, and so are folders
-    without weights.
+    was. Files that hold no weights, such as the tokenizer's, are copied, and so are folders without weights.
 
     Args:
         config: an `integrations.transformers.Int8FxConfig`.
@@ -90,9 +89,12 @@ def _copy_others(source: Path, target: Path) -> None:
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(_WEIGHTS) and not (target / path.name).exists():
             shutil.copy2(path, target / path.name)
-        elif path.is_dir() and not path.name.startswith("."):
-            if (path.name,) in modules or not any(p.name.endswith(_WEIGHTS) for p in path.rglob("*")):
-                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+        elif path.is_dir() and ((path.name,) in modules or _is_without_weights(path)):
+            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+
+
+def _is_without_weights(folder: Path) -> bool:
+    return not folder.name.startswith(".") and not any(path.name.endswith(_WEIGHTS) for path in folder.rglob("*"))
 
 
 def _read_list(path: Path) -> list[dict[str, Any]]:

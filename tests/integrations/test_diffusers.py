@@ -199,7 +199,10 @@ LAYER = "transformer_blocks.1.ff.net.2.weight"
 DAMAGE = {
     "no codes": (lambda s: s.pop(LAYER + "_codes"), "a part of it is missing: .*_codes"),
     "no scale": (lambda s: s.pop(LAYER + "_scale"), "a part of it is missing: .*_scale"),
-    "nothing": (lambda s: [s.pop(k) for k in list(s) if k.startswith(LAYER)], "ff.net.2' is packed, and the checkpoint"),
+    "nothing": (
+        lambda s: [s.pop(k) for k in list(s) if k.startswith(LAYER)],
+        "ff.net.2' is packed, and the checkpoint",
+    ),
     "a short scale": (lambda s: s.update({LAYER + "_scale": s[LAYER + "_scale"][:-1].clone()}), "has shape"),
     "a bfloat16 scale": (lambda s: s.update({LAYER + "_scale": s[LAYER + "_scale"].bfloat16()}), "has dtype"),
     "NaN": (lambda s: s[LAYER + "_scale"].fill_(float("nan")), "has a scale that is NaN"),
