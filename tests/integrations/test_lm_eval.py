@@ -112,7 +112,7 @@ def test_simple_evaluate_on_a_local_task(folder, converted, tmp_path):
     }
     in_memory = lm_eval.simple_evaluate(model=harness(model, tokenizer=tokenizer), **options)
     args = f"pretrained={tmp_path / 'int8'}"
-    loaded = lm_eval.simple_evaluate(model="hf", model_args=args, device="cpu", **options)
+    loaded = lm_eval.simple_evaluate(model="hf", model_args=args, device="cpu", batch_size=2, **options)
     assert loaded["results"] == in_memory["results"]
     values = [[sample["resps"] for sample in result["samples"]["tiny"]] for result in (loaded, in_memory)]
     assert values[0] == values[1]
