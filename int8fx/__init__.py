@@ -63,14 +63,33 @@ def _register_in_transformers() -> None:
     from .integrations import transformers as transformers  # it registers what it defines
 
 
-def _describe_when_saved() -> None:
+def _describe_transformers_when_saved() -> None:
     from .integrations import transformers
 
     transformers.describe_when_saved()
 
 
+def _register_in_diffusers() -> None:
+    from .integrations import diffusers as diffusers  # it registers what it defines
+
+
+def _describe_diffusers_when_saved() -> None:
+    from .integrations import diffusers
+
+    diffusers.describe_when_saved()
+
+
+def _load_packed_modules() -> None:
+    from .integrations import sentence_transformers
+
+    sentence_transformers.convert_before_loading()
+
+
 when_imported("transformers.quantizers.auto", _register_in_transformers)
-when_imported("transformers.modeling_utils", _describe_when_saved)
+when_imported("transformers.modeling_utils", _describe_transformers_when_saved)
+when_imported("diffusers.quantizers.auto", _register_in_diffusers)
+when_imported("diffusers.models.modeling_utils", _describe_diffusers_when_saved)
+when_imported("sentence_transformers.base.modules.module", _load_packed_modules)
 
 
 def __dir__() -> list[str]:

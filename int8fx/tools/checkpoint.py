@@ -35,7 +35,7 @@ def convert_checkpoint(
     """Quantises the transformers model in ``source`` while it loads, and writes it to ``target``.
 
     The folder is written beside ``target`` and renamed when it is complete: if the process dies, ``target`` is what it
-    was. Files that hold no weights, such as the tokenizer's, are copied.
+    was. Files that hold no weights, such as the tokenizer's, are copied, and so are folders without weights.
 
     Args:
         config: an `integrations.transformers.Int8FxConfig`.
@@ -66,9 +66,7 @@ def convert_checkpoint(
             missing = ", ".join(sorted(loaded["missing_keys"])[:3])
             raise CheckpointError(f"{source} lacks tensors: {missing}; legal: a model with all of its weights")
         model.save_pretrained(written, max_shard_size=max_shard_size)
-        for path in source.iterdir():
-            if path.is_file() and not path.name.endswith(_WEIGHTS) and not (written / path.name).exists():
-                shutil.copy2(path, written / path.name)
+        _copy_others(source, written)
         old = Path(folder) / "old"
         if target.exists():
             os.replace(target, old)
@@ -80,13 +78,43 @@ def convert_checkpoint(
             raise
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _copy_others(source: Path, target: Path) -> None:
+    """Copies what ``target`` lacks of ``source`` and is no weight of the model: a tokenizer, chat templates, pooling.
+
+    Folders are copied if they have no weights. The modules of sentence-transformers, which ``modules.json`` lists, have
+    folders that may have some, and are copied too. Hidden folders are not.
+    """
+    listed = source / "modules.json"
+    modules = {Path(str(m.get("path", ""))).parts[:1] for m in _read_list(listed)} if listed.is_file() else set()
+    for path in source.iterdir():
+        if path.is_file() and not path.name.endswith(_WEIGHTS) and not (target / path.name).exists():
+            shutil.copy2(path, target / path.name)
+        elif path.is_dir() and ((path.name,) in modules or _is_without_weights(path)):
+            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+
+
+def _is_without_weights(folder: Path) -> bool:
+    return not folder.name.startswith(".") and not any(path.name.endswith(_WEIGHTS) for path in folder.rglob("*"))
+
+
+def _read_list(path: Path) -> list[dict[str, Any]]:
+    content = _parse_json(path)
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise CheckpointError(f"{path} is no list of objects; legal: as sentence-transformers writes it")
+    return content
+
+
+def _parse_json(path: Path) -> Any:
     try:
-        content = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; legal: the folder of a transformers model") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content = _parse_json(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}; legal: a JSON object")
     return content

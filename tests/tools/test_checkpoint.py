@@ -47,6 +47,29 @@ def test_convert_writes_what_convert_and_save_pretrained_write(scheme, source, t
     assert "model.layers.1.self_attn.q_proj" in text
 
 
+def test_folders_are_copied_without_weights_or_if_they_are_modules(source, tmp_path):
+    layout = {
+        "1_Pooling/config.json": True,
+        "2_Dense/model.safetensors": True,
+        "additional_chat_templates/tool.jinja": True,
+        "checkpoint-5/config.json": False,
+        "checkpoint-5/model.safetensors": False,
+        "onnx/model.onnx": False,
+        ".cache/note": False,
+    }
+    for name in layout:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(name)
+    modules = [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}, {"idx": 2, "path": "2_Dense"}]
+    (source / "modules.json").write_text(json.dumps(modules))
+    assert main(["convert", str(source), str(tmp_path / "int8")]) == 0
+    assert {name: (tmp_path / "int8" / name).exists() for name in layout} == layout
+    assert (tmp_path / "int8" / "2_Dense" / "model.safetensors").read_text() == "2_Dense/model.safetensors"
+    (source / "modules.json").write_text("{}")
+    assert main(["convert", str(source), str(tmp_path / "other")]) == 1
+    assert not (tmp_path / "other").exists()
+
+
 def test_inspect_says_what_a_checkpoint_holds(source, tmp_path, capsys):
     assert main(["convert", str(source), str(tmp_path / "int8"), "--scheme", "rotated", "--json"]) == 0
     contents = json.loads(capsys.readouterr().out)
