@@ -74,7 +74,7 @@ class Int8FxQuantizer(DiffusersQuantizer):
     use_keep_in_fp32_modules = True  # as without a quantizer
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        super().__init__(StoredConfig(quantization_config.to_dict()), **kwargs)
+        super().__init__(StoredConfig(quantization_config.to_dict()), **kwargs)  # type: ignore[arg-type]
         self.headers: dict[str, Tensor] | None = None  # of all tensors of the files; of a single file: None
         self.stored: set[str] = set()  # names of the tensors of packed weights that the files have
         self.loaded: set[str] = set()
@@ -139,7 +139,7 @@ class Int8FxQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(self, model: Any, param_value: Any, param_name: str, *_: Any, **__: Any) -> bool:
         return param_name in self.stored
 
-    def create_quantized_param(
+    def create_quantized_param(  # type: ignore[override]
         self, model: nn.Module, cast: Tensor, name: str, device: Any, stored: Mapping[str, Tensor], *_: Any, **__: Any
     ) -> None:
         """Puts a tensor of a packed weight into ``model``, as it is in ``stored``: ``cast`` has the model's dtype."""
@@ -168,7 +168,7 @@ class Int8FxQuantizer(DiffusersQuantizer):
 
     # ---- afterwards --------------------------------------------------------------------------------------------------
 
-    def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor], **_: Any) -> tuple[dict, dict]:
+    def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor], **_: Any) -> tuple[dict, dict]:  # type: ignore[override]
         """The state dict with a guard for each packed weight: `integrations.transformers` says what it is for."""
         packed = [k.removesuffix(CODES) for k in state_dict if k.endswith(CODES)]
         guards = {name: torch.zeros(1, dtype=torch.uint8) for name in packed if name + FORMAT in state_dict}
@@ -215,7 +215,7 @@ def describe_when_saved() -> None:
             describe(self)
         return save(self, *args, **kwargs)
 
-    ModelMixin.save_pretrained = save_pretrained
+    ModelMixin.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
 def _packed_names(model: nn.Module) -> set[str]:

@@ -22,7 +22,7 @@ def convert_before_loading() -> None:
     """
     from sentence_transformers.base.modules.module import Module
 
-    load = Module.load_torch_weights.__func__
+    load = Module.load_torch_weights.__func__  # type: ignore[attr-defined]  # a classmethod
 
     @wraps(load)
     def load_torch_weights(cls: Any, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> Any:
@@ -36,4 +36,4 @@ def convert_before_loading() -> None:
         model.load_state_dict(state)
         return model
 
-    Module.load_torch_weights = classmethod(load_torch_weights)
+    Module.load_torch_weights = classmethod(load_torch_weights)  # type: ignore[method-assign,assignment]

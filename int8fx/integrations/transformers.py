@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import partial, wraps
 from typing import Any
 from zipfile import is_zipfile
@@ -41,8 +40,8 @@ from ..conversion.layers import Layer, check_weight, grouped, layer_name, packed
 from ..conversion.modules import check_what_is_loaded, leave_fast_paths, pack_layers
 from ..conversion.packed import PackedModule, is_packed, join, refuse_unfit, tensors_of, tie_equal_columns
 from ..schemes import LLMInt8, Rotated, Scheme, llm_int8, parse_scheme
-from ..schemes.calibration import Calibration
 from ..schemes.weight import CODES, COLUMNS, COLUMNS_WEIGHT, SCALE
+from .stored import convert_as_stored
 
 METHOD = "int8fx"
 _PARTS = (CODES, SCALE, FORMAT, COLUMNS, COLUMNS_WEIGHT)
@@ -129,14 +128,6 @@ def _names(names: list[str] | str | None) -> list[str]:
     return [] if names is None else [names] if isinstance(names, str) else list(names)
 
 
-@dataclass(frozen=True)
-class _Schemes:
-    """The scheme of each layer, as ``convert`` takes a plan."""
-
-    schemes: Mapping[str, Scheme]
-    calibration: Calibration | None = None
-
-
 class _Pack(ConversionOps):
     """Takes a float weight from transformers, and packs its layer when all that belongs together has arrived."""
 
@@ -218,11 +209,7 @@ class Int8FxQuantizer(HfQuantizer):
         if schemes:
             names = _names_of(model)
             ids = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-            layers = {layer_name(n): scheme for name, scheme in schemes.items() for n in names[ids[name]]}
-            conversion.convert(model, _Schemes(layers))
-            for layer, reason in getattr(model, conversion.LEFT, {}).items():
-                if layer in layers:
-                    raise ValueError(f"int8fx: {layer!r} is packed in the checkpoint, and cannot be here: {reason}")
+            convert_as_stored(model, {n: scheme for name, scheme in schemes.items() for n in names[ids[name]]})
         _expect_packed_names(model)
         self.parts = {name + part for name in _packed_names(model) for part in _PARTS}
         given = stored.headers(_packed_names(model))

@@ -172,12 +172,12 @@ def _in_first_folder(use: Callable[[Path], T]) -> T:
     )
 
 
-def library(folder: Path, isa: InstructionSet) -> Path:
-    """The path of the library for ``isa`` in ``folder``."""
+def library(isa: InstructionSet, folder: Path | None = None) -> Path:
+    """The path of the library for ``isa`` in ``folder``, by default the first of `folders`."""
     text = [torch.__version__, platform.machine(), *command(isa, Path("library"))[1:]]
     text += [path.name + path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".h")]
     key = hashlib.sha256("\0".join(text).encode()).hexdigest()[:16]
-    return folder / f"int8fx_{isa.name}_{key}" / "int8fx_cpu.so"
+    return (folder or folders()[0]) / f"int8fx_{isa.name}_{key}" / "int8fx_cpu.so"
 
 
 # ---- building --------------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def _build(folder: Path, isa: InstructionSet, broken: int | None = None) -> Path
     """`build` in ``folder``. A library that was written at the time ``broken`` is compiled again."""
     import fcntl  # not on Windows
 
-    path = library(folder, isa)
+    path = library(isa, folder)
     if broken is None and _is_complete(path):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

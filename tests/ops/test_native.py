@@ -57,17 +57,17 @@ def test_a_library_is_compiled_once(extensions, compiler, capfd):
 
 
 def test_other_sources_flags_and_instructions_are_other_libraries(extensions, monkeypatch, tmp_path):
-    paths = [native.library(extensions, isa) for isa in (native.DEFAULT, native.AVX2, native.AVX512_VNNI)]
+    paths = [native.library(isa, extensions) for isa in (native.DEFAULT, native.AVX2, native.AVX512_VNNI)]
     sources = tmp_path / "csrc"
     sources.mkdir()
     for path in native.SOURCES.iterdir():
         (sources / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(native, "SOURCES", sources)
-    paths.append(native.library(extensions, native.AVX2))
+    paths.append(native.library(native.AVX2, extensions))
     (sources / "product.h").write_text("// nothing")
-    paths.append(native.library(extensions, native.AVX2))
+    paths.append(native.library(native.AVX2, extensions))
     monkeypatch.setattr(native.platform, "machine", lambda: "another")
-    paths.append(native.library(extensions, native.AVX2))
+    paths.append(native.library(native.AVX2, extensions))
     assert len(set(paths)) == 6
 
 
@@ -118,7 +118,7 @@ def test_folders(no_home, monkeypatch):
 
 def test_without_a_home_a_folder_of_this_user_holds_the_library(no_home, compiler):
     path = native.build(native.AVX2)
-    assert path == native.library(no_home / f"int8fx-{os.geteuid()}", native.AVX2)
+    assert path == native.library(native.AVX2, no_home / f"int8fx-{os.geteuid()}")
     assert path.read_text() == "built\n"
     assert path.parents[1].stat().st_mode & 0o777 == 0o700
     assert native.build(native.AVX2) == path
@@ -201,7 +201,7 @@ def test_nobody_else_may_rename_a_private_folder(tmp_path, mode, safe):
 def test_what_somebody_else_put_into_the_private_folder_is_not_loaded(no_home, monkeypatch):
     """A complete library, in a folder that all may write: nothing loads it, and nothing is compiled over it."""
     monkeypatch.setattr(native, "compile_to", None)
-    path = native.library(no_home / f"int8fx-{os.geteuid()}", native.instruction_set())
+    path = native.library(native.instruction_set(), no_home / f"int8fx-{os.geteuid()}")
     path.parent.mkdir(parents=True)
     path.parents[1].chmod(0o777)
     path.write_text("harm")
@@ -405,7 +405,7 @@ def test_the_command(extensions, compiler):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert main(["build"]) == 0
-    assert native.library(extensions, native.instruction_set()).exists()
+    assert native.library(native.instruction_set(), extensions).exists()
 
 
 def test_the_command_says_why_it_failed(extensions, monkeypatch, capsys):
