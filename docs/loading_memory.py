@@ -2,7 +2,7 @@
 
     python docs/loading_memory.py [--layers 12] [--hidden 2048]
 
-Writes a random Llama in bfloat16, 1.3 GB by default, to a temporary folder. Loads it in a process of its own with
+Writes a random Llama in bfloat16, 1.65 GB by default, to a temporary folder. Loads it in a process of its own with
 ``Int8FxConfig(scheme)``, saves that, and loads it in another one. Prints, less what the process had before:
 
 - anonymous: the peak of the process's own memory, ``RssAnon``.
