@@ -8,28 +8,34 @@ configuration, and the guards that files of transformers have. It does not impor
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import wraps
 from typing import Any
-from zipfile import is_zipfile
 
-import torch
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..conversion import convert as conversion
 from ..conversion.format import FORMAT, VERSION
-from ..conversion.layers import layer_name, packed_layers
-from ..conversion.packed import PackedModule, frozen, is_packed, join, refuse_unfit, tie_equal_columns, unpack
+from ..conversion.layers import layer_name
+from ..conversion.packed import PackedModule, frozen, refuse_unfit, tie_equal_columns, unpack
 from ..schemes import Scheme, parse_scheme
-from ..schemes.weight import CODES, COLUMNS, COLUMNS_WEIGHT, SCALE
-from .stored import convert_as_stored, read_schemes
-
-METHOD = "int8fx"
-_PARTS = (CODES, SCALE, FORMAT, COLUMNS, COLUMNS_WEIGHT)
+from ..schemes.weight import CODES
+from .stored import (
+    METHOD,
+    PARTS,
+    check_unused,
+    convert_as_stored,
+    describe_before_saving,
+    guard,
+    is_guard,
+    open_file,
+    packed_names,
+    read_header,
+    read_schemes,
+    read_tensor,
+    scheme_and_layers,
+)
 
 
 class _Method(str):
@@ -102,7 +108,7 @@ class Int8FxQuantizer(DiffusersQuantizer):
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """``loaded_keys`` without guards: diffusers would report them as unexpected."""
         self.headers = dict(_headers(checkpoint_files))
-        return [key for key in loaded_keys if not (key + CODES in self.headers and _is_guard(self.headers[key]))]
+        return [key for key in loaded_keys if not (key + CODES in self.headers and is_guard(self.headers[key]))]
 
     def preprocess_model(self, model: Any, **kwargs: Any) -> Any:
         return self._process_model_before_weight_loading(model, **kwargs)
@@ -128,12 +134,11 @@ class Int8FxQuantizer(DiffusersQuantizer):
 
     def _check(self, model: nn.Module, headers: Mapping[str, Tensor]) -> None:
         """Raises ValueError or RuntimeError if tensors of packed weights do not fit ``model``, which is converted."""
-        here = _packed_names(model)
-        names = {name + part for name in here for part in ("", *_PARTS)} & headers.keys()
-        given = {name: headers[name] for name in names if not _is_guard(headers[name])}
-        self.stored = {name + part for name in here for part in _PARTS} & model.state_dict().keys()
-        if extra := sorted(given.keys() - self.stored - here):
-            raise ValueError(f"int8fx: the checkpoint has {extra[0]!r}, which the scheme of this weight does not use")
+        here = packed_names(model)
+        names = {name + part for name in here for part in ("", *PARTS)} & headers.keys()
+        given = {name: headers[name] for name in names if not is_guard(headers[name])}
+        self.stored = {name + part for name in here for part in PARTS} & model.state_dict().keys()
+        check_unused(model, set(given))
         refuse_unfit(model, {name: t if name.endswith(FORMAT) else t.to("meta") for name, t in given.items()}, "")
 
     def check_if_quantized_param(self, model: Any, param_value: Any, param_name: str, *_: Any, **__: Any) -> bool:
@@ -171,7 +176,7 @@ class Int8FxQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor], **_: Any) -> tuple[dict, dict]:  # type: ignore[override]
         """The state dict with a guard for each packed weight: `integrations.transformers` says what it is for."""
         packed = [k.removesuffix(CODES) for k in state_dict if k.endswith(CODES)]
-        guards = {name: torch.zeros(1, dtype=torch.uint8) for name in packed if name + FORMAT in state_dict}
+        guards = {name: guard() for name in packed if name + FORMAT in state_dict}
         return {**state_dict, **guards}, {}
 
     def _dequantize(self, model: Any) -> Any:
@@ -195,10 +200,8 @@ def describe(model: Any) -> None:
             f"int8fx: some layers are quantised by {present.quantization_config.quant_method}, and others by int8fx; "
             "no file of diffusers holds both. Legal: one of them"
         )
-    rows = list(packed_layers(model))
-    schemes = Counter(str(row.reading.scheme) for row in rows if row.reading is not None)
-    select = sorted(row.name for row in rows)
-    config = StoredConfig({"scheme": schemes.most_common(1)[0][0], "skip": [], "select": select})
+    scheme, select = scheme_and_layers(model)
+    config = StoredConfig({"scheme": str(scheme), "skip": [], "select": select})
     model.hf_quantizer = Int8FxQuantizer(config)
     model.register_to_config(quantization_config=config.to_dict())
 
@@ -207,41 +210,15 @@ def describe_when_saved() -> None:
     """Makes ``save_pretrained`` of diffusers' models describe them first. Called once, when diffusers has them."""
     from diffusers.models.modeling_utils import ModelMixin
 
-    save = ModelMixin.save_pretrained
-
-    @wraps(save)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_packed(self):
-            describe(self)
-        return save(self, *args, **kwargs)
-
-    ModelMixin.save_pretrained = save_pretrained  # type: ignore[method-assign]
-
-
-def _packed_names(model: nn.Module) -> set[str]:
-    modules = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, PackedModule)]
-    return {join(path, name) for path, module in modules for name in module.packed_weights}
+    describe_before_saving(ModelMixin, describe)
 
 
 def _headers(files: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of ``files`` by name: formats and guards as they are, of others only dtype and shape, on meta."""
+    """The tensors of ``files`` by name: formats as they are, of others only dtype and shape, on meta."""
     for file in files:
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118  not a dict
-                    part = opened.get_slice(key)
-                    shape: Any = part.get_shape()
-                    if key.endswith(FORMAT) or shape in ([], [1]):
-                        yield key, opened.get_tensor(key)
-                    else:
-                        yield key, torch.empty(shape, dtype=part[:0].dtype, device="meta")
-        else:
-            loaded = torch.load(file, map_location="cpu", mmap=is_zipfile(file), weights_only=True)
-            yield from ((key, tensor) for key, tensor in loaded.items() if isinstance(tensor, Tensor))
-
-
-def _is_guard(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.uint8 and tensor.shape == (1,)
+        opened = open_file(file)
+        for key in opened.keys():  # noqa: SIM118  not always a dict
+            yield key, (read_tensor if key.endswith(FORMAT) else read_header)(opened, key)
 
 
 auto.AUTO_QUANTIZER_MAPPING[METHOD] = Int8FxQuantizer

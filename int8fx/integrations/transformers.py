@@ -20,12 +20,10 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from functools import partial, wraps
+from functools import partial
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import PrefixChange, get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
@@ -35,16 +33,27 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..conversion import convert as conversion
-from ..conversion.format import FORMAT, VERSION, read_scheme
-from ..conversion.layers import Layer, check_weight, grouped, layer_name, packed_layers, quantised_by
+from ..conversion.format import FORMAT, VERSION
+from ..conversion.layers import Layer, check_weight, grouped, layer_name, quantised_by
 from ..conversion.modules import check_what_is_loaded, leave_fast_paths, pack_layers
 from ..conversion.packed import PackedModule, is_packed, join, refuse_unfit, tensors_of, tie_equal_columns
 from ..schemes import LLMInt8, Rotated, Scheme, llm_int8, parse_scheme
-from ..schemes.weight import CODES, COLUMNS, COLUMNS_WEIGHT, SCALE
-from .stored import convert_as_stored
-
-METHOD = "int8fx"
-_PARTS = (CODES, SCALE, FORMAT, COLUMNS, COLUMNS_WEIGHT)
+from ..schemes.weight import CODES
+from .stored import (
+    METHOD,
+    PARTS,
+    check_unused,
+    convert_as_stored,
+    describe_before_saving,
+    guard,
+    is_guard,
+    open_file,
+    packed_names,
+    read_header,
+    read_schemes,
+    read_tensor,
+    scheme_and_layers,
+)
 
 
 @register_quantization_config(METHOD)
@@ -211,10 +220,9 @@ class Int8FxQuantizer(HfQuantizer):
             ids = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
             convert_as_stored(model, {n: scheme for name, scheme in schemes.items() for n in names[ids[name]]})
         _expect_packed_names(model)
-        self.parts = {name + part for name in _packed_names(model) for part in _PARTS}
-        given = stored.headers(_packed_names(model))
-        if extra := sorted(given.keys() - model.state_dict().keys() - _packed_names(model)):
-            raise ValueError(f"int8fx: the checkpoint has {extra[0]!r}, which the scheme of this weight does not use")
+        self.parts = {name + part for name in packed_names(model) for part in PARTS}
+        given = stored.headers(packed_names(model))
+        check_unused(model, set(given))
         refuse_unfit(model, given, "")
 
     def _check_claims(self, model: Any, packed: set[str]) -> None:
@@ -315,9 +323,9 @@ class Int8FxQuantizer(HfQuantizer):
         for key in [key for key in state if key.endswith(CODES) and key.removesuffix(CODES) + FORMAT in state]:
             weight, codes = key.removesuffix(CODES), state[key]
             if codes.is_meta or first.setdefault(codes.data_ptr(), weight) == weight:
-                state[weight] = torch.zeros(1, dtype=torch.uint8)
+                state[weight] = guard()
             else:
-                state |= {weight + part: state[weight + part].clone() for part in _PARTS[1:] if weight + part in state}
+                state |= {weight + part: state[weight + part].clone() for part in PARTS[1:] if weight + part in state}
         return state, {}
 
 
@@ -344,9 +352,8 @@ def _outermost(model: Any) -> Iterator[Any]:
 
 
 def _describe(model: Any, quantizer: Int8FxQuantizer | None) -> None:
-    rows = list(packed_layers(model))
-    schemes = [reading.scheme for *_, reading in rows if reading is not None]
-    config = Int8FxConfig(max(set(schemes), key=schemes.count), select=sorted(row.name for row in rows))
+    scheme, select = scheme_and_layers(model)
+    config = Int8FxConfig(scheme, select=select)
     if quantizer is None:
         quantizer = Int8FxQuantizer(config, pre_quantized=True)
     quantizer.quantization_config = config
@@ -362,7 +369,7 @@ def _describe(model: Any, quantizer: Int8FxQuantizer | None) -> None:
 
 def _expect_packed_names(model: Any) -> None:
     """Tells transformers the names of packed weights: what is tied, which keys it ignores, which conversions stay."""
-    packed = _packed_names(model)
+    packed = packed_names(model)
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     for target, source in list(tied.items()):
         if target in packed and source in packed:
@@ -428,16 +435,6 @@ def _names_of(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _packed_names(model: nn.Module) -> set[str]:
-    """The names of the packed weights of ``model``, each under all its names."""
-    return {
-        join(path, name)
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, PackedModule)
-        for name in module.packed_weights
-    }
-
-
 def _check_loaded(model: nn.Module) -> None:
     """Raises RuntimeError, naming it, if a tensor of a packed weight was not loaded: its memory is uninitialised."""
     for path, module in model.named_modules():
@@ -464,16 +461,12 @@ class _Stored:
     def __init__(self, files: Any, model: Any, renamings: list[WeightRenaming]) -> None:
         self.files: dict[str, Any] = {}  # key -> an open file, or a dict of tensors
         for file in [files] if isinstance(files, str) else files or ():
-            if str(file).endswith(".safetensors"):
-                opened: Any = safe_open(file, framework="pt")
-            else:
-                loaded = torch.load(file, map_location="cpu", mmap=is_zipfile(file), weights_only=True)
-                opened = {key: t for key, t in loaded.items() if isinstance(t, Tensor)}
+            opened = open_file(file)
             self.files |= dict.fromkeys(opened.keys(), opened)
         self.keys: dict[str, str] = {}
         state, prefix = model.state_dict(), model.base_model_prefix
         for key in sorted(self.files):
-            for part in ("", *_PARTS):
+            for part in ("", *PARTS):
                 if not key.endswith(part):
                     continue
                 weight = key.removesuffix(part)
@@ -485,28 +478,20 @@ class _Stored:
 
     def header(self, name: str) -> Tensor:
         """A tensor of the dtype and shape that the tensor ``name`` has, on meta."""
-        key = self.keys[name]
-        file = self.files[key]
-        if isinstance(file, dict):
-            return file[key].to("meta")
-        part = file.get_slice(key)
-        shape = part.get_shape()
-        return torch.empty(shape, dtype=(part[:0] if shape else part[...]).dtype, device="meta")
+        return read_header(self.files[self.keys[name]], self.keys[name])
 
     def headers(self, weights: Iterable[str]) -> dict[str, Tensor]:
         """The headers of all parts of the packed ``weights``, and their formats as they are."""
-        names = {weight + part for weight in weights for part in ("", *_PARTS)} & self.keys.keys()
+        names = {weight + part for weight in weights for part in ("", *PARTS)} & self.keys.keys()
         headers = {name: self.read(name) if name.endswith(FORMAT) else self.header(name) for name in names}
-        return {name: tensor for name, tensor in headers.items() if not _is_guard(tensor)}
+        return {name: tensor for name, tensor in headers.items() if not is_guard(tensor)}
 
     def read(self, name: str) -> Tensor:
-        key = self.keys[name]
-        file = self.files[key]
-        return file[key] if isinstance(file, dict) else file.get_tensor(key)
+        return read_tensor(self.files[self.keys[name]], self.keys[name])
 
     def has(self, weight: str) -> bool:
         """Whether the files have values for the weight called ``weight``, packed or not."""
-        return weight + CODES in self.keys or (weight in self.keys and not _is_guard(self.header(weight)))
+        return weight + CODES in self.keys or (weight in self.keys and not is_guard(self.header(weight)))
 
     def packed(self, names: list[str]) -> str | None:
         """One of the tied ``names`` if the files have this weight packed, or remains of it."""
@@ -515,7 +500,7 @@ class _Stored:
                 return name
         for name in names:
             if (name + CODES in self.keys and self.header(name + CODES).dtype == torch.int8) or (
-                name in self.keys and _is_guard(self.header(name))
+                name in self.keys and is_guard(self.header(name))
             ):
                 return name
         return None
@@ -526,14 +511,8 @@ class _Stored:
             there = [name + part for name in names if name + part in self.keys]
             if not there:
                 raise ValueError(f"int8fx: the checkpoint lacks {names[0] + part!r}; it is incomplete")
-        try:
-            return read_scheme(self.read(there[0]))
-        except ValueError as error:
-            raise ValueError(f"int8fx: {self.keys[there[0]]!r} of the checkpoint: {error}") from error
-
-
-def _is_guard(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.uint8 and tensor.shape == (1,)
+        [scheme] = read_schemes({self.keys[there[0]]: self.read(there[0])}).values()
+        return scheme
 
 
 # ---- weights that were packed one by one -----------------------------------------------------------------------------
@@ -578,15 +557,12 @@ def describe_when_saved() -> None:
     """
     from transformers.modeling_utils import PreTrainedModel
 
-    save = PreTrainedModel.save_pretrained
+    describe_before_saving(PreTrainedModel, _describe_if_unknown)
 
-    @wraps(save)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(getattr(self.config, "quantization_config", None), Int8FxConfig) and is_packed(self):
-            describe(self)
-        return save(self, *args, **kwargs)
 
-    PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+def _describe_if_unknown(model: Any) -> None:
+    if not isinstance(getattr(model.config, "quantization_config", None), Int8FxConfig):
+        describe(model)
 
 
 conversion.AFTER_CONVERSION.append(describe)

@@ -95,9 +95,7 @@ def _check_matmul(op: str, x: Tensor, weight: Int8Weight, bias: Tensor | None, d
     _check_x(op, x)
     _check_weight(op, weight, dims)
     for name, tensor in (("weight", weight.codes), ("weight_scale", weight.scale)):
-        if (
-            tensor.device.type != x.device.type
-        ):  # one on meta would otherwise select the fake, whose result is undefined
+        if tensor.device.type != x.device.type:  # one on meta would select the fake, whose result is undefined
             _refuse(op, f"x is on {x.device} and {name} on {tensor.device}", "one device")
     *channels, K = weight.codes.shape
     if x.shape[-1] != K:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
@@ -14,21 +14,10 @@ def register() -> None:
 
     int8fx = torch.ops.int8fx
 
-    def linear(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
-        return 2 * math.prod(x_shape) * weight_shape[-2]
+    def formula(weight_at: int) -> Callable[..., int]:
+        """``weight_at``: which argument of the op the weight is; x is the first."""
+        return lambda *shapes, **_: 2 * math.prod(shapes[0]) * shapes[weight_at][-2]
 
-    def linear_quantized(
-        x_shape: Any, codes: Any, x_scale: Any, mask: Any, weight_shape: Any, *_: Any, **__: Any
-    ) -> int:
-        return 2 * math.prod(x_shape) * weight_shape[-2]
-
-    def grouped_linear(x_shape: Any, offsets: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
-        return 2 * math.prod(x_shape) * weight_shape[-2]
-
-    for op, formula in (
-        (int8fx.linear, linear),
-        (int8fx.linear_quantized, linear_quantized),
-        (int8fx.grouped_linear, grouped_linear),
-    ):
+    for op, weight_at in ((int8fx.linear, 1), (int8fx.linear_quantized, 4), (int8fx.grouped_linear, 2)):
         if op not in flop_registry:
-            register_flop_formula(op)(formula)
+            register_flop_formula(op)(formula(weight_at))

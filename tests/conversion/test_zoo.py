@@ -51,12 +51,7 @@ def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize(("task", "name"), SWEEP, ids=lambda value: value)
 def test_architecture(task, name):
-    try:
-        model, inputs = zoo.build(task, name)
-    except Exception as error:
-        if (task, name) in FAMILIES:
-            raise
-        pytest.skip(f"the rules do not fit: {type(error).__name__}: {error}")
+    model, inputs = zoo.build_or_skip(task, name, required=(task, name) in FAMILIES)
     sharp, twin = copy.deepcopy(model), dequantised_twin(model)
     linears = {path for path, module in model.named_modules() if type(module) is nn.Linear}
     int8fx.convert(model)

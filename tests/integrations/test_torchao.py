@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from support import models
-from support.conversion import SCHEMES
+from support.conversion import SCHEMES, assert_same_tensors
 from torch import Tensor, nn
 from torchao import quantize_
 from torchao.core.config import config_from_dict, config_to_dict
@@ -30,13 +30,6 @@ def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 def is_linear(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
-
-
-def assert_same_tensors(model: nn.Module, other: nn.Module) -> None:
-    state, expected = model.state_dict(), other.state_dict()
-    assert state.keys() == expected.keys()
-    assert [key for key in state if not torch.equal(state[key], expected[key])] == []
-    assert [key for key in state if state[key].dtype != expected[key].dtype] == []
 
 
 def logits(model: nn.Module, inputs: dict) -> Tensor:

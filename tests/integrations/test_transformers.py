@@ -1,7 +1,6 @@
 """transformers: models are quantised while they load, say what they are, and come back as they were saved."""
 
 import copy
-import filecmp
 import json
 import pickle
 import subprocess
@@ -14,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from support import models
-from support.conversion import SCHEMES, dequantized_in
+from support.conversion import SCHEMES, assert_same_files, assert_same_tensors, dequantized_in
 from torch import Tensor, nn
 
 import int8fx
@@ -41,19 +40,6 @@ def outputs(model: nn.Module, inputs: dict) -> list[Tensor]:
     with torch.no_grad():
         y = model(**inputs)
     return [t for t in y.values() if isinstance(t, Tensor)]
-
-
-def assert_same_tensors(model: nn.Module, other: nn.Module) -> None:
-    state, expected = model.state_dict(), other.state_dict()
-    assert state.keys() == expected.keys()
-    assert [key for key in state if not torch.equal(state[key], expected[key])] == []
-    assert [key for key in state if state[key].dtype != expected[key].dtype] == []
-
-
-def assert_same_files(folder: Path, other: Path) -> None:
-    names = sorted(path.name for path in folder.iterdir())
-    assert names == sorted(path.name for path in other.iterdir())
-    assert filecmp.cmpfiles(folder, other, names, shallow=False)[1:] == ([], [])
 
 
 @pytest.fixture

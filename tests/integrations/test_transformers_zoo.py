@@ -4,14 +4,12 @@ The fast lane has classes whose names change between model and file, or whose ti
 ``HYPOTHESIS_PROFILE=thorough pytest tests/integrations/test_transformers_zoo.py`` sweeps all that `support.zoo` builds.
 """
 
-import filecmp
 import os
 
 import pytest
 import torch
 from support import zoo
-from support.conversion import converted_names
-from torch import nn
+from support.conversion import assert_same_files, assert_same_tensors, converted_names
 
 import int8fx
 
@@ -26,27 +24,10 @@ SWEEP = EVERYTHING if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else FA
 SHARDS = {"max_shard_size": "200KB"}
 
 
-def assert_same(model: nn.Module, other: nn.Module) -> None:
-    state, expected = model.state_dict(), other.state_dict()
-    assert state.keys() == expected.keys()
-    assert [k for k, t in state.items() if t.dtype != expected[k].dtype or not torch.equal(t, expected[k])] == []
-
-
-def assert_same_files(folder, other) -> None:
-    names = sorted(path.name for path in folder.iterdir())
-    assert names == sorted(path.name for path in other.iterdir())
-    assert filecmp.cmpfiles(folder, other, names, shallow=False)[1:] == ([], [])
-
-
 @pytest.mark.parametrize("select", [None, ["*"]], ids=["default", "everything"])
 @pytest.mark.parametrize(("task", "name"), SWEEP, ids=lambda value: value)
 def test_architecture(task, name, select, tmp_path):
-    try:
-        model, _ = zoo.build(task, name)
-    except Exception as error:
-        if (task, name) in FAMILIES:
-            raise
-        pytest.skip(f"the rules do not fit: {type(error).__name__}: {error}")
+    model, _ = zoo.build_or_skip(task, name, required=(task, name) in FAMILIES)
     cls, scheme = type(model), int8fx.rotated(16, columns=0.05)
     model.save_pretrained(tmp_path / "float")
     converted = cls.from_pretrained(tmp_path / "float")
@@ -57,12 +38,12 @@ def test_architecture(task, name, select, tmp_path):
         pytest.skip("nothing is converted")
     config = int8fx.Int8FxConfig(scheme, select=select)
     loaded = cls.from_pretrained(tmp_path / "float", quantization_config=config)
-    assert_same(loaded, converted)
+    assert_same_tensors(loaded, converted)
     loaded.save_pretrained(tmp_path / "loaded", **SHARDS)
     converted.save_pretrained(tmp_path / "converted", **SHARDS)
     assert_same_files(tmp_path / "loaded", tmp_path / "converted")
     again = cls.from_pretrained(tmp_path / "loaded")
-    assert_same(again, loaded)
+    assert_same_tensors(again, loaded)
     assert not [name for name, t in (*again.named_parameters(), *again.named_buffers()) if t.is_meta]
     again.save_pretrained(tmp_path / "again", **SHARDS)
     assert_same_files(tmp_path / "again", tmp_path / "loaded")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import filecmp
 import io
 import pickle
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -345,3 +347,21 @@ def tensors(program: Program | nn.Module) -> dict[str, Tensor]:
     """The tensors of a model or program by name, without those that say what their scheme is."""
     state = program.state_dict if isinstance(program, ExportedProgram) else program.state_dict()
     return {name: tensor for name, tensor in state.items() if not name.endswith(FORMAT)}
+
+
+# ---- saved and loaded -----------------------------------------------------------------------------------------------
+
+
+def assert_same_tensors(model: nn.Module, other: nn.Module) -> None:
+    """Both have state dicts with the same names, dtypes and values."""
+    state, expected = model.state_dict(), other.state_dict()
+    assert state.keys() == expected.keys()
+    assert [key for key in state if not torch.equal(state[key], expected[key])] == []
+    assert [key for key in state if state[key].dtype != expected[key].dtype] == []
+
+
+def assert_same_files(folder: Path, other: Path) -> None:
+    """Both folders have files of the same names and bytes."""
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    assert filecmp.cmpfiles(folder, other, names, shallow=False)[1:] == ([], [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
@@ -101,3 +102,13 @@ def build(task: str, model_type: str) -> tuple[nn.Module, dict[str, torch.Tensor
     with torch.no_grad():
         model(**inputs)
     return model, inputs
+
+
+def build_or_skip(task: str, model_type: str, required: bool) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """`build`. Skips the test if the rules do not fit this model type and it is not ``required``."""
+    try:
+        return build(task, model_type)
+    except Exception as error:
+        if required:
+            raise
+        pytest.skip(f"the rules do not fit: {type(error).__name__}: {error}")
