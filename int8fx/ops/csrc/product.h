@@ -58,7 +58,7 @@ constexpr bool HAS_BFLOAT16 = false;
 template <typename AnyTile>
 constexpr bool HAS_FEW = requires { &AnyTile::template few<1>; };  // sums along K by instructions of its own
 constexpr bool TILE_HAS_FEW = HAS_FEW<Tile>;
-constexpr int64_t FEW_ROWS = TILE_HAS_FEW ? 16 : 8;
+constexpr int64_t FEW_ROWS = TILE_HAS_FEW ? 24 : 8;
 
 // Whether M rows are multiplied without quantising x. rows.py has the rule for all devices.
 inline bool weight_only(int64_t M, int64_t block) { return M <= INT8FX_WEIGHT_ONLY_ROWS && block == 1; }
@@ -107,17 +107,38 @@ struct Product {
   }
 
  private:
+  static constexpr int MR = Tile::MR, NR = Tile::NR, PANEL = Tile::PANEL, L = Lanes<T>::N;
+  static constexpr int64_t DEPTH = Tile::DEPTH;
+  static_assert(PANEL % NR == 0 && PANEL % L == 0 && MR % L == 0 && Tile::BLOCK_M % MR == 0);
+
+  using InT = FloatTile<T, MR, PANEL>;
+  static constexpr bool MAY_USE_BFLOAT16 = HAS_BFLOAT16 && std::is_same_v<scalar_t, c10::BFloat16>;
+  template <typename Otherwise>
+  using InBfloat16 = typename std::conditional_t<MAY_USE_BFLOAT16, std::type_identity<Bfloat16Tile<MR, PANEL>>,
+                                                 std::type_identity<Otherwise>>::type;
+  using OutlierTile = InBfloat16<InT>;
+
+  static constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
   // ---- weight-only ------------------------------------------------------------------------------------------------
 
   static constexpr int64_t WIDTH = 16;  // channels that a thread takes at a time
 
   template <int ROWS>
   void multiply_floats() const {
-    const int64_t C = columns.size();
-    std::vector<T> rows(ROWS * K), unquantised(ROWS * C);
-    load(x, rows.data(), ROWS * K);
-    for (int r = 0; r < ROWS; ++r)
-      for (int64_t c = 0; c < C; ++c) unquantised[r * C + c] = std::exchange(rows[r * K + columns[c]], T(0));
+    using Row = std::conditional_t<MAY_USE_BFLOAT16, uint16_t, T>;
+    const int64_t C = columns.size(), stride = MAY_USE_BFLOAT16 ? round_up(K, 64) : K;
+    std::vector<Row> rows(ROWS * stride);
+    std::vector<T> unquantised(ROWS * C);
+    std::vector<scalar_t> row(K);
+    for (int r = 0; r < ROWS; ++r) {
+      std::copy_n(x + r * K, K, row.begin());
+      for (int64_t c = 0; c < C; ++c) unquantised[r * C + c] = static_cast<T>(std::exchange(row[columns[c]], scalar_t(0)));
+      if constexpr (MAY_USE_BFLOAT16)
+        OutlierTile::order_few(reinterpret_cast<const uint16_t*>(row.data()), K, rows.data() + r * stride);
+      else
+        load(row.data(), rows.data() + r * stride, K);
+    }
     parallel_for((N + WIDTH - 1) / WIDTH, grain_of(K * WIDTH), [&](int64_t begin, int64_t end) {
       std::vector<T> channel(C);  // of columns_weight
       T sums[ROWS][WIDTH] = {}, scale[WIDTH], bias[WIDTH] = {};
@@ -125,7 +146,10 @@ struct Product {
         const int64_t n0 = block * WIDTH, count = std::min(WIDTH, N - n0);
         load_any(weight_scale, n0, count, WIDTH, scale);
         if (epilogue.bias.data) load_any(epilogue.bias, n0, count, WIDTH, bias);
-        dot_floats<ROWS>(rows.data(), n0, count, sums);
+        if constexpr (MAY_USE_BFLOAT16)
+          dot_bfloat16<ROWS>(rows.data(), stride, n0, count, sums);
+        else
+          dot_floats<ROWS>(rows.data(), n0, count, sums);
         for (int64_t n = 0; n < count; ++n) {
           for (int r = 0; r < ROWS; ++r) sums[r][n] *= scale[n];
           if (C == 0) continue;
@@ -141,7 +165,21 @@ struct Product {
     });
   }
 
-  // sums[r][n] = sum_k(rows[r, k] * weight[n0 + n, k]), in enough vectors of partial sums that additions (four cycles each)
+  // sums[r][n] = sum_k(rows[r, k] * weight[n0 + n, k]), AT_ONCE k at a time, so that the first-level cache holds the rows
+  template <int ROWS>
+  void dot_bfloat16(const uint16_t* rows, int64_t stride, int64_t n0, int64_t count, T (&sums)[ROWS][WIDTH]) const {
+    constexpr int64_t AT_ONCE = 4096 / ROWS / 64 * 64;
+    typename OutlierTile::Vector partial[WIDTH / 4][ROWS][4] = {};
+    for (int64_t k = 0; k < K; k += AT_ONCE)
+      for (int64_t n = 0; n < count; n += 4) {
+        const int8_t* w[4];
+        for (int64_t c = 0; c < 4; ++c) w[c] = weight + (n0 + std::min(n + c, count - 1)) * K + k;
+        OutlierTile::template few<ROWS>(rows + k, stride, std::min(AT_ONCE, K - k), w, WIDTH * K, partial[n / 4]);
+      }
+    for (int64_t n = 0; n < count; n += 4) OutlierTile::template total_few<ROWS>(partial[n / 4], sums[0] + n, WIDTH);
+  }
+
+  // The same in floats, in enough vectors of partial sums that additions (four cycles each)
   // do not wait for each other. Several rows take two channels at a time, and AT_ONCE k of them, which the first-level
   // cache holds. One row is bound by bandwidth, so it reads the weight in the order of memory.
   template <int ROWS>
@@ -185,17 +223,6 @@ struct Product {
 
   // ---- few, blocked ------------------------------------------------------------------------------------------------
 
-  static constexpr int MR = Tile::MR, NR = Tile::NR, PANEL = Tile::PANEL, L = Lanes<T>::N;
-  static constexpr int64_t DEPTH = Tile::DEPTH;
-  static_assert(PANEL % NR == 0 && PANEL % L == 0 && MR % L == 0 && Tile::BLOCK_M % MR == 0);
-
-  using InT = FloatTile<T, MR, PANEL>;
-  static constexpr bool MAY_USE_BFLOAT16 = HAS_BFLOAT16 && std::is_same_v<scalar_t, c10::BFloat16>;
-  template <typename Otherwise>
-  using InBfloat16 = typename std::conditional_t<MAY_USE_BFLOAT16, std::type_identity<Bfloat16Tile<MR, PANEL>>,
-                                                 std::type_identity<Otherwise>>::type;
-  using OutlierTile = InBfloat16<InT>;
-
   // x as the tiles want it
   struct Packed {
     std::vector<Block> blocks;
@@ -224,8 +251,6 @@ struct Product {
       if (columns_weight.dtype == Dtype::bfloat16) return f(OutlierTile{});
     f(InT{});
   }
-
-  static constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
   void multiply_codes() const {
     const bool few = M <= FEW_ROWS;
@@ -452,7 +477,7 @@ struct Product {
     const int8_t* w[4];
     for (int64_t c = 0; c < 4; ++c) w[c] = weight + (n + std::min(c, count - 1)) * K;
     if constexpr (HAS_FEW<AnyTile>)
-      AnyTile::template few<ROWS>(codes + m * K, p.x_sums + m, K, w, sums);
+      AnyTile::template few<ROWS>(codes + m * K, p.x_sums + m, K, w, sums, m == 0);
     else
       for (int64_t c = 0; c < std::min<int64_t>(4, count); ++c)
         dot<ROWS>(p.x->template as<int16_t>() + m * K, K, w[c], sums + c * MR);

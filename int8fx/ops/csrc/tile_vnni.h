@@ -83,16 +83,20 @@ struct VnniTile {
   // so the sum of row r is 128 * x_sums[r] too large, x_sums[r] = sum_k(x[r, k]).
   //
   //   y[c * MR + r] = sum_k(x[r, k] * w[c][k])
+  //
+  // `first`: these are the first rows that are multiplied by these channels.
   template <int ROWS>
-  static void few(const int8_t* x, const int32_t* x_sums, int64_t K, const int8_t* const (&w)[4], int32_t* y) {
+  static void few(
+      const int8_t* x, const int32_t* x_sums, int64_t K, const int8_t* const (&w)[4], int32_t* y, bool first) {
     Vector sums[ROWS][4] = {};
     const Bytes flip = Bytes{} + uint8_t(0x80);
+    const int64_t ahead = 16 * K;
     int64_t k = 0;
     for (; k + 64 <= K; k += 64) {
       Bytes shifted[4];
 #pragma GCC unroll 4
       for (int c = 0; c < 4; ++c) {
-        prefetch(w[c] + k);
+        if (first) fetch(w[c] + k + ahead);
         shifted[c] = (Bytes)load(w[c] + k) ^ flip;
       }
 #pragma GCC unroll 4
@@ -112,7 +116,7 @@ struct VnniTile {
         }
     Vector all[16] = {};
     std::memcpy(all, sums, sizeof sums);
-    const Vector totals = sum_each(all);
+    const Vector totals = sum_lanes(all);
     for (int r = 0; r < ROWS; ++r)
       for (int c = 0; c < 4; ++c) y[c * MR + r] = totals[r * 4 + c] - 128 * x_sums[r];
   }
@@ -145,17 +149,6 @@ struct VnniTile {
     for (int n = 0; n < NR; ++n)
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) *(Vector*)(y + n * MR + v * 16) = sums[n][v];
-  }
-
-  // Lane i is the sum of the lanes of v[i]. Each round adds neighbouring lanes of all vectors, and halves their number.
-  static inline Vector sum_each(Vector (&v)[16]) {
-#pragma GCC unroll 4
-    for (int n = 8; n > 0; n /= 2)
-#pragma GCC unroll 8
-      for (int i = 0; i < n; ++i)
-        v[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-            __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-    return v[0];
   }
 
   static inline Codes load(const int8_t* codes) {
