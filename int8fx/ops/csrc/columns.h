@@ -14,9 +14,9 @@
 
 namespace int8fx {
 
-// Whether columns that are multiplied in floating point are left out of the int8 matmul. Without vpcompressb, which takes them
-// out of a row, 64 codes an instruction, the int8 matmul multiplies zeros of x there.
-#if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
+// Whether columns that are multiplied in floating point are left out of the int8 matmul, if there are many. Without vpermb,
+// which takes them out of a row, 64 codes an instruction, the int8 matmul multiplies zeros of x there.
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 #define INT8FX_COMPACTS
 #endif
 
@@ -32,54 +32,65 @@ struct Block {
       : k(k), depth(depth), kept(depth), outliers(within(all_outliers)) {
 #ifdef INT8FX_COMPACTS
     const std::vector<int64_t> out = within(excluded);
-    if (out.empty()) return;
-    if (int64_t(out.size()) * 64 >= depth) kept -= out.size();  // with fewer, multiplying zeros is cheaper
-    masks.resize((depth + 63) / 64);
-    for (size_t i = 0; i < masks.size(); ++i) {
-      masks[i].exists = depth - int64_t(i) * 64 >= 64 ? ~0ull : (1ull << (depth - i * 64)) - 1;
-      masks[i].kept = masks[i].exists;
+    if (int64_t(out.size()) * 32 < depth) return;  // multiplying zeros is cheaper than taking out one code of 32
+    kept -= out.size();
+    std::vector<char> is(depth, KEPT);
+    for (const int64_t i : out) is[i] = UNQUANTISED;
+    for (const int64_t i : outliers) is[i] = OUTLIER;
+    chunks.resize((depth + 63) / 64);
+    for (int64_t i = 0; i < depth; ++i) {
+      Chunk& chunk = chunks[i / 64];
+      if (is[i] == KEPT) chunk.kept[chunk.kept_count++] = i % 64;
+      if (is[i] == OUTLIER) chunk.outliers[chunk.outlier_count++] = i % 64;
+      ++chunk.count;
     }
-    for (const int64_t i : out) masks[i / 64].kept &= ~(1ull << i % 64);
-    for (const int64_t i : outliers) masks[i / 64].outliers |= 1ull << i % 64;
 #endif
   }
 
-  // Whether `keep` takes codes out.
+  // Whether `split` takes codes out.
   bool compacts() const { return kept < depth; }
 
-  // The kept codes of a row's block, then zeros up to a multiple of 64. Returns the sum of the codes.
-  int32_t keep([[maybe_unused]] const int8_t* row, [[maybe_unused]] int8_t* out) const {
+  // Rows of codes, `stride` apart, to the kept ones, then zeros up to a multiple of 64, and to those of the outlier columns,
+  // then up to 63 of any value. sums[r] is the sum of row r's kept codes. Only if it compacts.
+  template <int ROWS>
+  void split([[maybe_unused]] const int8_t* rows, [[maybe_unused]] int64_t stride, [[maybe_unused]] int8_t* to_kept,
+             [[maybe_unused]] int64_t kept_stride, [[maybe_unused]] int8_t* to_outliers,
+             [[maybe_unused]] int64_t outlier_stride, [[maybe_unused]] int32_t* sums) const {
 #ifdef INT8FX_COMPACTS
-    __m512i sums = _mm512_setzero_si512();
-    const int8_t* const end = out + (kept + 63) / 64 * 64;
-    for (size_t i = 0; i < masks.size(); ++i) {
-      const __m512i codes = _mm512_maskz_compress_epi8(masks[i].kept, load(row, i));
-      sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), codes);
-      _mm512_storeu_si512(out, codes);
-      out += __builtin_popcountll(masks[i].kept);
+    __m512i partial[ROWS];
+    for (int r = 0; r < ROWS; ++r) partial[r] = _mm512_setzero_si512();
+    const int8_t* const end = to_kept + (kept + 63) / 64 * 64;
+    for (const Chunk& chunk : chunks) {
+      const __m512i kept_here = _mm512_load_si512(chunk.kept), outliers_here = _mm512_load_si512(chunk.outliers);
+      const __mmask64 exists = low_bits(chunk.count), keeps = low_bits(chunk.kept_count);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        const __m512i codes = _mm512_maskz_loadu_epi8(exists, rows + r * stride);
+        const __m512i here = _mm512_maskz_permutexvar_epi8(keeps, kept_here, codes);
+        partial[r] = _mm512_dpbusd_epi32(partial[r], _mm512_set1_epi8(1), here);
+        _mm512_storeu_si512(to_kept + r * kept_stride, here);
+        if (to_outliers != nullptr && chunk.outlier_count > 0)
+          _mm512_storeu_si512(to_outliers + r * outlier_stride, _mm512_permutexvar_epi8(outliers_here, codes));
+      }
+      rows += 64;
+      to_kept += chunk.kept_count;
+      if (to_outliers != nullptr) to_outliers += chunk.outlier_count;
     }
-    if (out < end) _mm512_mask_storeu_epi8(out, (1ull << (end - out)) - 1, _mm512_setzero_si512());
-    return _mm512_reduce_add_epi32(sums);
-#else
-    return 0;
+    for (int r = 0; r < ROWS; ++r) {
+      _mm512_mask_storeu_epi8(to_kept + r * kept_stride, low_bits(end - to_kept), _mm512_setzero_si512());
+      sums[r] = _mm512_reduce_add_epi32(partial[r]);
+    }
 #endif
   }
 
-  // The codes of a row's block in the outlier columns, and up to 63 of any value after them.
+  // The codes of a row in the outlier columns.
   void gather(const int8_t* row, int8_t* out) const {
-#ifdef INT8FX_COMPACTS
-    if (outliers.size() > 16) {
-      for (size_t i = 0; i < masks.size(); ++i) {
-        _mm512_storeu_si512(out, _mm512_maskz_compress_epi8(masks[i].outliers, load(row, i)));
-        out += __builtin_popcountll(masks[i].outliers);
-      }
-      return;
-    }
-#endif
     for (const int64_t i : outliers) *out++ = row[i];
   }
 
  private:
+  enum : char { KEPT, OUTLIER, UNQUANTISED };
+
   std::vector<int64_t> within(const std::vector<int64_t>& columns) const {
     std::vector<int64_t> here(std::lower_bound(columns.begin(), columns.end(), k),
                               std::lower_bound(columns.begin(), columns.end(), k + depth));
@@ -88,12 +99,13 @@ struct Block {
   }
 
 #ifdef INT8FX_COMPACTS
-  struct Masks {  // of 64 columns
-    uint64_t exists, kept, outliers = 0;
+  struct alignas(64) Chunk {  // 64 columns, or those that are left
+    uint8_t kept[64] = {}, outliers[64] = {};
+    int count = 0, kept_count = 0, outlier_count = 0;
   };
-  std::vector<Masks> masks;  // none if no column is excluded
+  std::vector<Chunk> chunks;  // none if all columns are kept
 
-  __m512i load(const int8_t* row, size_t i) const { return _mm512_maskz_loadu_epi8(masks[i].exists, row + i * 64); }
+  static __mmask64 low_bits(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
 #endif
 };
 

@@ -321,7 +321,8 @@ struct Product {
     constexpr int64_t WIDTH = DEPTH + 64;
     const int8_t* from = codes + m0 * K + block.k;
     if (!block.compacts()) return Tile::pack_x(from, K, rows, block.kept, out);
-    for (int64_t m = 0; m < rows; ++m) block.keep(from + m * K, buffer + m * WIDTH);
+    int32_t sum;
+    for (int64_t m = 0; m < rows; ++m) block.template split<1>(from + m * K, K, buffer + m * WIDTH, WIDTH, nullptr, 0, &sum);
     Tile::pack_x(buffer, WIDTH, rows, block.kept, out);
   }
 
@@ -335,7 +336,17 @@ struct Product {
     if (C % KG != 0 || rows < MR) std::fill_n(to, round_up(C, KG) * MR, typename F::X(0));
     for (int64_t m = 0; m < rows; ++m) {
       const scalar_t* from = x + (m0 + m) * K + k;
-      for (int64_t c = 0; c < C; ++c) to[(c / KG * MR + m) * KG + c % KG] = F::as_x(from[of_columns[c]]);
+      if constexpr (KG == 2) {
+        for (int64_t c = 0; c + 1 < C; c += 2) {
+          typename F::X* pair = to + (c / 2 * MR + m) * 2;
+          if (of_columns[c] + 1 == of_columns[c + 1])
+            std::memcpy(pair, from + of_columns[c], 2 * sizeof(typename F::X));
+          else
+            pair[0] = F::as_x(from[of_columns[c]]), pair[1] = F::as_x(from[of_columns[c + 1]]);
+        }
+        if (C % 2 != 0) to[(C / 2 * MR + m) * 2] = F::as_x(from[of_columns[C - 1]]);
+      } else
+        for (int64_t c = 0; c < C; ++c) to[c * MR + m] = F::as_x(from[of_columns[c]]);
     }
   }
 
@@ -354,15 +365,17 @@ struct Product {
       no_sums = false;
     }
     for (const Block& block : p.blocks) {
+      const int8_t* rows = weight + n0 * K + block.k;
+      if (block.compacts()) {
+        for (int64_t n = 0; n < count;) n += split(block, rows + n * K, n, count - n, K, s);
+        if (few) std::fill_n(s.excess, PANEL, 0);
+      } else {
+        if (!few)
+          for (int64_t n = 0; n < count; ++n) s.excess[n] += Tile::load_w(rows + n * K, block.depth, s.w + n * Tile::STRIDE);
+        if (!block.outliers.empty())
+          for (int64_t n = 0; n < count; ++n) block.gather(rows + n * K, s.codes[n]);
+      }
       if (!few && block.kept > 0) {
-        for (int64_t n = 0; n < count; ++n) {
-          const int8_t* row = weight + (n0 + n) * K + block.k;
-          typename Tile::W* to = s.w + n * Tile::STRIDE;
-          if (block.compacts())
-            s.excess[n] += Tile::OFFSET * block.keep(row, reinterpret_cast<int8_t*>(to));
-          else
-            s.excess[n] += Tile::load_w(row, block.depth, to);
-        }
         const bool is_last = block.k + block.depth == K;
         const int64_t next = is_last ? (n0 + PANEL) * K : n0 * K + block.k + block.depth;  // is loaded next
         for (int64_t tile = first; tile < last; ++tile)
@@ -375,7 +388,6 @@ struct Product {
         no_sums = false;
       }
       if (block.outliers.empty()) continue;
-      for (int64_t n = 0; n < count; ++n) block.gather(weight + (n0 + n) * K + block.k, s.codes[n]);
       const int64_t outliers_here = block.outliers.size();
       for (int64_t c = 0; c < outliers_here; c += FLOAT_DEPTH) {
         using F = OutlierTile;
@@ -408,6 +420,18 @@ struct Product {
       }
     });
     for (int64_t tile = first; tile < last; ++tile) store(n0, count, tile, first, s);
+  }
+
+  // Channels n on, of which `count` exist, of a weight's block that compacts. Returns how many it has done.
+  static int64_t split(const Block& block, const int8_t* rows, int64_t n, int64_t count, int64_t K, Scratch& s) {
+    int32_t sums[4] = {};
+    auto* w = reinterpret_cast<int8_t*>(s.w + n * Tile::STRIDE);
+    if (count >= 4)
+      block.template split<4>(rows, K, w, Tile::STRIDE, s.codes[n], DEPTH + 64, sums);
+    else
+      block.template split<1>(rows, K, w, Tile::STRIDE, s.codes[n], DEPTH + 64, sums);
+    for (int i = 0; i < (count >= 4 ? 4 : 1); ++i) s.excess[n + i] += Tile::OFFSET * sums[i];
+    return count >= 4 ? 4 : 1;
   }
 
   template <typename F>

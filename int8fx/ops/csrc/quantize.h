@@ -166,6 +166,34 @@ inline void rotate_row(T* row, int64_t K, int64_t block) {
   }
 }
 
+// codes[k] = round(row[k] / scale), as a division rounds it. A product with 1 / scale is off by less than `ulps` of it, so
+// it rounds to another code only next to a half: these vectors are divided.
+inline void round_codes(const float* __restrict row, int64_t K, float scale, int8_t* __restrict codes) {
+  constexpr int64_t AT_ONCE = 64;
+  const float inverse = 1 / scale, ulps = 4 * std::numeric_limits<float>::epsilon() * INT8_MAX_CODE;
+  const auto divide = [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      codes[k] = static_cast<int8_t>(static_cast<int32_t>(std::nearbyint(row[k] / scale)));
+  };
+  int64_t k = 0;
+  if (std::isfinite(inverse) && inverse >= std::numeric_limits<float>::min())
+    for (; k + AT_ONCE <= K; k += AT_ONCE) {
+      int32_t near = 0;
+      for (int64_t i = k; i < k + AT_ONCE; ++i) {
+        const float quotient = row[i] * inverse, rounded = std::nearbyint(quotient);
+        near |= std::abs(std::abs(quotient - rounded) - 0.5f) <= ulps;
+        codes[i] = static_cast<int8_t>(static_cast<int32_t>(rounded));
+      }
+      if (near) divide(k, k + AT_ONCE);
+    }
+  divide(k, K);
+}
+
+inline void round_codes(const double* __restrict row, int64_t K, double scale, int8_t* __restrict codes) {
+  for (int64_t k = 0; k < K; ++k)
+    codes[k] = static_cast<int8_t>(static_cast<int32_t>(std::nearbyint(row[k] / scale)));
+}
+
 // The scale of a row and its codes. NaN and infinities make the scale NaN.
 template <typename T>
 inline T quantize_row(const T* __restrict row, int64_t K, int8_t* __restrict codes) {
@@ -176,7 +204,7 @@ inline T quantize_row(const T* __restrict row, int64_t K, int8_t* __restrict cod
   if (!std::isfinite(absmax)) absmax = std::numeric_limits<T>::quiet_NaN();
   const T smallest = std::numeric_limits<float>::min(), scale = absmax / INT8_MAX_CODE;
   const T s = scale < smallest ? smallest : scale;
-  for (int64_t k = 0; k < K; ++k) codes[k] = static_cast<int8_t>(static_cast<int32_t>(std::nearbyint(row[k] / s)));
+  round_codes(row, K, s, codes);
   return s;
 }
 
