@@ -52,6 +52,7 @@ from .loading import (
     unfit_weights,
 )
 from .peft import refuse_targets, refuse_trained_copy
+from .reparametrize import Parameters, is_read_by_torch_utils, parametrized_name, refused
 from .view import PackedWeight, is_captured, is_differentiated
 
 
@@ -337,8 +338,20 @@ class PackedModule(PackedState):
 
     def packed_weight(self, name: str) -> Tensor:
         """The value of the attribute ``name``: a `PackedWeight`, or its float tensor if a graph is being captured."""
-        captured = is_captured(tensors_of(self, name).codes)
-        return self.dequantize(name) if captured else PackedWeight(self, name)
+        if is_captured(tensors_of(self, name).codes):
+            return self.dequantize(name)
+        if is_read_by_torch_utils(2):  # above the property
+            raise refused(self.label(name))
+        return PackedWeight(self, name)
+
+    @property
+    def parametrizations(self) -> Any:
+        """As in ``nn.Module``. ``register_parametrization`` looks here first."""
+        given = None if torch.compiler.is_compiling() else parametrized_name(2)  # above ``is_parametrized``
+        for name in self.packed_weights:
+            if given in (name, *(name + suffix for suffix in (*SUFFIXES, FORMAT))):
+                raise refused(self.label(name))
+        return self.__getattr__("parametrizations")
 
     @torch.no_grad()
     def requantize(self, name: str, weight: Tensor, rows: slice = slice(None)) -> None:
@@ -582,6 +595,8 @@ def _pack(module: nn.Module, weights: Weights, forward: Callable | None) -> None
     for name, (tensors, reading) in weights.items():
         store(module, name, tensors, reading.scheme)
     object.__setattr__(module, "__class__", cls)
+    labels = {name: module.label(name) for name in weights}  # type: ignore[operator]  # a PackedModule now
+    module.__dict__["_parameters"] = Parameters(module._parameters, labels)
 
 
 def unpack(module: PackedModule, dtype: torch.dtype | None = None) -> None:
@@ -592,6 +607,7 @@ def unpack(module: PackedModule, dtype: torch.dtype | None = None) -> None:
         for suffix in (*SUFFIXES, FORMAT):
             _holder(module, name + suffix).pop(name + suffix, None)
         module._parameters[name] = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
+    module.__dict__["_parameters"] = dict(module._parameters)
     del module.__dict__["packed_weights"]
     module.__dict__.pop("_before_cast", None)
     object.__setattr__(module, "__class__", base)
