@@ -580,6 +580,20 @@ def test_functional_call():
     assert_same_buffers(other, expected)
 
 
+def test_an_optimizer_over_all_parameters_trains_what_stayed_in_16_bits():
+    model, inputs = models.llama()
+    int8fx.convert(model)
+    expected, before = buffers(model), {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    optimizer.step()
+    assert_same_buffers(model, expected)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != p.requires_grad, name
+    trained = model.num_parameters(only_trainable=True)
+    assert 0 < trained == sum(p.numel() for p in before.values() if p.dtype == torch.float32) < model.num_parameters()
+
+
 def test_gradients_reach_the_input_and_the_bias():
     module = packed(dtype=torch.float64)
     x = activation(6, 40, dtype=torch.float64).requires_grad_()

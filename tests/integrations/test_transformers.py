@@ -469,8 +469,12 @@ class _Letters(transformers.PreTrainedTokenizer):
         return chr(32 + index)
 
 
-def test_a_trainer_refuses_to_train_a_converted_model_without_adapters(saved, tmp_path):
-    model = transformers.LlamaForCausalLM.from_pretrained(saved)
+@pytest.mark.parametrize("how", ["from_pretrained", "convert"])
+def test_a_trainer_refuses_to_train_a_converted_model_without_adapters(how, saved, tmp_path):
+    if how == "convert":
+        model = int8fx.convert(made("llama")[0])
+    else:
+        model = transformers.LlamaForCausalLM.from_pretrained(saved)
     arguments = transformers.TrainingArguments(str(tmp_path / "out"), report_to=[], use_cpu=True)
     with pytest.raises(ValueError, match="quantized"):
         transformers.Trainer(model=model, args=arguments, train_dataset=[])
