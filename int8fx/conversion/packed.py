@@ -374,6 +374,8 @@ class PackedModule(PackedState):
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any):
         self._undo_cast()
+            if not tensor.is_inference():  # `PackedWeight` writes below autograd: a backward of before must notice
+                torch.autograd.graph.increment_version(tensor)
         return super().state_dict(*args, prefix=prefix, **kwargs)
 
     def _load_from_state_dict(self, *args: Any) -> None:
