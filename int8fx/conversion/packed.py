@@ -129,8 +129,9 @@ class PackedState(nn.Module):
         owner._buffers[name + FORMAT] = form.to(present.device if present is not None else None, copy=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        keys = [(_holder(owner, name + s), name + s) for _, owner, name, _ in self._packed_places() for s in SUFFIXES]
-        with _moved_separately([(tensors, key) for tensors, key in keys if key in tensors], fn):
+        weights = [(owner, name) for _, owner, name, _ in self._packed_places()]
+        keys = [(_holder(owner, name + s), name + s) for owner, name in weights for s in (*SUFFIXES, FORMAT)]
+        with _moved_separately([(tensors, key) for tensors, key in keys if tensors.get(key) is not None], fn):
             super()._apply(fn, recurse)
         return self
 
