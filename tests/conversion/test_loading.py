@@ -223,6 +223,38 @@ def test_codes_for_a_layer_that_is_float_are_refused():
     assert_refused(model, state, says, strict=False)
 
 
+def test_codes_of_a_layer_that_is_float_here_are_refused_by_name():
+    model = int8fx.convert(nn.ModuleDict({"a": nn.Linear(40, 24), "b": nn.Linear(40, 24)}), skip="b")
+    state = int8fx.convert(nn.ModuleDict({"a": nn.Linear(40, 24), "b": nn.Linear(40, 24)})).state_dict()
+    assert_refused(model, state, '"b.weight" is float in this model, found its int8 codes', strict=False)
+    floats = {k: v for k, v in state.items() if not k.startswith("b.")}
+    assert model.load_state_dict(floats, strict=False).missing_keys == ["b.weight", "b.bias"]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("ours", SCHEMES)
+@pytest.mark.parametrize("theirs", SCHEMES)
+def test_tensors_of_another_scheme_are_refused(theirs, ours, assign, strict):
+    model, state = model_of(SCHEMES[ours], seed=1), saved(model_of(SCHEMES[theirs]))
+    if theirs == ours:
+        model.load_state_dict(state, assign=assign, strict=strict)
+        assert differing(model, state) == []
+    else:
+        assert_refused(model, state, '"a.weight', assign=assign, strict=strict)
+
+
+@pytest.mark.parametrize("change", ["without", "of more"])
+def test_a_number_of_columns_that_the_format_does_not_say_is_refused(change):
+    """Tools fill in what a file lacks from the model: ``torch.distributed.checkpoint`` does."""
+    share = {"without": 0.0, "of more": 0.1}[change]
+    model, state = model_of(int8fx.rotated(16, columns=0.05)), saved(model_of(int8fx.rotated(16, columns=share)))
+    filled = saved(model) | {k: v for k, v in state.items() if k.endswith(FORMAT)}
+    scheme = f"rotated(block=16, columns={share})"
+    says = f'"a.weight" has 2 unquantised columns; legal: {int(share * 40)}, as its format is {scheme} and K is 40'
+    assert_refused(model, filled, says, strict=False)
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M3", "C64", "X", "", None, 5]
