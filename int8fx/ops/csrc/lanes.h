@@ -3,6 +3,9 @@
 
 #include <ATen/cpu/vec/vec.h>
 
+#include <cstring>
+#include <utility>
+
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -38,12 +41,63 @@ inline Lanes<float>::V widen<float>(const int8_t* codes) {
 }
 #endif
 
+// Lanes<T>::N int32 minus one, as T.
+template <typename T>
+inline typename Lanes<T>::V convert_difference(const int32_t* values, int32_t excess) {
+  typedef uint32_t Unsigned __attribute__((vector_size(Lanes<T>::N * 4), aligned(4), may_alias));  // they wrap around
+  typedef int32_t Signed __attribute__((vector_size(Lanes<T>::N * 4)));
+  return __builtin_convertvector((Signed)(*(const Unsigned*)values - uint32_t(excess)), typename Lanes<T>::V);
+}
+
+// The lanes of a and b in turn, from the first half or from the second.
+template <bool SECOND, typename V, int... I>
+inline V interleave(const V& a, const V& b, std::integer_sequence<int, I...>) {
+  constexpr int L = sizeof...(I), FROM = SECOND ? L / 2 : 0;
+  return __builtin_shufflevector(a, b, (FROM + I / 2 + I % 2 * L)...);
+}
+
+// An L x L transpose, L a power of two: rounds that interleave row i with row i + L / 2.
+template <typename V, int L>
+inline void transpose(V (&rows)[L]) {
+  constexpr std::make_integer_sequence<int, L> lanes;
+  V other[L];
+  V *from = rows, *to = other;
+#pragma GCC unroll 5
+  for (int n = 1; n < L; n *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; ++i) {
+      to[2 * i] = interleave<false>(from[i], from[i + L / 2], lanes);
+      to[2 * i + 1] = interleave<true>(from[i], from[i + L / 2], lanes);
+    }
+    std::swap(from, to);
+  }
+  if (from != rows)
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = other[i];
+}
+
+// Into the second-level cache: fetching into the first takes the buffers that its misses need. One row of [4096, 4096] on
+// one core of an AMD EPYC (Zen 4), 16 to 64 KiB ahead: 21 GB/s, 17 into the first-level cache, 19 without fetching.
+inline void fetch(const int8_t* codes) { __builtin_prefetch(codes, 0, 2); }
+
+// Lane i is the sum of the lanes of v[i]. Each round adds neighbouring lanes of all vectors, and halves their number.
+template <typename V>
+inline V sum_lanes(V (&v)[16]) {
+#pragma GCC unroll 4
+  for (int n = 8; n > 0; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i)
+      v[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+          __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return v[0];
+}
+
 // Fetches 2 KiB ahead. Hardware prefetchers stop at the end of a page, and a row of the weight is often one page.
 inline void prefetch(const int8_t* codes) { __builtin_prefetch(codes + 2048); }
 
-// sums[r * stride] = sum_k(x[r, k] * w[k]) in int32.
+// sums[r] = sum_k(x[r, k] * w[k]) in int32.
 template <int ROWS>
-inline void dot(const int16_t* x, int64_t K, const int8_t* w, int32_t* sums, int64_t stride) {
+inline void dot(const int16_t* x, int64_t K, const int8_t* w, int32_t* sums) {
   int64_t k = 0;
   int32_t totals[ROWS] = {};
 #ifdef __AVX2__
@@ -66,7 +120,7 @@ inline void dot(const int16_t* x, int64_t K, const int8_t* w, int32_t* sums, int
 #endif
   for (int r = 0; r < ROWS; ++r) {
     for (int64_t i = k; i < K; ++i) totals[r] += int32_t(x[r * K + i]) * int32_t(w[i]);
-    sums[r * stride] = totals[r];
+    sums[r] = totals[r];
   }
 }
 

@@ -106,7 +106,15 @@ std::optional<Binary> binary_of(std::string_view name) {
   return std::nullopt;
 }
 
-std::optional<Epilogue> epilogue_of(
+// `Epilogue` with the tensors that own its values.
+struct EpilogueTensors {
+  Tensor bias;  // [N] or undefined
+  Activation activation;
+  Tensor other;  // [M, N] or undefined
+  Binary binary;
+};
+
+std::optional<EpilogueTensors> epilogue_of(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, std::string_view activation,
     const MaybeTensor& other, std::string_view binary) {
   const auto a = activation_of(activation);
@@ -114,7 +122,7 @@ std::optional<Epilogue> epilogue_of(
   if (!a || !b || (*b == Binary::none) != !other.has_value()) return std::nullopt;
   if (other.has_value() && !(is_float(*other) && other->sizes() == at::IntArrayRef(shape_of_y(x, weight))))
     return std::nullopt;
-  return Epilogue{
+  return EpilogueTensors{
       bias.has_value() ? bias->contiguous() : Tensor(), *a, other.has_value() ? other->contiguous() : Tensor(), *b};
 }
 
@@ -202,9 +210,19 @@ Quantized quantize(const Tensor& x, std::optional<double> threshold, int64_t blo
   return q;
 }
 
+Floats floats_of(const Tensor& t) {
+  if (!t.defined()) return {};
+  const auto dtype = t.scalar_type() == at::kBFloat16 ? Dtype::bfloat16
+      : t.scalar_type() == at::kHalf                  ? Dtype::half
+      : t.scalar_type() == at::kFloat                 ? Dtype::float32
+                                                      : Dtype::float64;
+  return {t.const_data_ptr(), dtype};
+}
+
 // x [M, K], codes [N, K], all contiguous; q is not read if x is not quantised.
 void product_into(
-    const Tensor& y, const Tensor& x, const Quantized& q, const Int8Weight& weight, const Epilogue& epilogue) {
+    const Tensor& y, const Tensor& x, const Quantized& q, const Int8Weight& weight, const EpilogueTensors& epilogue) {
+  const Tensor columns_weight = weight.columns_weight.has_value() ? weight.columns_weight->contiguous() : Tensor();
   dispatch(x.scalar_type(), [&](auto of) {
     using scalar_t = decltype(of);
     using P = Product<scalar_t>;
@@ -212,7 +230,8 @@ void product_into(
     p.M = x.size(0), p.N = weight.codes.size(0), p.K = x.size(1);
     p.x = x.const_data_ptr<scalar_t>();
     p.columns = values_of(weight.columns);
-    if (weight.columns_weight.has_value()) p.columns_weight = weight.columns_weight->contiguous();
+    p.rotated = weight.block > 1;
+    p.columns_weight = floats_of(columns_weight);
     p.weight_only = weight_only(p.M, weight.block);
     if (!p.weight_only) {
       p.codes = q.codes.const_data_ptr<int8_t>();
@@ -220,14 +239,14 @@ void product_into(
       if (weight.threshold.has_value()) p.outliers = columns_of(q.mask);
     }
     p.weight = weight.codes.const_data_ptr<int8_t>();
-    p.weight_scale = weight.scale;
-    p.epilogue = epilogue;
+    p.weight_scale = floats_of(weight.scale);
+    p.epilogue = {floats_of(epilogue.bias), epilogue.activation, floats_of(epilogue.other), epilogue.binary};
     p.y = y.mutable_data_ptr<scalar_t>();
     p.run();
   });
 }
 
-void linear_into(const Tensor& y, const Tensor& x, const Int8Weight& weight, const Epilogue& epilogue) {
+void linear_into(const Tensor& y, const Tensor& x, const Int8Weight& weight, const EpilogueTensors& epilogue) {
   Quantized q;
   if (!weight_only(x.size(0), weight.block)) q = quantize(x, weight.threshold, weight.block, weight.columns);
   product_into(y, x, q, weight, epilogue);
@@ -259,7 +278,7 @@ Tensor linear(
     return y;
   }
   for (int64_t e = 0; e < codes.size(0); ++e) {
-    const Epilogue of_e{
+    const EpilogueTensors of_e{
         of_expert(epilogue->bias, e), epilogue->activation, of_expert(epilogue->other, e), epilogue->binary};
     linear_into(y[e], rows_of(x[e]), weight.of_expert(e), of_e);
   }

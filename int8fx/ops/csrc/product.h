@@ -4,22 +4,27 @@
 //
 // weight-only  M <= INT8FX_WEIGHT_ONLY_ROWS, not rotated. Reading the weight takes the time and arithmetic is free, so x
 //              is not quantised: the weight is widened to floats, and the result is more exact than the scheme requires.
-// few          M <= FEW_ROWS. Sums run along K over the weight as it is stored: packing it would cost more than it saves.
-// blocked      more rows. x is packed once, for the tiles of the instruction set. A task is at most BLOCK_M rows x NR
-//              channels. It packs its channels' weights, DEPTH of K at a time, and sums tiles. These weights stay in the
-//              first-level cache until all rows of the task are multiplied.
+// few          M <= FEW_ROWS. Sums run along K over the weight as it is stored: packing x would cost more than it saves.
+// blocked      more rows. x is packed once, so that its rows are in the lanes of vectors, and codes of the weight are
+//              broadcast to them. A task is at most BLOCK_M rows x PANEL channels. It copies its channels' weights,
+//              DEPTH columns at a time, into the first-level cache, and multiplies them by all rows of the task.
 //
 // The last two sum in int32, scale, add the 16-bit part in floating point, and store. The order of these sums does not
 // depend on M, so a row's result does not depend on how many other rows there are.
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
+#include <memory>
 #include <numeric>
 #include <utility>
 
+#include "columns.h"
 #include "epilogue.h"
 #include "lanes.h"
+#include "parallel.h"
 #include "tile_amx.h"
+#include "tile_float.h"
 #include "tile_generic.h"
 #include "tile_vnni.h"
 #ifdef __AVX2__
@@ -40,6 +45,12 @@ using Tile = Avx2Tile;
 using Tile = GenericTile;
 #endif
 
+#if defined(__AVX512BF16__) || defined(INT8FX_BFLOAT16)  // tests compile it without its instruction
+constexpr bool HAS_BFLOAT16 = true;
+#else
+constexpr bool HAS_BFLOAT16 = false;
+#endif
+
 #ifndef INT8FX_WEIGHT_ONLY_ROWS
 #error "INT8FX_WEIGHT_ONLY_ROWS is a number of rows: native.py takes it from rows.py"
 #endif
@@ -47,11 +58,23 @@ using Tile = GenericTile;
 template <typename AnyTile>
 constexpr bool HAS_FEW = requires { &AnyTile::template few<1>; };  // sums along K by instructions of its own
 constexpr bool TILE_HAS_FEW = HAS_FEW<Tile>;
-constexpr int64_t FEW_ROWS = TILE_HAS_FEW ? 16 : 8;
-constexpr int64_t DEPTH = 512;
+constexpr int64_t FEW_ROWS = TILE_HAS_FEW ? 24 : 8;
 
 // Whether M rows are multiplied without quantising x. rows.py has the rule for all devices.
 inline bool weight_only(int64_t M, int64_t block) { return M <= INT8FX_WEIGHT_ONLY_ROWS && block == 1; }
+
+// `size` bytes of any value.
+struct Buffer {
+  explicit Buffer(int64_t size) : bytes(std::aligned_alloc(64, (size + 127) / 64 * 64), std::free) {
+    if (bytes == nullptr) throw std::bad_alloc();
+  }
+
+  template <typename U>
+  U* as() const { return static_cast<U*>(bytes.get()); }
+
+ private:
+  std::unique_ptr<void, decltype(&std::free)> bytes;
+};
 
 template <typename scalar_t>
 struct Product {
@@ -61,18 +84,19 @@ struct Product {
   bool weight_only;  // x is not quantised: codes, x_scale and outliers are not read
   const int8_t* codes;  // [M, K]
   const T* x_scale;  // [M]
-  std::vector<int64_t> outliers;  // columns of x with a value at or above the threshold, in this call
+  std::vector<int64_t> outliers;  // sorted: columns of x with a value at or above the threshold, in this call
   const int8_t* weight;  // [N, K]
-  at::Tensor weight_scale;  // [N]
+  Floats weight_scale;  // [N]
   std::vector<int64_t> columns;  // the unquantised columns, in every call
-  at::Tensor columns_weight;  // [N, columns]
+  bool rotated;  // codes are of rotated rows, so that none of their columns is a column of x
+  Floats columns_weight;  // [N, columns]
   Epilogue epilogue;
   scalar_t* y;  // [M, N]
   int64_t M, N, K;
 
   void run() const {
     if (M == 0 || N == 0) return;
-    if (!weight_only) return blocked();
+    if (!weight_only) return multiply_codes();
     static_assert(INT8FX_WEIGHT_ONLY_ROWS == 4);
     switch (M) {
       case 1: return multiply_floats<1>();
@@ -83,26 +107,49 @@ struct Product {
   }
 
  private:
+  static constexpr int MR = Tile::MR, NR = Tile::NR, PANEL = Tile::PANEL, L = Lanes<T>::N;
+  static constexpr int64_t DEPTH = Tile::DEPTH;
+  static_assert(PANEL % NR == 0 && PANEL % L == 0 && MR % L == 0 && Tile::BLOCK_M % MR == 0);
+
+  using InT = FloatTile<T, MR, PANEL>;
+  static constexpr bool MAY_USE_BFLOAT16 = HAS_BFLOAT16 && std::is_same_v<scalar_t, c10::BFloat16>;
+  template <typename Otherwise>
+  using InBfloat16 = typename std::conditional_t<MAY_USE_BFLOAT16, std::type_identity<Bfloat16Tile<MR, PANEL>>,
+                                                 std::type_identity<Otherwise>>::type;
+  using OutlierTile = InBfloat16<InT>;
+
+  static constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
   // ---- weight-only ------------------------------------------------------------------------------------------------
 
   static constexpr int64_t WIDTH = 16;  // channels that a thread takes at a time
 
   template <int ROWS>
   void multiply_floats() const {
-    const int64_t C = columns.size();
-    std::vector<T> rows(ROWS * K), unquantised(ROWS * C);
-    load(x, rows.data(), ROWS * K);
-    for (int r = 0; r < ROWS; ++r)
-      for (int64_t c = 0; c < C; ++c) unquantised[r * C + c] = std::exchange(rows[r * K + columns[c]], T(0));
-    const int64_t grain = std::max<int64_t>(1, 32768 / (K * WIDTH + 1));
-    at::parallel_for(0, (N + WIDTH - 1) / WIDTH, grain, [&](int64_t begin, int64_t end) {
+    using Row = std::conditional_t<MAY_USE_BFLOAT16, uint16_t, T>;
+    const int64_t C = columns.size(), stride = MAY_USE_BFLOAT16 ? round_up(K, 64) : K;
+    std::vector<Row> rows(ROWS * stride);
+    std::vector<T> unquantised(ROWS * C);
+    std::vector<scalar_t> row(K);
+    for (int r = 0; r < ROWS; ++r) {
+      std::copy_n(x + r * K, K, row.begin());
+      for (int64_t c = 0; c < C; ++c) unquantised[r * C + c] = static_cast<T>(std::exchange(row[columns[c]], scalar_t(0)));
+      if constexpr (MAY_USE_BFLOAT16)
+        OutlierTile::order_few(reinterpret_cast<const uint16_t*>(row.data()), K, rows.data() + r * stride);
+      else
+        load(row.data(), rows.data() + r * stride, K);
+    }
+    parallel_for((N + WIDTH - 1) / WIDTH, grain_of(K * WIDTH), [&](int64_t begin, int64_t end) {
       std::vector<T> channel(C);  // of columns_weight
       T sums[ROWS][WIDTH] = {}, scale[WIDTH], bias[WIDTH] = {};
       for (int64_t block = begin; block < end; ++block) {
         const int64_t n0 = block * WIDTH, count = std::min(WIDTH, N - n0);
         load_any(weight_scale, n0, count, WIDTH, scale);
-        if (epilogue.bias.defined()) load_any(epilogue.bias, n0, count, WIDTH, bias);
-        dot_floats<ROWS>(rows.data(), n0, count, sums);
+        if (epilogue.bias.data) load_any(epilogue.bias, n0, count, WIDTH, bias);
+        if constexpr (MAY_USE_BFLOAT16)
+          dot_bfloat16<ROWS>(rows.data(), stride, n0, count, sums);
+        else
+          dot_floats<ROWS>(rows.data(), n0, count, sums);
         for (int64_t n = 0; n < count; ++n) {
           for (int r = 0; r < ROWS; ++r) sums[r][n] *= scale[n];
           if (C == 0) continue;
@@ -110,12 +157,29 @@ struct Product {
           for (int r = 0; r < ROWS; ++r)
             for (int64_t c = 0; c < C; ++c) sums[r][n] += unquantised[r * C + c] * channel[c];
         }
-        for (int r = 0; r < ROWS; ++r) epilogue.store(sums[r], bias, r, n0, count, WIDTH, N, y);
+        for (int r = 0; r < ROWS; ++r) {
+          for (int64_t n = 0; n < WIDTH; ++n) sums[r][n] += bias[n];
+          epilogue.store(sums[r], r, n0, count, WIDTH, N, y);
+        }
       }
     });
   }
 
-  // sums[r][n] = sum_k(rows[r, k] * weight[n0 + n, k]), in enough vectors of partial sums that additions (four cycles each)
+  // sums[r][n] = sum_k(rows[r, k] * weight[n0 + n, k]), AT_ONCE k at a time, so that the first-level cache holds the rows
+  template <int ROWS>
+  void dot_bfloat16(const uint16_t* rows, int64_t stride, int64_t n0, int64_t count, T (&sums)[ROWS][WIDTH]) const {
+    constexpr int64_t AT_ONCE = 4096 / ROWS / 64 * 64;
+    typename OutlierTile::Vector partial[WIDTH / 4][ROWS][4] = {};
+    for (int64_t k = 0; k < K; k += AT_ONCE)
+      for (int64_t n = 0; n < count; n += 4) {
+        const int8_t* w[4];
+        for (int64_t c = 0; c < 4; ++c) w[c] = weight + (n0 + std::min(n + c, count - 1)) * K + k;
+        OutlierTile::template few<ROWS>(rows + k, stride, std::min(AT_ONCE, K - k), w, WIDTH * K, partial[n / 4]);
+      }
+    for (int64_t n = 0; n < count; n += 4) OutlierTile::template total_few<ROWS>(partial[n / 4], sums[0] + n, WIDTH);
+  }
+
+  // The same in floats, in enough vectors of partial sums that additions (four cycles each)
   // do not wait for each other. Several rows take two channels at a time, and AT_ONCE k of them, which the first-level
   // cache holds. One row is bound by bandwidth, so it reads the weight in the order of memory.
   template <int ROWS>
@@ -159,158 +223,264 @@ struct Product {
 
   // ---- few, blocked ------------------------------------------------------------------------------------------------
 
-  void blocked() const {
-    constexpr int MR = Tile::MR, NR = Tile::NR, KG = Tile::KG;
-    const bool few = M <= FEW_ROWS;
-    const int64_t groups = (K + KG - 1) / KG, tiles = (M + MR - 1) / MR, C = outliers.size() + columns.size();
-    const int64_t widened = TILE_HAS_FEW ? 0 : M * K * sizeof(int16_t);
-    const int64_t size = few ? widened : tiles * groups * MR * KG * sizeof(typename Tile::X);
-    const at::Tensor packed = at::empty({size}, at::kByte);
-    const at::Tensor packed_floats = at::empty({tiles * C * MR * int64_t(sizeof(T))}, at::kByte);
-    Packed p{few, groups, packed.data_ptr(), static_cast<T*>(packed_floats.data_ptr())};
-    if (few && TILE_HAS_FEW)
-      for (int64_t m = 0; m < M; ++m) p.x_sums[m] = std::accumulate(codes + m * K, codes + (m + 1) * K, int32_t(0));
-    else if (few)
-      for (int64_t i = 0; i < M * K; ++i) static_cast<int16_t*>(p.x)[i] = codes[i];
-    at::parallel_for(0, tiles, std::max<int64_t>(1, 32768 / (K * MR + 1)), [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; ++tile) {
-        const int64_t m0 = tile * MR, rows = std::min<int64_t>(MR, M - m0);
-        auto* out = static_cast<typename Tile::X*>(p.x) + tile * groups * MR * KG;
-        if (!few) pack_rows<MR, KG>(codes + m0 * K, K, rows, K, out, Tile::FLIP);
-        for (int64_t c = 0; c < C; ++c)
-          for (int64_t m = 0; m < MR; ++m)
-            p.floats[(tile * C + c) * MR + m] = m < rows ? static_cast<T>(x[(m0 + m) * K + float_column(c)]) : T(0);
-      }
-    });
-    const int64_t panels = (N + NR - 1) / NR, tasks = 2 * at::get_num_threads();  // at least: with fewer, threads would wait
-    const int64_t by_size = (tiles * MR + Tile::BLOCK_M - 1) / Tile::BLOCK_M, by_threads = (tasks + panels - 1) / panels;
-    const int64_t wanted = few ? 1 : std::max(by_size, by_threads);
-    const int64_t block_tiles = (tiles + wanted - 1) / wanted;  // blocks of one size, so that threads get equal work
-    const int64_t blocks = (tiles + block_tiles - 1) / block_tiles;
-    const int64_t grain = few ? std::max<int64_t>(1, 32768 / (K * NR + 1)) : 1;
-    at::parallel_for(0, blocks * panels, grain, [&](int64_t begin, int64_t end) {
-      Scratch scratch;
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t first = task / panels * block_tiles, last = std::min(tiles, first + block_tiles);
-        panel(task % panels * NR, first, last, p, scratch);
-      }
-    });
-  }
-
+  // x as the tiles want it
   struct Packed {
-    bool few;
-    int64_t groups;
-    void* x;  // [tiles][groups][MR][KG] of Tile::X; for few rows [M][K] of int16, or nothing if the tile has `few`
-    T* floats;  // [tiles][C][MR], the float columns of x
+    std::vector<Block> blocks;
+    int64_t tile_size = 0, float_tile_size = 0, columns_at = 0;  // of a tile's rows: codes; bytes of floats
+    std::unique_ptr<Buffer> x;  // [tiles][blocks][kept / KG][MR][KG] of Tile::X; for few rows [M][K] of int16 or nothing
+    std::unique_ptr<Buffer> floats;  // [tiles][blocks][outliers / KG][MR][KG] of OutlierTile::X, and of the columns
+    std::vector<T> x_scale;  // 0 where there is no row
     int32_t x_sums[FEW_ROWS] = {};  // of each of few rows, if the tile has `few`
   };
 
   struct Scratch {
     [[no_unique_address]] typename Tile::Setup setup;
-    alignas(64) int32_t sums[Tile::BLOCK_M * Tile::NR];
-    alignas(64) T residual[Tile::BLOCK_M * Tile::NR];
-    alignas(64) typename Tile::W w[Tile::panel_size(DEPTH)];
-    alignas(64) T float_weight[DEPTH * Tile::NR];
+    alignas(64) int32_t sums[Tile::BLOCK_M * PANEL];  // [tiles][PANEL][MR]
+    alignas(64) T values[Tile::BLOCK_M * PANEL];
+    alignas(64) typename Tile::W w[PANEL * Tile::STRIDE];
+    alignas(64) T float_w[PANEL * InT::STRIDE];  // or, fewer bytes, of Bfloat16Tile::W
+    alignas(64) int8_t codes[PANEL][DEPTH + 64];  // of outlier columns
+    alignas(64) T scale[PANEL], bias[PANEL];
+    int32_t excess[PANEL];
   };
 
-  // The float columns of a call: its outliers, then the unquantised columns.
-  int64_t float_column(int64_t c) const {
-    const int64_t O = outliers.size();
-    return c < O ? outliers[c] : columns[c - O];
+  // Calls f with a value of the tile's type for the unquantised columns.
+  template <typename F>
+  void with_columns_tile(F&& f) const {
+    if constexpr (MAY_USE_BFLOAT16)
+      if (columns_weight.dtype == Dtype::bfloat16) return f(OutlierTile{});
+    f(InT{});
   }
 
-  // to[i][n]: the weight of float column c + i in channel n0 + n, 0 where there is none.
-  void pack_float_weight(int64_t c, int64_t depth, int64_t n0, int64_t count, const T* scale, T* to) const {
-    constexpr int NR = Tile::NR;
-    const int64_t O = outliers.size(), unquantised = columns.size(), first = std::clamp<int64_t>(O - c, 0, depth);
-    T row[DEPTH];  // of columns_weight
-    for (int64_t i = 0; i < depth; ++i)
-      for (int64_t n = count; n < NR; ++n) to[i * NR + n] = T(0);
-    for (int64_t n = 0; n < count; ++n) {
-      for (int64_t i = 0; i < first; ++i)
-        to[i * NR + n] = T(weight[(n0 + n) * K + outliers[c + i]]) * scale[n];
-      if (first == depth) continue;
-      load_any(columns_weight, (n0 + n) * unquantised + c + first - O, depth - first, depth - first, row);
-      for (int64_t i = first; i < depth; ++i) to[i * NR + n] = row[i - first];
+  void multiply_codes() const {
+    const bool few = M <= FEW_ROWS;
+    const int64_t tiles = (M + MR - 1) / MR, threads = thread_count();
+    const Packed p = pack(few);
+    const int64_t panels = (N + PANEL - 1) / PANEL;
+    const int64_t tasks = threads > 1 ? 8 * threads : 1;  // at least, so that threads get equal work
+    const int64_t by_size = (tiles * MR + Tile::BLOCK_M - 1) / Tile::BLOCK_M, by_threads = (tasks + panels - 1) / panels;
+    const int64_t wanted = std::max(by_size, by_threads);
+    const int64_t block_tiles = (tiles + wanted - 1) / wanted;  // blocks of one size
+    const int64_t blocks = (tiles + block_tiles - 1) / block_tiles;
+    parallel_for(blocks * panels, few ? grain_of(K * PANEL) : 1, [&](int64_t begin, int64_t end) {
+      Scratch scratch;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task / panels * block_tiles, last = std::min(tiles, first + block_tiles);
+        panel(task % panels * PANEL, first, last, few, p, scratch);
+      }
+    });
+  }
+
+  Packed pack(bool few) const {
+    const int64_t tiles = (M + MR - 1) / MR;
+    Packed p;
+    std::vector<int64_t> excluded = outliers;
+    if (!rotated && !columns.empty()) {
+      excluded.insert(excluded.end(), columns.begin(), columns.end());
+      std::sort(excluded.begin(), excluded.end());
     }
-  }
-
-  void panel(int64_t n0, int64_t first, int64_t last, const Packed& p, Scratch& s) const {
-    constexpr int MR = Tile::MR, NR = Tile::NR, KG = Tile::KG;
-    const int64_t count = std::min<int64_t>(NR, N - n0), C = outliers.size() + columns.size();
-    alignas(64) T scale[NR], bias[NR] = {}, values[NR];
-    load_any(weight_scale, n0, count, NR, scale);
-    if (epilogue.bias.defined()) load_any(epilogue.bias, n0, count, NR, bias);
-
-    if (p.few) {
-      for (int64_t n = 0; n < count; n += 4)
-        for (int64_t m = 0; m < M; m += 4)  // the four channels' weights stay in the first-level cache
-          switch (M - m) {
-            case 1: few_sums<1>(n0 + n, m, count - n, p, s.sums + m * NR + n); break;
-            case 2: few_sums<2>(n0 + n, m, count - n, p, s.sums + m * NR + n); break;
-            case 3: few_sums<3>(n0 + n, m, count - n, p, s.sums + m * NR + n); break;
-            default: few_sums<4>(n0 + n, m, count - n, p, s.sums + m * NR + n);
+    const int64_t count = (K + DEPTH - 1) / DEPTH, depth = count == 0 ? 0 : round_up((K + count - 1) / count, 64);
+    for (int64_t k = 0; k < K; k += depth) {  // blocks of nearly one size
+      Block& block = p.blocks.emplace_back(k, std::min(depth, K - k), outliers, excluded);
+      block.x_at = p.tile_size;
+      block.floats_at = p.float_tile_size;
+      p.tile_size += round_up(block.kept, 64) * MR;
+      p.float_tile_size += round_up(block.outliers.size(), OutlierTile::KG) * MR * sizeof(typename OutlierTile::X);
+    }
+    p.columns_at = p.float_tile_size;
+    p.float_tile_size += round_up(columns.size(), 2) * MR * sizeof(T);
+    p.x_scale.resize(tiles * MR);
+    std::copy(x_scale, x_scale + M, p.x_scale.begin());
+    p.floats = std::make_unique<Buffer>(tiles * p.float_tile_size);
+    if (few && TILE_HAS_FEW)
+      for (int64_t m = 0; m < M; ++m) p.x_sums[m] = std::accumulate(codes + m * K, codes + (m + 1) * K, int32_t(0));
+    else if (few) {
+      p.x = std::make_unique<Buffer>(M * K * sizeof(int16_t));
+      for (int64_t i = 0; i < M * K; ++i) p.x->template as<int16_t>()[i] = codes[i];
+    } else
+      p.x = std::make_unique<Buffer>(tiles * p.tile_size * sizeof(typename Tile::X));
+    parallel_for(tiles, grain_of(K * MR), [&](int64_t begin, int64_t end) {
+      Buffer kept(MR * (DEPTH + 64));
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t m0 = tile * MR, rows = std::min<int64_t>(MR, M - m0);
+        char* floats = p.floats->template as<char>() + tile * p.float_tile_size;
+        for (const Block& block : p.blocks) {
+          if (!few) {
+            auto* out = p.x->template as<typename Tile::X>() + tile * p.tile_size + block.x_at;
+            pack_codes(block, m0, rows, kept.as<int8_t>(), out);
           }
-      for (int64_t m = 0; m < M; ++m)
-        for (int64_t n = count; n < NR; ++n) s.sums[m * NR + n] = 0;
-    } else {
-      const auto* packed = static_cast<const typename Tile::X*>(p.x);
-      int64_t k = 0;
-      do {
-        const int64_t depth = std::min(DEPTH, K - k);
-        Tile::pack_w(weight + n0 * K + k, K, count, depth, s.w);
-        for (int64_t tile = first; tile < last; ++tile)
-          Tile::run((depth + KG - 1) / KG, packed + (tile * p.groups + k / KG) * MR * KG, s.w,
-                    s.sums + (tile - first) * MR * NR, k == 0);
-        k += depth;
-      } while (k < K);
-    }
+          pack_floats<OutlierTile>(block.k, block.outliers, m0, rows, floats + block.floats_at);
+        }
+        with_columns_tile([&](auto of) { pack_floats<decltype(of)>(0, columns, m0, rows, floats + p.columns_at); });
+      }
+    });
+    return p;
+  }
 
-    for (int64_t c = 0; c < C; c += DEPTH) {
-      const int64_t depth = std::min(DEPTH, C - c);
-      pack_float_weight(c, depth, n0, count, scale, s.float_weight);
-      for (int64_t tile = first; tile < last; ++tile)
-        add_residual(depth, p.floats + (tile * C + c) * MR, s.float_weight, s.residual + (tile - first) * MR * NR, c == 0);
-    }
+  void pack_codes(const Block& block, int64_t m0, int64_t rows, int8_t* buffer, typename Tile::X* out) const {
+    constexpr int64_t WIDTH = DEPTH + 64;
+    const int8_t* from = codes + m0 * K + block.k;
+    if (!block.compacts()) return Tile::pack_x(from, K, rows, block.kept, out);
+    for (int64_t m = 0; m < rows; ++m) block.keep(from + m * K, buffer + m * WIDTH);
+    Tile::pack_x(buffer, WIDTH, rows, block.kept, out);
+  }
 
-    for (int64_t m = first * MR; m < std::min(M, last * MR); ++m) {
-      const int64_t at = (m - first * MR) * NR;
-      for (int n = 0; n < NR; ++n) values[n] = static_cast<T>(s.sums[at + n]) * x_scale[m] * scale[n];
-      if (C > 0)
-        for (int n = 0; n < NR; ++n) values[n] += s.residual[at + n];
-      epilogue.store(values, bias, m, n0, count, NR, N, y);
+  // [columns / KG][MR][KG] of F::X, 0 where there is no row or no column
+  template <typename F>
+  void pack_floats(int64_t k, const std::vector<int64_t>& of_columns, int64_t m0, int64_t rows, void* out) const {
+    constexpr int KG = F::KG;
+    const int64_t C = of_columns.size();
+    if (C == 0) return;
+    auto* to = static_cast<typename F::X*>(out);
+    if (C % KG != 0 || rows < MR) std::fill_n(to, round_up(C, KG) * MR, typename F::X(0));
+    for (int64_t m = 0; m < rows; ++m) {
+      const scalar_t* from = x + (m0 + m) * K + k;
+      for (int64_t c = 0; c < C; ++c) to[(c / KG * MR + m) * KG + c % KG] = F::as_x(from[of_columns[c]]);
     }
   }
 
-  // sums[r * NR + c] = sum_k(codes[m + r, k] * weight[n + c, k]) of ROWS rows and four channels, of which `count` exist.
+  void panel(int64_t n0, int64_t first, int64_t last, bool few, const Packed& p, Scratch& s) const {
+    const int64_t count = std::min<int64_t>(PANEL, N - n0);
+    const bool half_at_end = M - (last - 1) * MR <= MR / 2;  // in the last tile
+    const auto is_half = [&](int64_t tile) { return tile == last - 1 && half_at_end; };
+    load_any(weight_scale, n0, count, PANEL, s.scale);
+    std::fill_n(s.bias, PANEL, T(0));
+    if (epilogue.bias.data) load_any(epilogue.bias, n0, count, PANEL, s.bias);
+
+    std::fill_n(s.excess, PANEL, 0);
+    bool no_sums = true, no_values = true;
+    if (few) {
+      multiply_few(n0, count, p, s.sums);
+      no_sums = false;
+    }
+    for (const Block& block : p.blocks) {
+      if (!few && block.kept > 0) {
+        for (int64_t n = 0; n < count; ++n) {
+          const int8_t* row = weight + (n0 + n) * K + block.k;
+          typename Tile::W* to = s.w + n * Tile::STRIDE;
+          if (block.compacts())
+            s.excess[n] += Tile::OFFSET * block.keep(row, reinterpret_cast<int8_t*>(to));
+          else
+            s.excess[n] += Tile::load_w(row, block.depth, to);
+        }
+        const bool is_last = block.k + block.depth == K;
+        const int64_t next = is_last ? (n0 + PANEL) * K : n0 * K + block.k + block.depth;  // is loaded next
+        for (int64_t tile = first; tile < last; ++tile)
+          for (int64_t n = 0; n < count; n += NR) {
+            const bool exists = tile == first && n0 + n + NR + (is_last ? PANEL : 0) <= N;
+            Tile::run(block.kept, p.x->template as<typename Tile::X>() + tile * p.tile_size + block.x_at,
+                      s.w + n * Tile::STRIDE, s.sums + ((tile - first) * PANEL + n) * MR, no_sums,
+                      is_half(tile), Ahead{exists ? weight + next + n * K : nullptr, K});
+          }
+        no_sums = false;
+      }
+      if (block.outliers.empty()) continue;
+      for (int64_t n = 0; n < count; ++n) block.gather(weight + (n0 + n) * K + block.k, s.codes[n]);
+      const int64_t outliers_here = block.outliers.size();
+      for (int64_t c = 0; c < outliers_here; c += FLOAT_DEPTH) {
+        using F = OutlierTile;
+        const int64_t depth = std::min(FLOAT_DEPTH, outliers_here - c);
+        auto* w = reinterpret_cast<typename F::W*>(s.float_w);
+        for (int64_t n = 0; n < count; ++n) F::load_codes(s.codes[n] + c, depth, w + n * F::STRIDE);
+        run_floats<F>(depth, count, first, last, half_at_end, p, block.floats_at + c * MR * sizeof(typename F::X),
+                      no_values, s);
+        no_values = false;
+      }
+    }
+
+    if (columns.empty()) {
+      for (int64_t tile = first; tile < last; ++tile) {
+        scale(tile, first, count, no_sums, no_values, p, s);
+        store(n0, count, tile, first, s);
+      }
+      return;
+    }
+    for (int64_t tile = first; tile < last; ++tile) scale(tile, first, count, no_sums, no_values, p, s);
+    with_columns_tile([&](auto of) {
+      using F = decltype(of);
+      const int64_t C = columns.size();
+      auto* w = reinterpret_cast<typename F::W*>(s.float_w);
+      for (int64_t c = 0; c < C; c += FLOAT_DEPTH) {
+        const int64_t depth = std::min(FLOAT_DEPTH, C - c);
+        for (int64_t n = 0; n < count; ++n)
+          F::load_floats(columns_weight, (n0 + n) * C + c, depth, w + n * F::STRIDE);
+        run_floats<F>(depth, count, first, last, half_at_end, p, p.columns_at + c * MR * sizeof(typename F::X), false, s);
+      }
+    });
+    for (int64_t tile = first; tile < last; ++tile) store(n0, count, tile, first, s);
+  }
+
+  template <typename F>
+  static void run_floats(int64_t depth, int64_t count, int64_t first, int64_t last, bool half_at_end, const Packed& p,
+                         int64_t at, bool is_first, Scratch& s) {
+    const auto* w = reinterpret_cast<const typename F::W*>(s.float_w);
+    for (int64_t tile = first; tile < last; ++tile) {
+      const char* floats = p.floats->template as<char>() + tile * p.float_tile_size + at;
+      for (int64_t n = 0; n < count; n += F::NR)
+        F::run(depth, reinterpret_cast<const typename F::X*>(floats), w + n * F::STRIDE,
+               s.values + ((tile - first) * PANEL + n) * MR, is_first, tile == last - 1 && half_at_end);
+    }
+  }
+
+  // values = ((sums - excess) * x_scale + values) * weight_scale + bias
+  static void scale(int64_t tile, int64_t first, int64_t count, bool no_sums, bool no_values, const Packed& p,
+                    Scratch& s) {
+    using V = typename Lanes<T>::V;
+    const int32_t* sums = s.sums + (tile - first) * PANEL * MR;
+    T* values = s.values + (tile - first) * PANEL * MR;
+    const T* x_scale = p.x_scale.data() + tile * MR;
+    for (int64_t n = 0; n < count; ++n)
+#pragma GCC unroll 4
+      for (int m = 0; m < MR; m += L) {
+        V& value = *(V*)(values + n * MR + m);
+        V v = no_values ? V{} : value;
+        if (!no_sums) v += convert_difference<T>(sums + n * MR + m, s.excess[n]) * *(const V*)(x_scale + m);
+        value = v * s.scale[n] + s.bias[n];
+      }
+  }
+
+  // Rounds a tile's values to y.
+  void store(int64_t n0, int64_t count, int64_t tile, int64_t first, Scratch& s) const {
+    using V = typename Lanes<T>::V;
+    const T* values = s.values + (tile - first) * PANEL * MR;
+    const int64_t rows = std::min<int64_t>(MR, M - tile * MR);
+    alignas(64) T row[L][PANEL];
+    for (int64_t m0 = 0; m0 < rows; m0 += L) {
+      for (int64_t n = 0; n < count; n += L) {
+        V block[L];
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) block[i] = *(const V*)(values + (n + i) * MR + m0);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) *(V*)(&row[i][n]) = block[i];
+      }
+      for (int64_t m = m0; m < std::min(rows, m0 + L); ++m)
+        epilogue.store(row[m - m0], tile * MR + m, n0, count, round_up(count, L), N, y);
+    }
+  }
+
+  // sums[n][m] of all rows, with the weight as it is stored.
+  void multiply_few(int64_t n0, int64_t count, const Packed& p, int32_t* sums) const {
+    for (int64_t n = 0; n < count; n += 4)
+      for (int64_t m = 0; m < M; m += 4)  // the four channels' weights stay in the first-level cache
+        switch (M - m) {
+          case 1: few_sums<1>(n0 + n, m, count - n, p, sums + n * MR + m); break;
+          case 2: few_sums<2>(n0 + n, m, count - n, p, sums + n * MR + m); break;
+          case 3: few_sums<3>(n0 + n, m, count - n, p, sums + n * MR + m); break;
+          default: few_sums<4>(n0 + n, m, count - n, p, sums + n * MR + m);
+        }
+  }
+
+  // sums[c * MR + r] = sum_k(codes[m + r, k] * weight[n + c, k]) of ROWS rows and four channels, of which `count` exist.
   template <int ROWS, typename AnyTile = Tile>
   void few_sums(int64_t n, int64_t m, int64_t count, const Packed& p, int32_t* sums) const {
     const int8_t* w[4];
     for (int64_t c = 0; c < 4; ++c) w[c] = weight + (n + std::min(c, count - 1)) * K;
     if constexpr (HAS_FEW<AnyTile>)
-      AnyTile::template few<ROWS>(codes + m * K, p.x_sums + m, K, w, sums, AnyTile::NR);
+      AnyTile::template few<ROWS>(codes + m * K, p.x_sums + m, K, w, sums, m == 0);
     else
       for (int64_t c = 0; c < std::min<int64_t>(4, count); ++c)
-        dot<ROWS>(static_cast<const int16_t*>(p.x) + m * K, K, w[c], sums + c, AnyTile::NR);
-  }
-
-  // sums[MR, NR] (+)= x[depth, MR].T @ w[depth, NR]
-  static void add_residual(int64_t depth, const T* x, const T* w, T* sums, bool first) {
-    constexpr int MR = Tile::MR, NR = Tile::NR, L = Lanes<T>::N, VECTORS = NR / L;
-    constexpr int ROWS = MR % 8 == 0 ? 8 : MR;  // as many rows as the registers hold sums of
-    using V = typename Lanes<T>::V;
-    for (int m0 = 0; m0 < MR; m0 += ROWS, sums += ROWS * NR) {
-      V acc[ROWS][VECTORS];
-      for (int m = 0; m < ROWS; ++m)
-        for (int v = 0; v < VECTORS; ++v) acc[m][v] = first ? V{} : *(const V*)(sums + m * NR + v * L);
-      for (int64_t i = 0; i < depth; ++i)
-#pragma GCC unroll 16
-        for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 8
-          for (int v = 0; v < VECTORS; ++v) acc[m][v] += x[i * MR + m0 + m] * *(const V*)(w + i * NR + v * L);
-      for (int m = 0; m < ROWS; ++m)
-        for (int v = 0; v < VECTORS; ++v) *(V*)(sums + m * NR + v * L) = acc[m][v];
-    }
+        dot<ROWS>(p.x->template as<int16_t>() + m * K, K, w[c], sums + c * MR);
   }
 };
 

@@ -61,20 +61,50 @@ inline void mark_row(const T* __restrict row, int64_t K, T threshold, bits_t<T>*
   }
 }
 
+// The least value of a 16-bit dtype whose absolute value is not below `threshold`, as bits; above infinity if none is.
+template <typename scalar_t>
+inline uint16_t least_bits(float threshold) {
+  uint16_t below = 0, least = scalar_t(std::numeric_limits<float>::infinity()).x + 1;
+  while (below < least) {
+    const uint16_t middle = (below + least) / 2;
+    if (static_cast<float>(scalar_t(middle, scalar_t::from_bits())) >= threshold)
+      least = middle;
+    else
+      below = middle + 1;
+  }
+  return least;
+}
+
+// `mark_row` of a row of a 16-bit dtype, whose bits as integers have the order of the values.
+template <typename scalar_t>
+inline void mark_bits(const scalar_t* __restrict row, int64_t K, uint16_t least, uint16_t* __restrict marks) {
+  const uint16_t infinity = scalar_t(std::numeric_limits<float>::infinity()).x, range = infinity - least;
+  if (least > infinity) return;
+  const auto* __restrict bits = reinterpret_cast<const uint16_t*>(row);
+  for (int64_t k = 0; k < K; ++k) {
+    const uint16_t above = uint16_t((bits[k] & 0x7fff) - least);
+    marks[k] |= uint16_t(above <= range ? 0xffff : 0);
+  }
+}
+
 // mask[k] |= any_m(abs(x[m, k]) >= threshold).
 template <typename scalar_t>
 void mark_outliers(const scalar_t* x, int64_t M, int64_t K, double threshold, bool* mask) {
   using T = compute_t<scalar_t>;
   std::mutex merging;
   at::parallel_for(0, M, std::max<int64_t>(1, 65536 / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
-    std::vector<T> row(K);
-    std::vector<bits_t<T>> marks(K, 0);
-    for (int64_t m = begin; m < end; ++m) {
-      load(x + m * K, row.data(), K);
-      mark_row(row.data(), K, static_cast<T>(threshold), marks.data());
+    if constexpr (sizeof(scalar_t) == 2) {
+      const uint16_t least = least_bits<scalar_t>(static_cast<float>(threshold));
+      std::vector<uint16_t> marks(K, 0);
+      for (int64_t m = begin; m < end; ++m) mark_bits(x + m * K, K, least, marks.data());
+      const std::lock_guard<std::mutex> lock(merging);
+      for (int64_t k = 0; k < K; ++k) mask[k] |= marks[k] != 0;
+    } else {
+      std::vector<bits_t<T>> marks(K, 0);
+      for (int64_t m = begin; m < end; ++m) mark_row(x + m * K, K, static_cast<T>(threshold), marks.data());
+      const std::lock_guard<std::mutex> lock(merging);
+      for (int64_t k = 0; k < K; ++k) mask[k] |= marks[k] != 0;
     }
-    const std::lock_guard<std::mutex> lock(merging);
-    for (int64_t k = 0; k < K; ++k) mask[k] |= marks[k] != 0;
   });
 }
 

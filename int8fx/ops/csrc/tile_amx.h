@@ -1,13 +1,12 @@
-// int8 matmul with AMX: one tdpbssd multiplies 16 rows of 64 codes by 16 channels of 64 codes.
+// int8 matmul with AMX: one tdpbssd multiplies 16 channels of 64 codes by 16 rows of 64 codes.
 //
-//   tiles 0..3  sums: rows 0-15 and 16-31 x channels 0-15 and 16-31, int32
-//   tiles 4, 5  x: [16 rows][64 codes]
-//   tiles 6, 7  w: [16 groups of k][16 channels][4 codes]
+//   tiles 0..3  sums: channels 0-15 and 16-31 x rows 0-15 and 16-31, int32
+//   tiles 4, 5  w: [16 channels][64 codes], as the weight is stored
+//   tiles 6, 7  x: [16 groups of k][16 rows][4 codes]
 //
-//   w panel: 32 channels                  x panel: 32 rows
-//   [k / 64][16][32][4] int8              [k / 64][32][64] int8
+//   x: 32 rows              w: 32 channels
+//   [k / 4][32][4] int8     [32][STRIDE] int8
 //
-// Packing a panel costs half as much as multiplying it by 96 rows, so blocks are taller than for other tiles.
 // Without the instructions the same code runs on arrays. That is slow, and lets other CPUs test it.
 #pragma once
 
@@ -23,18 +22,19 @@
 #define INT8FX_TILE_ZERO(t) _tile_zero(t)
 #define INT8FX_TILE_LOAD(t, from, stride) _tile_loadd(t, from, stride)
 #define INT8FX_TILE_STORE(t, to, stride) _tile_stored(t, to, stride)
-#define INT8FX_TILE_DOT(sums, x, w) _tile_dpbssd(sums, x, w)
+#define INT8FX_TILE_DOT(sums, w, x) _tile_dpbssd(sums, w, x)
 #else
 #define INT8FX_TILE_ZERO(t) AmxTile::arrays[t].zero()
 #define INT8FX_TILE_LOAD(t, from, stride) AmxTile::arrays[t].load(from, stride)
 #define INT8FX_TILE_STORE(t, to, stride) AmxTile::arrays[t].store(to, stride)
-#define INT8FX_TILE_DOT(sums, x, w) AmxTile::arrays[sums].dot(AmxTile::arrays[x], AmxTile::arrays[w])
+#define INT8FX_TILE_DOT(sums, w, x) AmxTile::arrays[sums].dot(AmxTile::arrays[w], AmxTile::arrays[x])
 #endif
 
 namespace int8fx {
 
 struct AmxTile {
-  static constexpr int MR = 32, NR = 32, KG = 64, FLIP = 0, BLOCK_M = 512;
+  static constexpr int MR = 32, NR = 32, PANEL = 64, KG = 64, BLOCK_M = 512, OFFSET = 0;
+  static constexpr int64_t DEPTH = 1024, STRIDE = stride_of<int8_t>(DEPTH);
   using X = int8_t;
   using W = int8_t;
 
@@ -57,44 +57,45 @@ struct AmxTile {
   struct Setup {};
 #endif
 
-  static constexpr int64_t panel_size(int64_t k) { return (k + KG - 1) / KG * KG * NR; }
-
-  static void pack_w(const int8_t* w, int64_t stride, int64_t n, int64_t k, W* out) {
-    int64_t done = 0;
-    if (n == NR)
-      for (; done + KG <= k; done += KG)
-        for (int half = 0; half < 2; ++half)
-          VnniTile::transpose_16x64(w + half * 16 * stride + done, stride, out + done * NR + half * 64);
-    std::memset(out + done * NR, 0, panel_size(k) - done * NR);
-    if (done < k) pack_rows<NR, 4>(w + done, stride, n, k - done, out + done * NR);
+  static void pack_x(const int8_t* codes, int64_t stride, int64_t rows, int64_t k, X* out) {
+    VnniTile::pack_fours(codes, stride, rows, k, 0, out);
   }
 
-  static void run(int64_t groups, const X* x, const W* w, int32_t* y, bool first) {
+  static int32_t load_w(const int8_t* w, int64_t k, W* out) {
+    std::memcpy(out, w, k);
+    std::memset(out + k, 0, (k + KG - 1) / KG * KG - k);
+    return 0;
+  }
+
+  static void run(int64_t k, const X* x, const W* w, int32_t* y, bool first, bool half, const Ahead& ahead) {
     if (first) {
       INT8FX_TILE_ZERO(0);
       INT8FX_TILE_ZERO(1);
       INT8FX_TILE_ZERO(2);
       INT8FX_TILE_ZERO(3);
     } else {
-      INT8FX_TILE_LOAD(0, y, NR * 4);
-      INT8FX_TILE_LOAD(1, y + 16, NR * 4);
-      INT8FX_TILE_LOAD(2, y + 16 * NR, NR * 4);
-      INT8FX_TILE_LOAD(3, y + 16 * NR + 16, NR * 4);
+      INT8FX_TILE_LOAD(0, y, MR * 4);
+      INT8FX_TILE_LOAD(1, y + 16, MR * 4);
+      INT8FX_TILE_LOAD(2, y + 16 * MR, MR * 4);
+      INT8FX_TILE_LOAD(3, y + 16 * MR + 16, MR * 4);
     }
-    for (int64_t g = 0; g < groups; ++g, x += MR * KG, w += NR * KG) {
-      INT8FX_TILE_LOAD(4, x, KG);
-      INT8FX_TILE_LOAD(6, w, NR * 4);
+    for (int64_t i = 0; i < k; i += KG, x += MR * KG, w += KG) {
+      ahead.fetch<NR>(i);
+      INT8FX_TILE_LOAD(4, w, STRIDE);
+      INT8FX_TILE_LOAD(6, x, MR * 4);
       INT8FX_TILE_DOT(0, 4, 6);
-      INT8FX_TILE_LOAD(7, w + 64, NR * 4);
-      INT8FX_TILE_DOT(1, 4, 7);
-      INT8FX_TILE_LOAD(5, x + 16 * KG, KG);
+      INT8FX_TILE_LOAD(5, w + 16 * STRIDE, STRIDE);
       INT8FX_TILE_DOT(2, 5, 6);
+      if (half) continue;
+      INT8FX_TILE_LOAD(7, x + 64, MR * 4);
+      INT8FX_TILE_DOT(1, 4, 7);
       INT8FX_TILE_DOT(3, 5, 7);
     }
-    INT8FX_TILE_STORE(0, y, NR * 4);
-    INT8FX_TILE_STORE(1, y + 16, NR * 4);
-    INT8FX_TILE_STORE(2, y + 16 * NR, NR * 4);
-    INT8FX_TILE_STORE(3, y + 16 * NR + 16, NR * 4);
+    INT8FX_TILE_STORE(0, y, MR * 4);
+    INT8FX_TILE_STORE(2, y + 16 * MR, MR * 4);
+    if (half) return;
+    INT8FX_TILE_STORE(1, y + 16, MR * 4);
+    INT8FX_TILE_STORE(3, y + 16 * MR + 16, MR * 4);
   }
 
 #ifndef __AMX_INT8__
@@ -110,13 +111,13 @@ struct AmxTile {
     void store(void* to, int64_t stride) const {
       for (int row = 0; row < 16; ++row) std::memcpy((int8_t*)to + row * stride, bytes[row], 64);
     }
-    void dot(const Array& x, const Array& w) {
-      for (int m = 0; m < 16; ++m) {
+    void dot(const Array& w, const Array& x) {
+      for (int n = 0; n < 16; ++n) {
         int32_t sums[16];
-        std::memcpy(sums, bytes[m], 64);
+        std::memcpy(sums, bytes[n], 64);
         for (int k = 0; k < 64; ++k)
-          for (int n = 0; n < 16; ++n) sums[n] += int32_t(x.bytes[m][k]) * int32_t(w.bytes[k / 4][n * 4 + k % 4]);
-        std::memcpy(bytes[m], sums, 64);
+          for (int m = 0; m < 16; ++m) sums[m] += int32_t(w.bytes[n][k]) * int32_t(x.bytes[k / 4][m * 4 + k % 4]);
+        std::memcpy(bytes[n], sums, 64);
       }
     }
   };
