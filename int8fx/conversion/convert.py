@@ -94,6 +94,9 @@ def convert(
     a float32 scale per output channel. Where a module still multiplies by dequantised weights, ``torch.compile(model)``
     rewrites these matmuls: the passes are appended to Inductor's list (`int8fx.uninstall` removes them).
 
+    Packed weights are frozen. Other Parameters require grad as before: an optimizer over ``model.parameters()`` trains
+    them alone, without a warning. To fine-tune, add adapters.
+
     One line at level INFO of the logger ``int8fx`` counts what was converted, and what was not and why. A UserWarning
     says so if, without ``select``, more than half of the bytes stay as they are. Embeddings, heads, what is trained and
     what ``skip`` names are not counted.

@@ -140,6 +140,11 @@ def _unfit(place: Place, state_dict: Mapping[str, Any], loaded: set[int] | None,
     if given and absent:
         yield f'"{key}" is packed, and a part of it is missing: {", ".join(absent)}'
         return
+    if extra := next(
+        (k for k in (key + COLUMNS, key + COLUMNS_WEIGHT) if k in state_dict.keys() - present.keys()), None
+    ):
+        yield f'"{extra}" is there, and all columns of this layer are quantised; convert the model by its scheme first'
+        return
     for k, tensor in given.items():
         if k != key + FORMAT and tensor.shape != present[k].shape:
             yield f'"{k}" has shape {tuple(tensor.shape)}; legal: {tuple(present[k].shape)}'
@@ -157,6 +162,9 @@ def _unfit(place: Place, state_dict: Mapping[str, Any], loaded: set[int] | None,
             yield (
                 f'"{key}" was quantised by {its}, and this layer by {place.scheme}; convert the model by {its} first'
             )
+        K, count = present[key + CODES].shape[-1], 0 if columns is None else columns.numel()
+        if (columns is not None or key + COLUMNS not in present) and count != its.static_columns(K):
+            yield unfit_count(f'"{key}"', its, K, count)
     if codes is not None and is_readable(codes) and codes.numel() and int(codes.min()) < -INT8_MAX:
         yield f'"{key + CODES}" has a code of {int(codes.min())}; legal: {-INT8_MAX} to {INT8_MAX}'
     if scale is not None:
@@ -174,6 +182,12 @@ def _unfit(place: Place, state_dict: Mapping[str, Any], loaded: set[int] | None,
             yield f'"{key + COLUMNS_WEIGHT}" has dtype {columns_weight.dtype}; legal: a float dtype of 16 bits or more'
         elif is_readable(columns_weight) and not bool(columns_weight.isfinite().all()):
             yield f'"{key + COLUMNS_WEIGHT}" has NaN or inf; legal: finite weights'
+
+
+def unfit_count(label: str, scheme: Scheme, K: int, found: int) -> str:
+    """The message for a weight of ``scheme`` that has ``found`` unquantised columns, and should have others."""
+    legal = scheme.static_columns(K)
+    return f"{label} has {found} unquantised columns; legal: {legal}, as its format is {scheme} and K is {K}"
 
 
 def _no_dense_tensor(value: Any) -> str | None:
@@ -263,6 +277,8 @@ def unfit_others(
                 problem = _misfit(state_dict[key], tensor, assign, mixed)
                 if problem is not None:
                     yield f"{problem[0]} for {key}: found {problem[1]}; legal: {problem[2]}"
+            elif key + CODES in state_dict and key + FORMAT in state_dict:
+                yield f'"{key}" is float in this model, found its int8 codes; convert this layer too first'
 
 
 def _misfit(value: Any, tensor: Tensor, assign: bool, mixed: bool) -> tuple[str, Any, Any] | None:

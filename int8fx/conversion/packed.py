@@ -37,6 +37,7 @@ from ..graph.count import count_ops
 from ..schemes import Scheme
 from ..schemes.quantize import quantize_weight
 from ..schemes.weight import CODES, COLUMNS, COLUMNS_WEIGHT, SCALE, SUFFIXES, Int8Weight, PackedTensors
+from .accelerate import OFFLOADED, refuse_partial_offload
 from .format import FORMAT, format_tensor, read_scheme, same_arithmetic
 from .loading import (
     PLAIN_HOOKS,
@@ -47,12 +48,14 @@ from .loading import (
     loads_as_written,
     running_load,
     set_checked,
+    unfit_count,
     unfit_keys,
     unfit_others,
     unfit_weights,
 )
 from .peft import refuse_targets, refuse_trained_copy
-from .view import PackedWeight, is_captured, is_differentiated
+from .reparametrize import Parameters, is_read_by_torch_utils, parametrized_name, refused
+from .view import PackedWeight, is_captured, is_differentiated, is_traced, unwrapped
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,9 @@ class PackedState(nn.Module):
         owner._buffers[name + FORMAT] = form.to(present.device if present is not None else None, copy=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        keys = [(_holder(owner, name + s), name + s) for _, owner, name, _ in self._packed_places() for s in SUFFIXES]
-        with _moved_separately([(tensors, key) for tensors, key in keys if key in tensors], fn):
+        weights = [(owner, name) for _, owner, name, _ in self._packed_places()]
+        keys = [(_holder(owner, name + s), name + s) for owner, name in weights for s in (*SUFFIXES, FORMAT)]
+        with _moved_separately([(tensors, key) for tensors, key in keys if tensors.get(key) is not None], fn):
             super()._apply(fn, recurse)
         return self
 
@@ -294,6 +298,7 @@ class PackedModule(PackedState):
     """Mixed into the class of a module with packed weights. `packed_weights`: weight name -> how the module uses it."""
 
     packed_weights: dict[str, Reading]
+    _read_formats: Mapping[str, Tensor] = {}  # name -> its format tensor, once `_read_format` has accepted it
     _before_cast: dict[str, Tensor]  # under FSDP1: name -> the float tensor that it may cast
 
     def dequantize(self, name: str = "weight") -> Tensor:
@@ -311,7 +316,10 @@ class PackedModule(PackedState):
 
     def packed(self, name: str = "weight") -> Int8Weight:
         """The packed weight ``name`` as the ops take it."""
-        scheme, buffers = self.packed_weights[name].scheme, self._buffers  # no calls: every forward comes here
+        buffers = self._buffers  # few calls: every forward comes here
+        if torch.compiler.is_compiling() or buffers[name + FORMAT] is not self._read_formats.get(name):
+            self._read_format(name)
+        scheme = self.packed_weights[name].scheme
         codes, scale = self._parameters.get(name + CODES), buffers[name + SCALE]
         if scale.dtype is not torch.float32:  # type: ignore[union-attr]  # it is there
             self._undo_cast()
@@ -337,8 +345,20 @@ class PackedModule(PackedState):
 
     def packed_weight(self, name: str) -> Tensor:
         """The value of the attribute ``name``: a `PackedWeight`, or its float tensor if a graph is being captured."""
-        captured = is_captured(tensors_of(self, name).codes)
-        return self.dequantize(name) if captured else PackedWeight(self, name)
+        if is_captured(tensors_of(self, name).codes):
+            return self.dequantize(name)
+        if is_read_by_torch_utils(2):  # above the property
+            raise refused(self.label(name))
+        return PackedWeight(self, name)
+
+    @property
+    def parametrizations(self) -> Any:
+        """As in ``nn.Module``. ``register_parametrization`` looks here first."""
+        given = None if torch.compiler.is_compiling() else parametrized_name(2)  # above ``is_parametrized``
+        for name in self.packed_weights:
+            if given in (name, *(name + suffix for suffix in (*SUFFIXES, FORMAT))):
+                raise refused(self.label(name))
+        return self.__getattr__("parametrizations")
 
     @torch.no_grad()
     def requantize(self, name: str, weight: Tensor, rows: slice = slice(None)) -> None:
@@ -367,6 +387,8 @@ class PackedModule(PackedState):
             flat[rows] = value.to(tensor.dtype)
             if not tensor.is_contiguous():  # then ``flat`` is a copy
                 tensor.copy_(flat.view(tensor.shape))
+            if not tensor.is_inference():  # `PackedWeight` writes below autograd: a backward of before must notice
+                torch.autograd.graph.increment_version(tensor)
 
     def label(self, name: str) -> str:
         """The name of the packed weight ``name`` in messages."""
@@ -407,6 +429,9 @@ class PackedModule(PackedState):
                     f"int8fx: layer {self.label('in_proj_weight')} is a packed nn.MultiheadAttention, and PEFT's "
                     "adapters replace its weights; legal: convert(model, skip=[...]), or adapters elsewhere"
                 )
+            if name == OFFLOADED:
+                for weight in self.packed_weights:
+                    refuse_partial_offload(self.label(weight), tensors_of(self, weight).codes)
             super().__setattr__(name, value)
             if name == _TAKEN_BY_FSDP:
                 self._leave_flat_parameter()
@@ -436,10 +461,35 @@ class PackedModule(PackedState):
     def _check_format(self, name: str, value: Any) -> None:
         """Raises ValueError if the format tensor ``value`` is of a scheme that the weight ``name`` does not have."""
         if isinstance(value, Tensor) and is_readable(value):
-            scheme, mine = read_scheme(value), self.packed_weights[name].scheme
+            try:
+                scheme, mine = read_scheme(value), self.packed_weights[name].scheme
+            except ValueError as error:
+                raise ValueError(f"int8fx: the format of {self.label(name)}: {error}") from None
             if not same_arithmetic(scheme, mine):
-                raise ValueError(f"int8fx: {self.label(name)} is quantised by {mine}, found a format of {scheme}")
-            self.packed_weights[name] = replace(self.packed_weights[name], scheme=scheme)
+                raise ValueError(
+                    f"int8fx: {self.label(name)} is quantised by {mine}, found a format of {scheme}; legal: tensors of "
+                    f"{mine}, or a model converted by {scheme}"
+                )
+            if scheme != mine:
+                self.packed_weights[name] = replace(self.packed_weights[name], scheme=scheme)
+
+    @torch.compiler.assume_constant_result  # then a graph that is captured does not hold the format
+    def _read_format(self, name: str) -> bool:
+        """Raises ValueError if the format of the weight ``name`` says that this module reads its tensors wrongly.
+
+        Tools that set tensors one by one, such as accelerate and ``torch.func.functional_call``, set formats too.
+        """
+        form, (codes, _, columns, _) = self._buffers[name + FORMAT], tensors_of(self, name)
+        values = unwrapped(form)
+        if type(values) is not Tensor or not is_readable(values) or values.dim() != 1 or is_traced():
+            return False
+        self._check_format(name, values)
+        scheme, found = self.packed_weights[name].scheme, 0 if columns is None else columns.numel()
+        if found != scheme.static_columns(codes.shape[-1]):
+            raise ValueError(f"int8fx: {unfit_count(self.label(name), scheme, codes.shape[-1], found)}")
+        if values is form:
+            self._read_formats = {**self._read_formats, name: form}
+        return True
 
     def _leave_flat_parameter(self) -> None:
         """Makes codes buffers if FSDP1 is about to flatten Parameters: its flat parameter takes no integers.
@@ -582,6 +632,8 @@ def _pack(module: nn.Module, weights: Weights, forward: Callable | None) -> None
     for name, (tensors, reading) in weights.items():
         store(module, name, tensors, reading.scheme)
     object.__setattr__(module, "__class__", cls)
+    labels = {name: module.label(name) for name in weights}  # type: ignore[operator]  # a PackedModule now
+    module.__dict__["_parameters"] = Parameters(module._parameters, labels)
 
 
 def unpack(module: PackedModule, dtype: torch.dtype | None = None) -> None:
@@ -592,8 +644,10 @@ def unpack(module: PackedModule, dtype: torch.dtype | None = None) -> None:
         for suffix in (*SUFFIXES, FORMAT):
             _holder(module, name + suffix).pop(name + suffix, None)
         module._parameters[name] = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
+    module.__dict__["_parameters"] = dict(module._parameters)
     del module.__dict__["packed_weights"]
-    module.__dict__.pop("_before_cast", None)
+    for name in ("_before_cast", "_read_formats"):
+        module.__dict__.pop(name, None)
     object.__setattr__(module, "__class__", base)
 
 

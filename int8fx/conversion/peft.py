@@ -35,7 +35,7 @@ def refuse_targets(names: Iterable[str], label: Any) -> None:
         names: the names that a packed module has for one weight, and for its codes.
         label: the name of the weight in messages.
     """
-    frame = _caller("peft.tuners.tuners_utils", "_inject_parameters")
+    frame = caller("peft.tuners.tuners_utils", "_inject_parameters")
     if frame is None:
         return
     path, targets = frame.f_locals.get("unwrapped_module_name"), frame.f_locals.get("target_names", ())
@@ -51,7 +51,7 @@ def refuse_targets(names: Iterable[str], label: Any) -> None:
 
 def refuse_trained_copy(label: Any) -> None:
     """Raises TypeError if PEFT is copying the packed layer ``label`` to train the copy (``modules_to_save``)."""
-    frame = _caller("peft.utils.other", "update")
+    frame = caller("peft.utils.other", "update")
     if frame is not None and is_trained_whole(frame.f_locals.get("self")):  # type: ignore[arg-type]
         raise TypeError(
             f"int8fx: PEFT's modules_to_save trains a copy of the layer {label}, and int8 is not trained; legal: "
@@ -63,7 +63,7 @@ def _is_a(module: object, file: str, name: str) -> bool:
     return any((c.__module__, c.__name__) == (file, name) for c in type(module).__mro__)
 
 
-def _caller(file: str, function: str) -> FrameType | None:
+def caller(file: str, function: str) -> FrameType | None:
     """The innermost running call of ``function`` in the module ``file``."""
     if file not in sys.modules:
         return None

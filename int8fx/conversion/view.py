@@ -33,11 +33,22 @@ def is_captured(tensor: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or isinstance(tensor, FakeTensor)
-        or _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None
-        or torch._C._get_tracing_state() is not None
+        or is_traced()
         or _functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     )
+
+
+def is_traced() -> bool:
+    """Whether a graph is being recorded, so that reading values would be recorded too."""
+    return _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None or torch._C._get_tracing_state() is not None
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor that ``torch.func`` has wrapped, or ``tensor`` itself."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def is_differentiated() -> bool:
@@ -195,6 +206,9 @@ class PackedWeight(Tensor):
     def __deepcopy__(self, memo: dict) -> Tensor:
         return memo.setdefault(id(self), dense(self))
 
+    def __copy__(self) -> Tensor:
+        return self.detach()
+
     def __reduce_ex__(self, protocol):
         return dense(self).__reduce_ex__(protocol)
 
@@ -308,12 +322,16 @@ def _places(view: Tensor) -> tuple:
     return view.shape, view.stride(), view.storage_offset()
 
 
+_VIEWS_BY_NAME = (aten._unsafe_view.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default)
+"""Their schemas do not say that they are views."""
+
+
 @cache
 def _kind(func: Any) -> str:
     """``view``, ``write`` or ``read``, by the schema of an operator."""
     if any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments):
         return "write"
-    if func is aten._unsafe_view.default or any(r.alias_info is not None for r in func._schema.returns):
+    if func in _VIEWS_BY_NAME or any(r.alias_info is not None for r in func._schema.returns):
         return "view"
     return "read"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import safetensors.torch
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from ..conversion.layers import layer_name
 from ..conversion.packed import PackedModule, frozen, refuse_unfit, tie_equal_columns, unpack
 from ..schemes import Scheme, parse_scheme
 from ..schemes.weight import CODES
+from .checksums import WANTED, adds_checksums
 from .stored import (
     METHOD,
     PARTS,
@@ -174,10 +176,10 @@ class Int8FxQuantizer(DiffusersQuantizer):
     # ---- afterwards --------------------------------------------------------------------------------------------------
 
     def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor], **_: Any) -> tuple[dict, dict]:  # type: ignore[override]
-        """The state dict with a guard for each packed weight: `integrations.transformers` says what it is for."""
+        """The state dict with a guard for each packed weight, and metadata, as in `integrations.transformers`."""
         packed = [k.removesuffix(CODES) for k in state_dict if k.endswith(CODES)]
         guards = {name: guard() for name in packed if name + FORMAT in state_dict}
-        return {**state_dict, **guards}, {}
+        return {**state_dict, **guards}, dict(WANTED)
 
     def _dequantize(self, model: Any) -> Any:
         for module in list(model.modules()):
@@ -207,10 +209,14 @@ def describe(model: Any) -> None:
 
 
 def describe_when_saved() -> None:
-    """Makes ``save_pretrained`` of diffusers' models describe them first. Called once, when diffusers has them."""
+    """Makes ``save_pretrained`` of diffusers' models describe them first. Called once, when diffusers has them.
+
+    Their files get checksums from then on: diffusers calls ``safetensors.torch.save_file`` by this name.
+    """
     from diffusers.models.modeling_utils import ModelMixin
 
     describe_before_saving(ModelMixin, describe)
+    safetensors.torch.save_file = adds_checksums(safetensors.torch.save_file)
 
 
 def _headers(files: list[str]) -> Iterator[tuple[str, Tensor]]:

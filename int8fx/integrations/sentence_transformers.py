@@ -2,7 +2,8 @@
 
 The transformers model in a ``SentenceTransformer`` is saved and loaded by `integrations.transformers`. Other modules
 are made from their configuration, as float ones, and their tensors are loaded into them. `convert_before_loading`
-converts such a module first if the tensors are packed. Without int8fx, loading is an error: keys are missing.
+converts such a module first if the tensors are packed. Without int8fx, loading is an error: keys are missing. The files
+of packed modules get checksums, and are compared with them.
 """
 
 from __future__ import annotations
@@ -12,17 +13,22 @@ from typing import Any
 
 from torch import nn
 
+from ..conversion.packed import is_packed
+from .checksums import check_file, checksums
 from .stored import convert_as_stored, read_schemes
 
 
 def convert_before_loading() -> None:
     """Makes ``Module.load_torch_weights`` take packed tensors. Called once, when sentence-transformers has the class.
 
-    It raises ValueError or RuntimeError, naming the tensor, if they do not fit.
+    It raises ValueError or RuntimeError, naming the tensor, if they do not fit or have another checksum.
     """
-    from sentence_transformers.base.modules.module import Module
+    from sentence_transformers.base.modules import module
 
-    load = Module.load_torch_weights.__func__  # type: ignore[attr-defined]  # a classmethod
+    defining: Any = module
+    Module = defining.Module
+    load = Module.load_torch_weights.__func__  # a classmethod
+    load_file, save_model = defining.load_safetensors_file, defining.save_safetensors_model
 
     @wraps(load)
     def load_torch_weights(cls: Any, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> Any:
@@ -36,4 +42,14 @@ def convert_before_loading() -> None:
         model.load_state_dict(state)
         return model
 
-    Module.load_torch_weights = classmethod(load_torch_weights)  # type: ignore[method-assign,assignment]
+    @wraps(load_file)
+    def load_checked(file: Any, *args: Any, **kwargs: Any) -> Any:
+        check_file(file)
+        return load_file(file, *args, **kwargs)
+
+    @wraps(save_model)
+    def save_with_checksums(model: nn.Module, file: Any) -> None:
+        save_model(model, file, metadata=checksums(model.state_dict()) if is_packed(model) else None)
+
+    Module.load_torch_weights = classmethod(load_torch_weights)
+    defining.load_safetensors_file, defining.save_safetensors_model = load_checked, save_with_checksums

@@ -23,6 +23,7 @@ from ..conversion.packed import PackedModule, is_packed, join
 from ..schemes import Scheme
 from ..schemes.calibration import Calibration
 from ..schemes.weight import CODES, COLUMNS, COLUMNS_WEIGHT, SCALE
+from .checksums import check_file
 
 METHOD = "int8fx"
 """The ``quant_method`` in ``config.json``."""
@@ -35,8 +36,13 @@ PARTS = (CODES, SCALE, FORMAT, COLUMNS, COLUMNS_WEIGHT)
 
 
 def open_file(file: Any) -> Any:
-    """A safetensors file, opened, or the tensors by name that ``torch.save`` wrote. Both have ``keys()``."""
+    """A safetensors file, opened, or the tensors by name that ``torch.save`` wrote. Both have ``keys()``.
+
+    Raises:
+        ValueError: a tensor of the file has not the checksum that it was written with.
+    """
     if str(file).endswith(".safetensors"):
+        check_file(file)
         return safe_open(file, framework="pt")
     loaded = torch.load(file, map_location="cpu", mmap=is_zipfile(file), weights_only=True)
     return {key: tensor for key, tensor in loaded.items() if isinstance(tensor, Tensor)}

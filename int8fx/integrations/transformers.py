@@ -39,6 +39,7 @@ from ..conversion.modules import check_what_is_loaded, leave_fast_paths, pack_la
 from ..conversion.packed import PackedModule, is_packed, join, refuse_unfit, tensors_of, tie_equal_columns
 from ..schemes import LLMInt8, Rotated, Scheme, llm_int8, parse_scheme
 from ..schemes.weight import CODES
+from .checksums import WANTED, adds_checksums
 from .stored import (
     METHOD,
     PARTS,
@@ -305,7 +306,7 @@ class Int8FxQuantizer(HfQuantizer):
     # ---- saving ------------------------------------------------------------------------------------------------------
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The state dict with a guard for each packed weight, see above.
+        """The state dict with a guard for each packed weight, see above, and metadata that ask for checksums.
 
         Of tied weights, only the codes are stored once: transformers ties Parameters when it loads, and not buffers.
 
@@ -326,7 +327,7 @@ class Int8FxQuantizer(HfQuantizer):
                 state[weight] = guard()
             else:
                 state |= {weight + part: state[weight + part].clone() for part in PARTS[1:] if weight + part in state}
-        return state, {}
+        return state, dict(WANTED)
 
 
 def describe(model: Any, quantizer: Int8FxQuantizer | None = None) -> None:
@@ -551,13 +552,14 @@ class TorchAoQuantizer(TorchAoHfQuantizer):
 def describe_when_saved() -> None:
     """Makes ``save_pretrained`` describe a model first if none of its packed weights was packed together with it.
 
-    Called once, when transformers has defined its models.
+    Called once, when transformers has defined its models. Files of int8 models get checksums from then on.
 
     Without guards and configuration, transformers would load random weights in their place, with only a warning.
     """
-    from transformers.modeling_utils import PreTrainedModel
+    from transformers import modeling_utils
 
-    describe_before_saving(PreTrainedModel, _describe_if_unknown)
+    describe_before_saving(modeling_utils.PreTrainedModel, _describe_if_unknown)
+    modeling_utils.safe_save_file = adds_checksums(modeling_utils.safe_save_file)
 
 
 def _describe_if_unknown(model: Any) -> None:

@@ -263,8 +263,10 @@ def _without_library(name: str) -> Callable:
     op, kernel = getattr(torch.ops.int8fx, name).default, kernel_on(fallback, name)
 
     def run(x, *args, **kwargs):
-        if x.device.type != "cpu":
-            raise NotImplementedError(f"int8fx::{name}: no kernel for tensors on {x.device}; legal: cpu, cuda")
+        if x.device.type != "cpu" or x.layout is not torch.strided:
+            raise NotImplementedError(
+                f"int8fx::{name}: no kernel for x {x.layout} on {x.device}; legal: dense tensors on cpu, cuda"
+            )
         return op(x, *args, **kwargs) if native.load() else kernel(x, *args, **kwargs)
 
     return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -172,6 +173,7 @@ _MAKERS: dict[str, Callable[..., Scheme]] = {
 
 
 _SHOWN = 200  # characters of a text that is no scheme, in messages
+_WARNED = re.compile(r"\\|[\d.](?![eE][+-]?\d)[A-Za-z]")  # Python's parser may warn of it: "\d", 1if, 0x1for
 
 
 def parse_scheme(text: str) -> Scheme:
@@ -183,6 +185,8 @@ def parse_scheme(text: str) -> Scheme:
         ValueError: ``text`` is not such an expression.
     """
     try:
+        if odd := _WARNED.search(text):
+            raise SyntaxError(f"invalid syntax: {odd[0]!r}")
         tree = ast.parse(text.strip(), mode="eval").body
         call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
         arguments = [_literal(a) for a in call.args]

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..conversion.format import FORMAT, read_scheme
 from ..conversion.layers import layer_name
+from ..integrations.checksums import check_file
 from ..schemes.weight import CODES, COLUMNS, SUFFIXES
 from ..terminal import table
 
@@ -171,7 +172,7 @@ def _first(columns: tuple[int, ...], count: int = 6) -> str:
 
 
 def read_contents(folder: Path) -> Contents:
-    """What the safetensors files of ``folder`` hold. Reads their headers, formats and columns, and no weight.
+    """What the safetensors files of ``folder`` hold. Reads every tensor if there are checksums, and else no weight.
 
     Raises:
         CheckpointError: there are none, or one is damaged.
@@ -184,6 +185,7 @@ def read_contents(folder: Path) -> Contents:
     small: dict[str, Any] = {}
     for file in files:
         try:
+            check_file(file)
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118  not a dict
                     piece = opened.get_slice(key)
@@ -193,6 +195,8 @@ def read_contents(folder: Path) -> Contents:
                         small[key] = opened.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: {error}") from error
+        except ValueError as error:  # of a checksum; it names the file
+            raise CheckpointError(str(error)) from error
     packed = []
     for key in [key for key in shapes if key.endswith(CODES) and key.removesuffix(CODES) + FORMAT in small]:
         weight = key.removesuffix(CODES)

@@ -11,6 +11,7 @@ import json
 import random
 import struct
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -24,13 +25,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load_file, save
 from support.conversion import SCHEMES
 from torch import Tensor, nn
 
 import int8fx
 from int8fx.conversion.format import FORMAT, VERSION, format_tensor, read_scheme
 from int8fx.conversion.packed import PackedModule
+from int8fx.integrations.checksums import KEY, checksums
+from int8fx.integrations.stored import open_file, read_tensor
 from int8fx.schemes import parse_scheme
 from int8fx.schemes.weight import CODES, COLUMNS, COLUMNS_WEIGHT, SCALE
 
@@ -223,6 +226,38 @@ def test_codes_for_a_layer_that_is_float_are_refused():
     assert_refused(model, state, says, strict=False)
 
 
+def test_codes_of_a_layer_that_is_float_here_are_refused_by_name():
+    model = int8fx.convert(nn.ModuleDict({"a": nn.Linear(40, 24), "b": nn.Linear(40, 24)}), skip="b")
+    state = int8fx.convert(nn.ModuleDict({"a": nn.Linear(40, 24), "b": nn.Linear(40, 24)})).state_dict()
+    assert_refused(model, state, '"b.weight" is float in this model, found its int8 codes', strict=False)
+    floats = {k: v for k, v in state.items() if not k.startswith("b.")}
+    assert model.load_state_dict(floats, strict=False).missing_keys == ["b.weight", "b.bias"]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("ours", SCHEMES)
+@pytest.mark.parametrize("theirs", SCHEMES)
+def test_tensors_of_another_scheme_are_refused(theirs, ours, assign, strict):
+    model, state = model_of(SCHEMES[ours], seed=1), saved(model_of(SCHEMES[theirs]))
+    if theirs == ours:
+        model.load_state_dict(state, assign=assign, strict=strict)
+        assert differing(model, state) == []
+    else:
+        assert_refused(model, state, '"a.weight', assign=assign, strict=strict)
+
+
+@pytest.mark.parametrize("change", ["without", "of more"])
+def test_a_number_of_columns_that_the_format_does_not_say_is_refused(change):
+    """Tools fill in what a file lacks from the model: ``torch.distributed.checkpoint`` does."""
+    share = {"without": 0.0, "of more": 0.1}[change]
+    model, state = model_of(int8fx.rotated(16, columns=0.05)), saved(model_of(int8fx.rotated(16, columns=share)))
+    filled = saved(model) | {k: v for k, v in state.items() if k.endswith(FORMAT)}
+    scheme = f"rotated(block=16, columns={share})"
+    says = f'"a.weight" has 2 unquantised columns; legal: {int(share * 40)}, as its format is {scheme} and K is 40'
+    assert_refused(model, filled, says, strict=False)
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M3", "C64", "X", "", None, 5]
@@ -232,9 +267,10 @@ HEADERS = [b"", b"{", b"[]", b"null", b"{}" * 2, b"[" * 5000, b"\xff" * 9, b'{"a
            b'{"a": {"dtype": "F32", "shape": [4294967296, 4294967296], "data_offsets": [0, 0]}}']  # fmt: skip
 
 
-def hostile_file(draw: random.Random, name: str) -> tuple[str, bytes]:
+def hostile_file(draw: random.Random, name: str, with_checksums: bool) -> tuple[str, bytes]:
     """A file of ``SAVED[name]`` that was damaged, and how."""
-    raw, way = save(SAVED[name], metadata={"format": "pt"}), draw.choice(WAYS)
+    metadata = {"format": "pt"} | (checksums(SAVED[name]) if with_checksums else {})
+    raw, way = save(SAVED[name], metadata=metadata), draw.choice(WAYS)
     size = struct.unpack("<Q", raw[:8])[0]
     header, body = json.loads(raw[8 : 8 + size]), raw[8 + size :]
     key, other = draw.sample(sorted(header.keys() - {"__metadata__"}), 2)
@@ -295,27 +331,41 @@ def hostile_file(draw: random.Random, name: str) -> tuple[str, bytes]:
     elif way == "add":
         header["a.weight_extra"] = entry
     else:
-        header["__metadata__"] = draw.choice([{"format": 5}, [], "x", {"format": None}, {"": ""}, {"format": "tf"}])
+        others = [{KEY: text} for text in ("{", "{}", "[]", "5", "[" * 5000, '{"a.weight_codes": 5}')]
+        header["__metadata__"] = draw.choice(
+            [{"format": 5}, [], "x", {"format": None}, {"": ""}, {"format": "tf"}, *others]
+        )
     text = json.dumps(header).encode()
     return way, struct.pack("<Q", len(text)) + text + body
 
 
 def load_file_of(draw: random.Random) -> str:
     """Loads a hostile file into a model; returns what became of it. Raises if it was what must not be."""
-    name = draw.choice(list(NAMES))
-    way, raw = hostile_file(draw, name)
+    name, with_checksums = draw.choice(list(NAMES)), draw.random() < 0.5
+    way, raw = hostile_file(draw, name, with_checksums)
     how = {"strict": draw.random() < 0.5, "assign": draw.random() < 0.5}
     try:
-        state = load(raw)
-    except (SafetensorError, RuntimeError, ValueError, KeyError, OverflowError, MemoryError, TypeError, AttributeError):
+        state = read_file(raw)
+    except (SafetensorError, RuntimeError, KeyError, OverflowError, MemoryError, TypeError, AttributeError):
         return "refused by safetensors"
-    if way == "swap" and all(state[k].shape == v.shape and state[k].dtype == v.dtype for k, v in SAVED[name].items()):
-        return "not told: two tensors of one shape and dtype under each other's names"
-    expected = {k: state.get(k, v) for k, v in SAVED[name].items()} if way == "body byte" else SAVED[name]
+    except ValueError as error:
+        return "refused by its checksums" if KEY in str(error) else "refused by safetensors"
+    expected, told = SAVED[name], True
+    if not with_checksums and way in ("swap", "body byte"):
+        other = {k: state[k] for k in expected if not same_bits(state[k], expected[k])}
+        told = not other or any(t.shape != expected[k].shape or t.dtype != expected[k].dtype for k, t in other.items())
+        expected = expected | other
     outcome = load_hostile(copy.deepcopy(OTHERS[name]), state, expected, **how)
-    if way == "body byte" and outcome == "loaded as saved":
-        return "not told: another legal value"
-    return outcome
+    return outcome if told or outcome != "loaded as saved" else f"not told, without checksums: {way}"
+
+
+def read_file(raw: bytes) -> dict[str, Tensor]:
+    """The tensors of a file, read as `from_pretrained` reads it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.safetensors")
+        path.write_bytes(raw)
+        opened = open_file(path)
+        return {key: read_tensor(opened, key).clone() for key in opened.keys()}  # noqa: SIM118  not a dict
 
 
 @MANY
@@ -332,9 +382,27 @@ def fuzz(count: int) -> Counter[str]:
 def test_the_files_are_of_all_kinds():
     counts = fuzz(150)
     assert counts["refused by safetensors"] > 20
-    assert counts["refused by int8fx"] > 20
+    assert counts["refused by int8fx"] > 10
+    assert counts["refused by its checksums"] > 10
     assert counts["loaded as saved"] > 1
     print(dict(counts))
+
+
+def test_a_file_with_checksums_in_which_a_bit_is_flipped_or_tensors_are_swapped_is_refused():
+    """Also if all values are legal: the property above must not be kept by files without checksums."""
+    for state in SAVED.values():
+        metadata = checksums(state)
+        assert read_file(save(state, metadata=metadata)).keys() == state.keys()
+        for key, tensor in state.items():
+            flipped = tensor.clone()
+            flipped.view(-1).view(torch.uint8)[-1] ^= 1
+            equal = [k for k, t in state.items() if t.shape == tensor.shape and t.dtype == tensor.dtype]
+            swaps = [{key: state[k], k: tensor} for k in equal if not same_bits(state[k], tensor)]
+            for damage in ({key: flipped}, {key + "_": tensor.clone()}, *swaps):
+                with pytest.raises(ValueError, match=r"model\.safetensors: tensor .* has the checksum") as error:
+                    read_file(save(state | damage, metadata=metadata))
+                assert any(f"tensor {k!r}" in str(error.value) for k in damage)
+                assert read_file(save(state | damage)).keys() == (state | damage).keys()
 
 
 # ---- text of schemes -------------------------------------------------------------------------------------------------

@@ -446,8 +446,11 @@ def test_casts_leave_codes_and_scales_alone(cast, scheme):
     module = packed(scheme)
     expected = buffers(module)
     held = tensors_of(module, "weight")
+    form = module.weight_format.clone()
     assert function(module) is module
     assert_same_buffers(module, expected)
+    assert module.weight_format.dtype == torch.uint8
+    assert torch.equal(module.weight_format, form)
     assert all(
         a is b for a, b in zip(tensors_of(module, "weight"), held, strict=True)
     )  # ties and optimisers hold on to tensors
@@ -578,6 +581,87 @@ def test_functional_call():
         y = torch.func.functional_call(other, tensors, kwargs=inputs)
     assert torch.equal(y.logits, outputs(model, inputs)["logits"])
     assert_same_buffers(other, expected)
+
+
+def test_an_optimizer_over_all_parameters_trains_what_stayed_in_16_bits():
+    model, inputs = models.llama()
+    int8fx.convert(model)
+    expected, before = buffers(model), {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    optimizer.step()
+    assert_same_buffers(model, expected)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != p.requires_grad, name
+    trained = model.num_parameters(only_trainable=True)
+    assert 0 < trained == sum(p.numel() for p in before.values() if p.dtype == torch.float32) < model.num_parameters()
+
+
+def set_one_by_one(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """As accelerate's ``set_module_tensor_to_device`` does."""
+    for key, tensor in tensors.items():
+        path, _, name = key.rpartition(".")
+        module = model.get_submodule(path)
+        if name in module._parameters:
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        elif name in module._buffers:
+            module._buffers[name] = tensor
+
+
+def called_with(model: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+    return torch.func.functional_call(model, tensors, (x,))
+
+
+def called_after(model: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+    set_one_by_one(model, tensors)
+    return model(x)
+
+
+def compiled_after(model: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+    set_one_by_one(model, tensors)
+    torch.compiler.reset()
+    return torch.compile(model, backend="eager", fullgraph=True)(x)
+
+
+def graded_with(model: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+    return torch.func.grad(lambda x: called_with(model, tensors, x).sum())(x)
+
+
+WITH_OTHER_TENSORS = [called_with, called_after, compiled_after, graded_with]
+
+
+@pytest.mark.parametrize("run", WITH_OTHER_TENSORS)
+@pytest.mark.parametrize("theirs", [*SCHEMES, "rotated(32)"])
+def test_tensors_that_are_set_without_load_state_dict_are_of_the_scheme_or_refused(theirs, run):
+    schemes = {**SCHEMES, "rotated(32)": int8fx.rotated(32, columns=0.0)}
+    other, x = int8fx.convert(linear(seed=9), schemes[theirs]), torch.randn(3, 40)
+    for ours in SCHEMES:
+        model = packed(ours)
+        if ours == theirs:
+            y = graded_with(other, {}, x) if run is graded_with else other(x)
+            assert torch.equal(run(model, other.state_dict(), x), y)
+        else:
+            with pytest.raises(Exception, match=r"int8fx: 'weight' (is quantised by|has \d+ unquantised columns)"):
+                run(model, other.state_dict(), x)
+
+
+def test_a_format_that_is_no_text_names_the_layer():
+    module = packed()
+    module._buffers["weight_format"] = torch.zeros(5, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="int8fx: the format of 'weight': found a text that is not int8fx's"):
+        module(torch.randn(2, 40))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_write_between_forward_and_backward_is_an_error(scheme):
+    """As for a float weight: the gradient would be that of the new one."""
+    module, x = packed(scheme), torch.randn(3, 40, requires_grad=True)
+    y = module(x)
+    y.sum().backward(retain_graph=True)
+    with torch.no_grad():
+        module.weight[3] *= 2
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_gradients_reach_the_input_and_the_bias():

@@ -132,6 +132,19 @@ def test_nan_and_inf_are_refused_and_nothing_is_written(scheme, value):
     assert all(torch.equal(t, before[k]) for k, t in module.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "view", [copy.copy, lambda w: w.unsafe_chunk(2)[0], lambda w: w.unsafe_split_with_sizes([2, 4])[1]]
+)
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_writes_into_shallow_copies_and_unsafe_views_land(scheme, view):
+    module = layer(scheme)
+    expected = module.dequantize().clone()
+    with torch.no_grad():
+        view(module.weight).zero_()
+        view(expected).zero_()
+    assert torch.equal(module.dequantize() == 0, expected == 0)
+
+
 def test_a_write_into_two_tied_weights_at_once_lands_in_both():
     one, other = layer(SCHEMES["plain"]), layer(SCHEMES["plain"])
     other.weight = one.weight

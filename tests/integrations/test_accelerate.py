@@ -1,5 +1,7 @@
 """accelerate's hooks and loaders over packed models: the bits stay, and codes stay int8."""
 
+import copy
+
 import accelerate
 import pytest
 import torch
@@ -60,6 +62,46 @@ def test_a_model_that_was_made_empty_loads_and_is_dispatched(tmp_path):
     int8fx.convert(model)
     accelerate.load_checkpoint_and_dispatch(model, to_file(source, tmp_path), device_map={"": "cpu"})
     assert torch.equal(outputs(model, inputs), y)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_codes_on_disk_need_their_buffers_there_too(empty, tmp_path):
+    """accelerate does not load the buffers of a module on disk unless it offloads them."""
+    source, _ = models.llama(seed=9)
+    source, (model, inputs) = int8fx.convert(source.eval()), models.llama()
+    inputs.pop("use_cache")
+    model = int8fx.convert(model.to("meta") if empty else model)
+    if empty:
+        model.model.rotary_emb = source.model.rotary_emb  # its buffers are in no file
+    layers = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+    how = {"device_map": layers | {"model.rotary_emb": "cpu"}, "offload_folder": str(tmp_path / "offload")}
+    file = to_file(source, tmp_path)
+    with pytest.raises(
+        TypeError, match=r"'model.layers.0.*' from disk, but not its scales.*legal: offload_buffers=True"
+    ):
+        accelerate.load_checkpoint_and_dispatch(copy.deepcopy(model), file, **how)
+    model = accelerate.load_checkpoint_and_dispatch(model, file, **how, offload_buffers=True)
+    assert torch.equal(outputs(model.eval(), inputs), outputs(source, inputs))
+
+
+def loaded_and_run(model: nn.Module, file: str, device_map: dict | None, x: Tensor) -> Tensor:
+    load_checkpoint_in_model(model, file, device_map=device_map)
+    return model(x)
+
+
+@pytest.mark.parametrize("device_map", [None, {"": "cpu"}])
+@pytest.mark.parametrize("theirs", SCHEMES)
+def test_a_checkpoint_of_another_scheme_is_never_read_as_ours(theirs, device_map, tmp_path):
+    x = torch.randn(5, 40)
+    source = int8fx.convert(nn.Sequential(nn.Linear(40, 8)), SCHEMES[theirs])
+    file = to_file(source, tmp_path)
+    for ours in SCHEMES:
+        model = int8fx.convert(nn.Sequential(nn.Linear(40, 8)), SCHEMES[ours])
+        if ours == theirs:
+            assert torch.equal(loaded_and_run(model, file, device_map, x), source(x))
+        else:
+            with pytest.raises((RuntimeError, ValueError), match=r"weight|int8fx: '0'"):
+                loaded_and_run(model, file, device_map, x)
 
 
 def test_attention_whose_output_layer_is_offloaded_is_an_error():

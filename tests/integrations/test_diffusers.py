@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.conversion import flip_last_bit
 
 import int8fx
 
@@ -225,6 +226,16 @@ def test_a_damaged_checkpoint_is_refused_by_name(damage, options, saved):
     change(saved, edit)
     with pytest.raises((ValueError, RuntimeError), match=message):
         loading(saved, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "60KB"}], ids=str)
+@pytest.mark.parametrize("tensor", [LAYER + "_codes", LAYER + "_scale", LAYER, "pos_embed.proj.bias"])
+def test_a_flipped_bit_is_refused(tensor, options, saved, tmp_path):
+    loading(saved).save_pretrained(tmp_path / "sub" / "again", **options)
+    [file] = [f for f in (tmp_path / "sub" / "again").glob("*.safetensors") if tensor in load_file(f)]
+    flip_last_bit(file, tensor)
+    with pytest.raises(ValueError, match=f"{file}: tensor '{tensor}' has the checksum"):
+        loading(tmp_path / "sub", subfolder="again")
 
 
 def test_float_tensors_under_an_int8_configuration_are_refused(saved):

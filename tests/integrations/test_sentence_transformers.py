@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from support.conversion import flip_last_bit
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import int8fx
@@ -105,6 +106,10 @@ def test_a_damaged_dense_layer_is_refused_by_name(folder, tmp_path):
     save_file(state | {"linear.weight_format": state["linear.weight_format"] * 0}, file)
     with pytest.raises(ValueError, match=r"linear.weight_format.*found a text that is not int8fx's"):
         load(tmp_path / "int8")
+    model.save(str(tmp_path / "again"))
+    flip_last_bit(file := tmp_path / "again" / "2_Dense" / "model.safetensors", "linear.weight_codes")
+    with pytest.raises(ValueError, match=f"{file}: tensor 'linear.weight_codes' has the checksum"):
+        load(tmp_path / "again")
 
 
 def test_a_cross_encoder_comes_back(tmp_path):

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from support import models
-from support.conversion import SCHEMES, assert_same_files, assert_same_tensors, dequantized_in
+from support.conversion import SCHEMES, assert_same_files, assert_same_tensors, dequantized_in, flip_last_bit
 from torch import Tensor, nn
 
 import int8fx
@@ -229,6 +229,41 @@ def test_a_damaged_checkpoint_is_refused_by_name(damage, ignore, saved):
     with pytest.raises((ValueError, RuntimeError)) as error:
         transformers.LlamaForCausalLM.from_pretrained(saved, ignore_mismatched_sizes=ignore)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("tensor", [W + "_codes", W + "_scale", W, "model.norm.weight", "model.embed_tokens.weight"])
+def test_a_flipped_bit_is_refused(tensor, saved, tmp_path):
+    """In one file, in one of several, in a subfolder, and if the model is offloaded to disk."""
+    model = transformers.LlamaForCausalLM.from_pretrained(saved)
+    for options in ({}, SHARDS):
+        model.save_pretrained(tmp_path / "sub" / "again", **options)
+        [file] = [f for f in (tmp_path / "sub" / "again").glob("*.safetensors") if tensor in load_file(f)]
+        places = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offload"}
+        flip_last_bit(file, tensor)
+        for how in ({}, {"device_map": "auto"}, places, {"ignore_mismatched_sizes": True}):
+            with pytest.raises(ValueError, match=f"{file}: tensor '{tensor}' has the checksum") as error:
+                type(model).from_pretrained(tmp_path / "sub", subfolder="again", **how)
+            assert "Legal: the file as it was saved" in str(error.value)
+        flip_last_bit(file, tensor)
+        assert_same_tensors(type(model).from_pretrained(tmp_path / "sub", subfolder="again"), model)
+        for path in (tmp_path / "sub" / "again").glob("*.safetensors"):
+            path.unlink()
+
+
+def test_an_offloaded_model_is_saved_with_checksums(saved, tmp_path):
+    """transformers reads the tensors of such a model from disk when it writes each file."""
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu",
+              "lm_head": "cpu"}  # fmt: skip
+    settings = {"device_map": places, "offload_folder": str(tmp_path / "offload")}
+    model = transformers.LlamaForCausalLM.from_pretrained(saved, **settings)
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()
+
+
+def test_files_without_checksums_load(saved):
+    model = transformers.LlamaForCausalLM.from_pretrained(saved)
+    save_file(load_file(saved / "model.safetensors"), saved / "model.safetensors", metadata={"format": "pt"})
+    assert_same_tensors(type(model).from_pretrained(saved), model)
 
 
 def test_a_file_of_torch_save_loads(saved):
@@ -469,8 +504,12 @@ class _Letters(transformers.PreTrainedTokenizer):
         return chr(32 + index)
 
 
-def test_a_trainer_refuses_to_train_a_converted_model_without_adapters(saved, tmp_path):
-    model = transformers.LlamaForCausalLM.from_pretrained(saved)
+@pytest.mark.parametrize("how", ["from_pretrained", "convert"])
+def test_a_trainer_refuses_to_train_a_converted_model_without_adapters(how, saved, tmp_path):
+    if how == "convert":
+        model = int8fx.convert(made("llama")[0])
+    else:
+        model = transformers.LlamaForCausalLM.from_pretrained(saved)
     arguments = transformers.TrainingArguments(str(tmp_path / "out"), report_to=[], use_cpu=True)
     with pytest.raises(ValueError, match="quantized"):
         transformers.Trainer(model=model, args=arguments, train_dataset=[])

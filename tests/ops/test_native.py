@@ -337,11 +337,12 @@ print(native.instruction_set().name)
 
 def test_tensors_elsewhere_are_refused():
     class Elsewhere:
-        device = torch.device("cuda:0")
+        device, layout = torch.device("cuda:0"), torch.strided
 
-    kernel = ops._without_library("linear")
-    with pytest.raises(NotImplementedError, match="int8fx::linear: no kernel for tensors on cuda:0; legal: cpu, cuda"):
-        kernel(Elsewhere())
+    kernel, sparse = ops._without_library("linear"), torch.randn(3, 8).to_sparse()
+    for x, found in ((Elsewhere(), "torch.strided on cuda:0"), (sparse, "torch.sparse_coo on cpu")):
+        with pytest.raises(NotImplementedError, match=f"int8fx::linear: no kernel for x {found}; legal: dense tensors"):
+            kernel(x)
 
 
 @pytest.mark.parametrize(

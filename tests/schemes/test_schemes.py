@@ -1,11 +1,13 @@
 """The schemes that `int8fx.convert` takes: their arguments, what they need, and their text form."""
 
 import math
+import warnings
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from int8fx.schemes import LLMInt8, Rotated, llm_int8, parse_scheme, plain, rotated, weight_only
@@ -148,10 +150,34 @@ def test_the_text_of_a_scheme(scheme, text):
         ("weight_only()", weight_only()),
         ("rotated(16, rounding='gptq')", rotated(16, rounding="gptq")),
         ("rotated(block=32,\n columns=0)", rotated(32, 0)),
+        ("llm_int8(1e1,1.E-3)", llm_int8(10, 0.001)),
+        ("llm_int8(1_0.,5e-1)", llm_int8(10, 0.5)),
     ],
 )
 def test_text_that_people_write(text, scheme):
     assert parse_scheme(text) == scheme
+
+
+@given(
+    st.lists(
+        st.sampled_from(("1", "0x1", ".", "e5", "if", "or", "in", "for", "j", "_", " ", "'", "\\", "d", "f'{", "}'"))
+    )
+    .map("".join)
+    .map("llm_int8({})".format)
+)
+@example(r"llm_int8('\d')")
+@example(r"llm_int8(b'\d')")
+@example("llm_int8(1if 1else 2)")
+@example("llm_int8(0x1for x in y)")
+@example("llm_int8(1.or 2)")
+@example("llm_int8(1jin y)")
+@example("llm_int8(f'{1or 2}')")
+def test_text_that_python_warns_of_is_refused_without_a_warning(text):
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with suppress(ValueError):
+            parse_scheme(text)
+    assert not warned
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import filecmp
 import io
+import json
 import pickle
 import weakref
 from collections.abc import Callable
@@ -358,6 +359,14 @@ def assert_same_tensors(model: nn.Module, other: nn.Module) -> None:
     assert state.keys() == expected.keys()
     assert [key for key in state if not torch.equal(state[key], expected[key])] == []
     assert [key for key in state if state[key].dtype != expected[key].dtype] == []
+
+
+def flip_last_bit(file: Path, name: str) -> None:
+    """Changes the last bit of the last byte of the tensor ``name`` in a safetensors file."""
+    raw = bytearray(file.read_bytes())
+    size = int.from_bytes(raw[:8], "little")
+    raw[8 + size + json.loads(raw[8 : 8 + size])[name]["data_offsets"][1] - 1] ^= 1
+    file.write_bytes(raw)
 
 
 def assert_same_files(folder: Path, other: Path) -> None:

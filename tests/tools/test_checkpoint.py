@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from support import models
+from support.conversion import flip_last_bit
 
 import int8fx
 from int8fx.tools.checkpoint import CheckpointError, read_contents
@@ -137,6 +138,15 @@ def test_damaged_checkpoints_are_refused_by_name(source, tmp_path):
         read_contents(tmp_path / "int8")
     with pytest.raises(CheckpointError, match="has no safetensors files"):
         read_contents(tmp_path / "nothing")
+
+
+def test_inspect_refuses_a_flipped_bit(source, tmp_path, capsys):
+    assert main(["convert", str(source), str(tmp_path / "int8")]) == 0
+    file, tensor = tmp_path / "int8" / "model.safetensors", "model.layers.0.mlp.up_proj.weight_codes"
+    flip_last_bit(file, tensor)
+    for path in (file.parent, file):
+        assert main(["inspect", str(path)]) == 1
+        assert f"{file}: tensor '{tensor}' has the checksum" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,0 +1,58 @@
+"""What ``torch.nn.utils`` must not do with packed weights: prune or reparametrise them.
+
+Its functions replace a float Parameter by others, and by a hook or a property. A packed weight is no float Parameter,
+and they notice in the middle of it or say so in terms of their own. They have no hook for this. So packed modules look
+at who is reading them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+_FILES = {f"torch.nn.utils.{f}" for f in ("prune", "weight_norm", "spectral_norm", "parametrize", "parametrizations")}
+
+
+def is_read_by_torch_utils(calls: int) -> bool:
+    """Whether the function that is ``calls`` calls above the one that asks prunes or reparametrises tensors."""
+    frame = _above(calls)
+    return frame is not None and frame.f_globals.get("__name__") in _FILES
+
+
+def parametrized_name(calls: int) -> str | None:
+    """The name of the tensor that ``register_parametrization`` is given, if it is ``calls`` calls above."""
+    frame = _above(calls)
+    if frame is None or frame.f_code.co_name != "register_parametrization" or not is_read_by_torch_utils(calls + 1):
+        return None
+    return frame.f_locals["tensor_name"]
+
+
+def _above(calls: int) -> FrameType | None:
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(calls):
+        frame = frame and frame.f_back
+    return frame
+
+
+def refused(label: str) -> TypeError:
+    """The error for the packed weight ``label``."""
+    return TypeError(
+        f"int8fx: the weight {label} is packed, and prune, weight_norm, spectral_norm and register_parametrization of "
+        "torch.nn.utils replace a float Parameter; legal: first prune.remove or remove_parametrizations, then "
+        f"int8fx.convert; or leave the layer out: convert(model, skip=[{label}])"
+    )
+
+
+class Parameters(dict[str, nn.Parameter | None]):
+    """``_parameters`` of a packed module, from which ``spectral_norm`` takes the weight. ``labels``: packed weights."""
+
+    def __init__(self, items: Iterable[Any], labels: dict[str, str]) -> None:
+        super().__init__(items)
+        self.labels = labels
+
+    def __missing__(self, name: str) -> nn.Parameter:
+        raise refused(self.labels[name]) if name in self.labels else KeyError(name)
