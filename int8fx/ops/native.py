@@ -55,7 +55,7 @@ AVX512_VNNI = InstructionSet(
     ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"),
 )
 AVX512_BF16 = InstructionSet(
-    "avx512_bf16", "AVX512", (*AVX512_VNNI.flags, "-mavx512bf16", "-mavx512vbmi", "-mavx512vbmi2")
+    "avx512_bf16", "AVX512", (*AVX512_VNNI.flags, "-mavx512bf16", "-mavx512vbmi")
 )
 AMX = InstructionSet("amx", "AVX512", (*AVX512_BF16.flags, "-mamx-tile", "-mamx-int8"))
 
@@ -64,7 +64,7 @@ def instruction_set() -> InstructionSet:
     """The best instruction set of this CPU that ``ATEN_CPU_CAPABILITY`` allows torch to use."""
     capability, features = torch.backends.cpu.get_cpu_capability(), torch.cpu.get_capabilities()
     if capability == "AVX512" and features.get("avx512_vnni", False):
-        if not all(features.get(name, False) for name in ("avx512_bf16", "avx512_vbmi", "avx512_vbmi2")):
+        if not all(features.get(name, False) for name in ("avx512_bf16", "avx512_vbmi")):
             return AVX512_VNNI
         return AMX if features.get("amx_int8", False) and _tiles_permitted() else AVX512_BF16
     return AVX2 if capability in ("AVX2", "AVX512") else DEFAULT

@@ -353,8 +353,11 @@ def test_tensors_elsewhere_are_refused():
         ("AVX512", (), True, native.AVX2),
         ("AVX512", ("amx_int8",), True, native.AVX2),
         ("AVX512", ("avx512_vnni",), True, native.AVX512_VNNI),
-        ("AVX512", ("avx512_vnni", "amx_int8"), False, native.AVX512_VNNI),
-        ("AVX512", ("avx512_vnni", "amx_int8"), True, native.AMX),
+        ("AVX512", ("avx512_vnni", "avx512_bf16"), True, native.AVX512_VNNI),
+        ("AVX512", ("avx512_vnni", "avx512_bf16", "avx512_vbmi"), True, native.AVX512_BF16),
+        ("AVX512", ("avx512_vnni", "avx512_bf16", "avx512_vbmi", "amx_int8"), False, native.AVX512_BF16),
+        ("AVX512", ("avx512_vnni", "amx_int8"), True, native.AVX512_VNNI),
+        ("AVX512", ("avx512_vnni", "avx512_bf16", "avx512_vbmi", "amx_int8"), True, native.AMX),
     ],
 )
 def test_instructions_are_those_of_the_cpu_and_within_torchs(monkeypatch, capability, has, permitted, expected):
@@ -417,25 +420,37 @@ def test_the_command_says_why_it_failed(extensions, monkeypatch, capsys):
     assert "int8fx build: no C++ compiler: missing-compiler not found" in capsys.readouterr().err
 
 
-def portable(tile):
+def portable(tile, *flags):
     """The tile of an instruction set that this CPU may lack, compiled to loops."""
-    return replace(native.AVX2, name=f"portable_{tile}", flags=(*native.AVX2.flags, f"-DINT8FX_TILE={tile}"))
+    flags = (*native.AVX2.flags, f"-DINT8FX_TILE={tile}", *flags)
+    return replace(native.AVX2, name=f"portable_{tile}{len(flags)}", flags=flags)
+
+
+PORTABLE = [portable("VnniTile"), portable("VnniTile", "-DINT8FX_BFLOAT16"), portable("AmxTile", "-DINT8FX_BFLOAT16")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", [native.AVX512_VNNI, native.AMX], ids=lambda isa: isa.name)
-def test_kernels_compile_to_the_instructions_of_their_set(isa, tmp_path):
+@pytest.mark.parametrize(
+    ("isa", "instructions"),
+    [
+        (native.AVX512_VNNI, ["vpdpbusd"]),
+        (native.AVX512_BF16, ["vpdpbusd", "vdpbf16ps", "vpermb"]),
+        (native.AMX, ["tdpbssd", "vdpbf16ps"]),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_kernels_compile_to_the_instructions_of_their_set(isa, instructions, tmp_path):
     """A CPU without them can test no more."""
-    instruction = {"avx512_vnni": "vpdpbusd", "amx": "tdpbssd"}[isa.name]
     assembly = tmp_path / "kernels.s"
     done = subprocess.run([*native.command(isa, assembly), "-O0", "-S"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:3000]
     lines = assembly.read_text().splitlines()
-    assert any(instruction in line for line in lines)
+    for instruction in instructions:
+        assert any(instruction in line for line in lines)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", [native.DEFAULT, portable("VnniTile"), portable("AmxTile")], ids=lambda isa: isa.name)
+@pytest.mark.parametrize("isa", [native.DEFAULT, *PORTABLE], ids=lambda isa: isa.name)
 def test_kernels_for_other_instructions_pass_the_same_tests(isa):
     """Those of `test_kernels` that run the C++ kernels, in another process: a process loads one library."""
     code = f"""

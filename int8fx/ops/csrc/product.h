@@ -58,7 +58,7 @@ constexpr bool HAS_BFLOAT16 = false;
 template <typename AnyTile>
 constexpr bool HAS_FEW = requires { &AnyTile::template few<1>; };  // sums along K by instructions of its own
 constexpr bool TILE_HAS_FEW = HAS_FEW<Tile>;
-constexpr int64_t FEW_ROWS = TILE_HAS_FEW ? 24 : 8;
+constexpr int64_t FEW_ROWS = TILE_HAS_FEW ? 24 : 12;
 
 // Whether M rows are multiplied without quantising x. rows.py has the rule for all devices.
 inline bool weight_only(int64_t M, int64_t block) { return M <= INT8FX_WEIGHT_ONLY_ROWS && block == 1; }
