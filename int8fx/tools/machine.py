@@ -14,7 +14,7 @@ import torch
 from .. import __version__
 from ..ops import native
 
-PACKAGES = ("int8fx", "torch", "transformers", "bitsandbytes", "torchao", "onnxruntime", "auto-round-lib")
+PACKAGES = ("int8fx", "torch", "transformers", "bitsandbytes", "torchao", "onnxruntime", "auto-round-lib", "zentorch")
 CACHE_BYTES = 32 << 20  # assumed for a last-level cache that the system does not describe
 
 

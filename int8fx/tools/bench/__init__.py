@@ -5,7 +5,8 @@
     settings    the command's options
     candidates  linear layers of int8fx and of each other library
     products    suites of single linear layers: products, outliers, schemes, overhead, scaling
-    models      suites of language models: models; profile (by kind of kernel); memory (a separate process each)
+    models      suites of models: models (language models, a text encoder); profile (by kind of kernel); memory (a
+                separate process each)
     cuda        the suites on a GPU
     check       the Triton kernels on a GPU against the reference
     suites      all suites, by name

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -20,70 +24,111 @@ from int8fx.schemes.quantize import DEFAULT_THRESHOLD, quantize_weight
 from int8fx.schemes.weight import Int8Weight
 
 from ..machine import missing
-from .timing import Measured, failure
+from .timing import Measured, failure, on_threads
 
 Layer = Callable[[Any], object]
 T = TypeVar("T")
+
+FREEZING = {  # of Inductor: what its developers advise for CPUs; the weights become constants and are packed
+    "freezing": True,
+    "cpp_wrapper": True,
+    "max_autotune": True,
+    "max_autotune_gemm_backends": "CPP,ATEN",
+}
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A way to compute linear layers, with one label in every table.
 
-    convert: takes a bfloat16 module (a ``nn.Linear`` or a model's decoder) and returns the one to time. It may change
-        or store what it is given.
-    prepare: bfloat16 x ``[M, K]`` -> what a layer takes; not timed.
+    convert: takes a module of ``dtype`` (a ``nn.Linear``, a model's decoder or a whole encoder) and returns the one to
+        time. It may change or store what it is given.
+    dtype: of x, and of what is not quantised.
+    prepare: x ``[M, K]`` in ``dtype`` -> what a layer takes; not timed.
     int8: whether its weights are int8. Then models are timed with their lm_head in 16 bits and converted.
     compiles_models: whether ``torch.compile`` compiles a model before it is timed.
     compiles_layers: likewise a single layer.
+    frozen: whether it is compiled under `FREEZING`.
     needs: packages.
     """
 
     name: str
     convert: Callable[[Any], Any]
+    dtype: torch.dtype = torch.bfloat16
     prepare: Callable[[Tensor], Any] = lambda x: x
     int8: bool = True
     compiles_models: bool = True
     compiles_layers: bool = False
+    frozen: bool = False
     needs: tuple[str, ...] = ()
 
     def layers(self, linears: Sequence[nn.Linear]) -> list[Layer]:
-        """A function from ``prepare(x)`` to y for a copy of each of ``linears``."""
-        return [self._layer(copy.deepcopy(layer)) for layer in linears]
+        """A function from ``input(x)`` to y for a copy of each of ``linears``."""
+        return [self._layer(copy.deepcopy(layer).to(self.dtype)) for layer in linears]
+
+    def input(self, x: Tensor) -> Any:
+        """What a layer takes for ``x [M, K]``."""
+        return self.prepare(x.to(self.dtype))
+
+    def compile(self, module: nn.Module) -> Callable[..., Any]:
+        """``module`` compiled by itself, without a graph break."""
+        compiled = torch.compile(module, dynamic=False, fullgraph=True)
+        return _freezing(compiled) if self.frozen else compiled
 
     def _layer(self, layer: nn.Linear) -> Layer:
         converted = self.convert(layer)
         if not self.compiles_layers:
             return converted
+        if self.frozen:
+            return self.compile(converted)
         weight, bias = converted.weight, converted.bias
         compiled = torch.compile(F.linear, dynamic=False)  # the weight is an argument: one graph for all layers
         return lambda x: compiled(x, weight, bias)
 
 
+def _freezing(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """``compiled`` under `FREEZING`.
+
+    Inductor's settings are changed only in calls that compile, the first ones of each shape: a change takes as long as
+    a small layer.
+    """
+    from torch._inductor import config
+
+    known: set[tuple[torch.Size, ...]] = set()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        shapes = tuple(value.shape for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        if shapes in known:
+            return compiled(*args, **kwargs)
+        with config.patch(FREEZING), open(os.devnull, "w") as null, redirect_stderr(null):
+            result = compiled(*args, **kwargs)  # the tuner writes what it tries to stderr
+        known.add(shapes)
+        return result
+
+    return call
+
+
 def build_each(
     candidates: Sequence[Candidate], build: Callable[[Candidate], T]
 ) -> tuple[dict[str, T], dict[str, Measured]]:
-    """Calls ``build`` on each candidate that can run here.
+    """Calls ``build`` on each candidate that can run here, each on as many threads as torch has now.
 
-    The number of torch's threads is restored after each: auto-round's packing sets it to all of the machine's CPUs, or
-    to 1 if OMP_PROC_BIND is true.
+    auto-round's packing sets torch's threads to all of the machine's CPUs, or to 1 if OMP_PROC_BIND is true.
 
     Returns:
         What was built, and a note for each candidate that cannot run; both by the candidate's name.
     """
     built: dict[str, T] = {}
     absent: dict[str, Measured] = {}
-    threads = torch.get_num_threads()
     for candidate in candidates:
         if reason := missing(*candidate.needs):
             absent[candidate.name] = Measured(note=reason)
             continue
         try:
-            built[candidate.name] = build(candidate)
+            with on_threads(torch.get_num_threads()):
+                built[candidate.name] = build(candidate)
         except Exception as error:  # whatever a peer may raise
             absent[candidate.name] = Measured(note=failure(error))
-        finally:
-            torch.set_num_threads(threads)
     return built, absent
 
 
@@ -95,14 +140,19 @@ def linear(N: int, K: int) -> nn.Linear:
 
 
 def inputs(M: int, K: int, outliers: int) -> Tensor:
-    """Random bfloat16 ``[M, K]`` with ``outliers`` outlier columns.
+    """Random bfloat16 ``[M, K]`` with ``outliers`` outlier columns, the same random ones in each call.
 
     Every value of these columns is at least 8 in size; every other value is at most 5.5.
     """
     x = torch.randn(M, K).clamp_(-5.5, 5.5)
-    columns = torch.linspace(0, K - 1, min(outliers, K)).long()
+    columns = random_columns(K, outliers)
     x[:, columns] = torch.copysign(8 + x[:, columns].abs(), x[:, columns])
     return x.bfloat16()
+
+
+def random_columns(K: int, count: int) -> Tensor:
+    """``min(count, K)`` distinct columns of K, the same ones in each call."""
+    return torch.randperm(K, generator=torch.Generator().manual_seed(0))[:count]
 
 
 @contextmanager
@@ -135,13 +185,18 @@ def _functional(layer: nn.Linear) -> Layer:
     return lambda x: F.linear(x, weight, bias)
 
 
-def _bitsandbytes(module: nn.Module) -> nn.Module:
-    if isinstance(module, nn.Linear):
-        return _linear_8bit_lt(module)
-    for name, child in list(module.named_modules()):
-        if isinstance(child, nn.Linear):
-            module.set_submodule(name, _linear_8bit_lt(child))
-    return module
+def _each_linear(convert: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """A conversion of a module that is a ``nn.Linear``, or of every one in it."""
+
+    def convert_each(module: nn.Module) -> nn.Module:
+        if isinstance(module, nn.Linear):
+            return convert(module)
+        for name, child in list(module.named_modules()):
+            if isinstance(child, nn.Linear):
+                module.set_submodule(name, convert(child))
+        return module
+
+    return convert_each
 
 
 def _linear_8bit_lt(layer: nn.Linear) -> nn.Module:
@@ -173,10 +228,38 @@ def _torchao(weight_only: bool) -> Callable[[nn.Module], nn.Module]:
     return convert
 
 
+def _quantize_dynamic(module: nn.Module) -> nn.Module:
+    """``torch.ao.quantization.quantize_dynamic`` with a scale for each channel, by the engine that torch chooses."""
+    from torch.ao import quantization
+
+    parent = nn.Sequential(module)  # it converts children only
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated, in favour of torchao
+        config = {nn.Linear: quantization.per_channel_dynamic_qconfig}
+        quantization.quantize_dynamic(parent, config, inplace=True)
+    return parent[0]
+
+
+class _Zentorch(nn.Module):
+    """zentorch's int8 linear, with the weight packed in advance."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        import zentorch  # noqa: F401  # defines the ops
+
+        codes, self.weight_scale = quantize_weight(layer.weight)
+        self.packed = torch.ops.zentorch.zentorch_weight_prepack_for_dynamic_qlinear(codes)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.zentorch.zentorch_dynamic_qlinear(
+            x, self.packed, self.weight_scale, self.bias, is_weight_prepacked=True
+        )
+
+
 def _onnxruntime(layer: nn.Linear) -> Layer:
     """The graph of onnxruntime's ``quantize_dynamic`` per channel: uint8 activations with one scale, int8 weights."""
     import numpy
-    import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
     codes, scale = quantize_weight(layer.weight)
@@ -197,12 +280,52 @@ def _onnxruntime(layer: nn.Linear) -> Layer:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, N])],
         [numpy_helper.from_array(numpy.asarray(value), name) for name, value in constants.items()],
     )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    session = _onnxruntime_session(model.SerializeToString())
+    return lambda x: session.run(None, {"x": x})
+
+
+def _onnxruntime_encoder(encoder: Any) -> Callable[..., Any]:
+    """A text encoder, exported, with its linear layers quantised by onnxruntime's ``quantize_dynamic`` per channel."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    class HiddenStates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.encoder(input_ids=input_ids).last_hidden_state
+
+    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # this exporter is deprecated; the other one needs another package
+        floats, int8 = (os.path.join(directory, name) for name in ("float.onnx", "int8.onnx"))
+        torch.onnx.export(
+            HiddenStates(),
+            (torch.ones(2, 8, dtype=torch.long),),
+            floats,
+            dynamo=False,
+            input_names=["input_ids"],
+            output_names=["y"],
+            dynamic_axes={"input_ids": {0: "B", 1: "T"}},
+        )
+        quantize_dynamic(floats, int8, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"])
+        session = _onnxruntime_session(int8)
+
+    def run(input_ids: Tensor) -> Any:
+        [y] = session.run(None, {"input_ids": input_ids.numpy()})
+        return SimpleNamespace(last_hidden_state=torch.from_numpy(y))
+
+    return run
+
+
+def _onnxruntime_session(model: bytes | str) -> Any:
+    import onnxruntime
+
     _share_onnxruntime_threads()
     options = onnxruntime.SessionOptions()
     options.use_per_session_threads = False
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return lambda x: session.run(None, {"x": x})
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 @cache
@@ -234,24 +357,35 @@ def _auto_round(layer: nn.Linear) -> Layer:
 
 INT8FX = Candidate("int8fx", _int8fx(int8fx.llm_int8()))
 ROTATED = Candidate("int8fx rotated", _int8fx(int8fx.rotated()))
-FLOAT32 = Candidate("float32", lambda module: module.float(), prepare=lambda x: x.float(), int8=False)
+FLOAT32 = Candidate("float32", lambda module: module, torch.float32, int8=False)
 BFLOAT16 = Candidate("bfloat16", lambda module: module, int8=False)
-BFLOAT16_EAGER = Candidate("bfloat16, eager", lambda module: module, int8=False, compiles_models=False)
-BITSANDBYTES = Candidate("bitsandbytes", _bitsandbytes, compiles_models=False, needs=("bitsandbytes",))
+BFLOAT16_FROZEN = Candidate("bfloat16, frozen", BFLOAT16.convert, int8=False, compiles_layers=True, frozen=True)
+BFLOAT16_EAGER = Candidate("bfloat16, eager", BFLOAT16.convert, int8=False, compiles_models=False)
+BITSANDBYTES = Candidate("bitsandbytes", _each_linear(_linear_8bit_lt), compiles_models=False, needs=("bitsandbytes",))
 TORCHAO_DYNAMIC = Candidate("torchao dynamic", _torchao(False), compiles_layers=True, needs=("torchao",))
+TORCHAO_FROZEN = Candidate(
+    "torchao dynamic, frozen", _torchao(False), compiles_layers=True, frozen=True, needs=("torchao",)
+)
 TORCHAO_WEIGHT_ONLY = Candidate("torchao weight-only", _torchao(True), compiles_layers=True, needs=("torchao",))
+ZENTORCH = Candidate("zentorch dynamic", _each_linear(_Zentorch), needs=("zentorch",))
+QUANTIZE_DYNAMIC = Candidate("quantize_dynamic, float32", _quantize_dynamic, torch.float32, compiles_models=False)
 ONNXRUNTIME = Candidate(
     "onnxruntime dynamic, float32",
     _onnxruntime,
-    prepare=lambda x: x.float().numpy(),
+    torch.float32,
+    prepare=lambda x: x.numpy(),
     needs=("onnx", "onnxruntime", "numpy"),
 )
+ONNXRUNTIME_ENCODER = replace(ONNXRUNTIME, convert=_onnxruntime_encoder, compiles_models=False)
 AUTO_ROUND = Candidate("auto-round kernels", _auto_round, needs=("auto_round_kernel",))
 
-PEERS = (BITSANDBYTES, TORCHAO_DYNAMIC, TORCHAO_WEIGHT_ONLY)
-FOR_LAYERS = (INT8FX, FLOAT32, BFLOAT16, *PEERS, ONNXRUNTIME, AUTO_ROUND)
-FOR_MODELS = (INT8FX, FLOAT32, BFLOAT16, BFLOAT16_EAGER, *PEERS)
-FOR_GPUS = (INT8FX, ROTATED, BFLOAT16, *PEERS)
+ANYWHERE = (BITSANDBYTES, TORCHAO_DYNAMIC, TORCHAO_WEIGHT_ONLY)  # peers on CPUs and GPUs
+ON_CPUS = (BFLOAT16_FROZEN, *ANYWHERE, TORCHAO_FROZEN, ZENTORCH, QUANTIZE_DYNAMIC)
+FOR_LAYERS = (INT8FX, FLOAT32, BFLOAT16, *ON_CPUS, ONNXRUNTIME, AUTO_ROUND)
+FOR_MODELS = (INT8FX, ROTATED, FLOAT32, BFLOAT16, BFLOAT16_EAGER, *ON_CPUS)
+FOR_OUTLIERS = (INT8FX, ROTATED, BFLOAT16, BFLOAT16_FROZEN, BITSANDBYTES)  # others do the same for any values
+FOR_ENCODERS = (INT8FX, ROTATED, FLOAT32, BFLOAT16, *ON_CPUS, ONNXRUNTIME_ENCODER)
+FOR_GPUS = (INT8FX, ROTATED, BFLOAT16, *ANYWHERE)
 FOR_OVERHEAD = (
     Candidate("int8fx::linear", _int8fx_op),
     Candidate("F.linear", _functional, int8=False),

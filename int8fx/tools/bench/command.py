@@ -14,7 +14,7 @@ from . import candidates, check, plots, report
 from .limits import load_limits
 from .settings import Settings
 from .suites import BenchError, chosen
-from .timing import Case
+from .timing import Case, on_threads
 
 WIDTH = 130  # of tables in a file
 
@@ -34,10 +34,9 @@ def run(settings: Settings, console: Console | None = None) -> int:
     settings.output.mkdir(parents=True, exist_ok=True)
     cases: list[Case] = []
     with ExitStack() as stack:
-        if settings.threads is not None:
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(settings.threads)
+        stack.enter_context(on_threads(settings.num_threads))
         stack.enter_context(candidates.quiet())
+        stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))  # layers and models share code
         try:
             suites = chosen(settings.suites, settings.device)
             machine, settings = _begin(console, replace(settings, threads=settings.num_threads))

@@ -19,7 +19,7 @@ import int8fx
 
 from ..evaluate import count_bytes
 from .candidates import BFLOAT16, INT8FX
-from .models import MODELS, load, num_layers, num_tokens, title_of
+from .models import LARGE, SMALL, load, num_layers, num_tokens, title_of
 from .settings import Settings
 from .timing import Case, Measured
 
@@ -30,7 +30,7 @@ BYTES, LIVE, PEAK = "parameters and buffers", "all tensors after a forward", "pe
 def memory(settings: Settings) -> Iterator[Case]:
     """Each model in bfloat16 and converted: bytes against `IDEAL`, peak of an eager forward against bfloat16's."""
     tokens = num_tokens(settings)
-    for name in MODELS:
+    for name in (LARGE, SMALL):
         results: dict[str, Mapping[str, Any]] = {}
         for candidate in (BFLOAT16, INT8FX):
             settings.say(f"memory: {name}, {candidate.name}, in a separate process")
@@ -101,7 +101,7 @@ def bytes_of(model: Any, tokens: int, convert: bool) -> dict[str, float]:
 def main(name: str, layers: int | None, tokens: int, convert: bool, threads: int) -> None:
     """What the separate process runs: prints `bytes_of` as JSON."""
     torch.set_num_threads(threads)
-    print(json.dumps(bytes_of(load(name, layers), tokens, convert)))
+    print(json.dumps(bytes_of(load(name, layers)[0], tokens, convert)))
 
 
 if __name__ == "__main__":

@@ -1,64 +1,93 @@
-"""Language models: compiled forwards, decode steps with a static cache, eager ``generate()``."""
+"""Language models: compiled forwards, decode steps with a static cache, eager ``generate()``. A text encoder."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..decoding import StaticDecoder
-from .candidates import BFLOAT16, BITSANDBYTES, FLOAT32, FOR_MODELS, INT8FX, Candidate, build_each
+from ..metrics import cosine_distance
+from .candidates import (
+    BFLOAT16,
+    BFLOAT16_FROZEN,
+    BITSANDBYTES,
+    FLOAT32,
+    FOR_ENCODERS,
+    FOR_MODELS,
+    FOR_OUTLIERS,
+    INT8FX,
+    TORCHAO_FROZEN,
+    ZENTORCH,
+    Candidate,
+    build_each,
+    random_columns,
+)
 from .products import OUTLIERS
 from .settings import Settings
-from .timing import Case, Measured, Work, interleave, thread_warning
+from .timing import Case, Measured, Work, interleave
 
-LARGE, SMALL = "an LM of 0.5B parameters", "SmolLM2-135M"
-MODELS = (LARGE, SMALL)
+LARGE, SMALL, ENCODER = "an LM of 0.5B parameters", "SmolLM2-135M", "all-MiniLM-L6-v2"
+OUTLYING = f"{LARGE}, 9 % outlier columns"
+SHARE = 0.09  # of the columns of each input in OUTLYING, as on text in a trained LM of this size
+TRAINED = {SMALL: "smollm2", ENCODER: "minilm"}  # their names in `data.models`
+LMS = {LARGE: FOR_MODELS, OUTLYING: FOR_OUTLIERS, SMALL: FOR_MODELS}  # and who is timed
 TOKENS, QUICK_TOKENS = 512, 64  # of a forward
+SENTENCES, QUICK_SENTENCES = ((32, 128), (1, 22)), ((2, 22),)  # texts and their tokens, of the encoder's forward
 BATCHES, QUICK_BATCHES = (1, 8), (1,)  # of a decode step
 PROMPT, CACHE, NEW_TOKENS = 4, 256, 16  # tokens: before the first step, in the static cache, that generate() makes
 QUICK_LAYERS = 2
+COMPARED = 128  # rows of a result whose cosine to float32 is computed, at most
 HEAD_16, HEAD_8 = "lm_head in 16 bits", "lm_head converted"
-WITH_LOGITS = (INT8FX.name, FLOAT32.name, BFLOAT16.name)  # whose forward is also timed with every token's logits
-GENERATING = (*WITH_LOGITS, BITSANDBYTES.name)  # who is used eagerly
+WITH_LOGITS = tuple(  # whose forward is also timed with every token's logits
+    candidate.name for candidate in (INT8FX, FLOAT32, BFLOAT16, BFLOAT16_FROZEN, TORCHAO_FROZEN, ZENTORCH)
+)
+GENERATING = tuple(candidate.name for candidate in (INT8FX, FLOAT32, BFLOAT16, BITSANDBYTES))  # who is used eagerly
 
 Steps = Iterator[tuple[str, dict[str, Work]]]  # the name of a case, and each candidate's calls
 
 
-def load(name: str, layers: int | None = None) -> Any:
-    """The causal language model ``name`` of `MODELS` in bfloat16 and eval mode.
+@dataclass(frozen=True)
+class Subject:
+    """A model in bfloat16, and what it reads: ``ids [rows, width]``, of real text if the model is trained."""
 
-    `LARGE` has random weights. Six channels of each of its norms are large, as in trained models, so the inputs of its
-    linear layers have six outlier columns. `SMALL` is the trained model, or, if cut to ``layers``, built like `LARGE`.
+    title: str
+    model: Any
+    ids: Tensor
+
+
+def load(name: str, layers: int | None = None) -> tuple[Any, Any]:
+    """The model ``name`` in bfloat16 and eval mode, and its tokenizer; None if its weights are random.
+
+    Six channels of each norm of `LARGE` are large, as in trained models, so the inputs of its linear layers have six
+    outlier columns; `OUTLYING` has `SHARE` of them in each (`plant_outliers`). `SMALL` and `ENCODER` are the trained
+    models, or, if cut to ``layers``, random ones of their sizes.
 
     Raises:
         ModelError: the trained model cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+    import transformers
 
-    if name not in MODELS:
-        raise ValueError(f"no model {name!r}; legal: {', '.join(MODELS)}")
-    if name == SMALL and layers is None:
-        from ..data.models import load as load_real
+    if name not in (*LMS, ENCODER):
+        raise ValueError(f"no model {name!r}; legal: {', '.join((*LMS, ENCODER))}")
+    if name in TRAINED and layers is None:
+        from ..data.models import load as load_trained
 
-        return load_real("smollm2", torch.bfloat16)[0]
+        return load_trained(TRAINED[name], torch.bfloat16)[:2]
     config: Any
-    if name == LARGE:
-        config = Qwen2Config(
-            vocab_size=151936,
-            hidden_size=896,
-            intermediate_size=4864,
-            num_hidden_layers=layers or 24,
-            num_attention_heads=14,
-            num_key_value_heads=2,
-            tie_word_embeddings=False,
+    if name == ENCODER:
+        config = transformers.BertConfig(
+            hidden_size=384, intermediate_size=1536, num_hidden_layers=layers or 6, num_attention_heads=12
         )
-    else:
-        config = LlamaConfig(
+        return transformers.AutoModel.from_config(config, dtype=torch.bfloat16).eval(), None
+    if name == SMALL:
+        config = transformers.LlamaConfig(
             vocab_size=49152,
             hidden_size=576,
             intermediate_size=1536,
@@ -67,65 +96,118 @@ def load(name: str, layers: int | None = None) -> Any:
             num_key_value_heads=3,
             tie_word_embeddings=True,
         )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    else:
+        config = transformers.Qwen2Config(
+            vocab_size=151936,
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=layers or 24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+        )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     with torch.no_grad():
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
-                module.weight[torch.linspace(0, config.hidden_size - 1, OUTLIERS).long()] = 12.0
-    return model
+                _enlarge(module.weight, round(SHARE * config.hidden_size) if name == OUTLYING else OUTLIERS, 12.0)
+        if name == OUTLYING:
+            plant_outliers(model)
+    return model, None
+
+
+def plant_outliers(model: Any) -> None:
+    """Gives the inputs of ``o_proj`` and ``down_proj`` of a `OUTLYING` model `SHARE` of outlier columns.
+
+    The columns come from large values in the bias of ``v_proj`` and from large rows of ``up_proj``. The other weights
+    before them are made smaller, so that no other column is an outlier. Tokens stay distinct in all layers, since the
+    embedding is made larger and what layers add to it smaller.
+    """
+    model.model.embed_tokens.weight *= 50
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for linear in (attention.v_proj, mlp.gate_proj, mlp.up_proj):
+            linear.weight *= 0.2
+        for linear in (attention.o_proj, mlp.down_proj):
+            linear.weight *= 0.05
+        _enlarge(attention.v_proj.bias, round(SHARE * len(attention.v_proj.bias)), 12.0)
+        rows = random_columns(len(mlp.up_proj.weight), round(SHARE * len(mlp.up_proj.weight)))
+        mlp.up_proj.weight[rows] *= 60
+
+
+def _enlarge(values: Tensor, count: int, value: float) -> None:
+    values[random_columns(len(values), count)] = value
+
+
+def read(settings: Settings, model: Any, tokenizer: Any) -> Tensor:
+    """``[rows, width]`` token ids: windows of Python's documentation, or random ones if there is no tokenizer."""
+    rows, width = max(BATCHES), max(num_tokens(settings), CACHE)
+    if not hasattr(model, "lm_head"):
+        rows, width = (max(sizes) for sizes in zip(*SENTENCES, strict=True))
+    if tokenizer is None:
+        return torch.randint(0, model.config.vocab_size, (rows, width))
+    from ..data.texts import windows
+
+    return windows(tokenizer, ["pydoc"], rows, width, 0)[0]
 
 
 @dataclass
 class ConvertedModel:
     """A model as one candidate runs it.
 
-    decoder: the stack of layers, without its head.
-    heads: `HEAD_16` and `HEAD_8` -> the head; the same one twice if the candidate's weights are not int8.
+    decoder: the stack of layers, without its head; or the whole encoder.
+    heads: `HEAD_16` and `HEAD_8` -> the head; the same one twice if the candidate's weights are not int8. Empty if the
+        model has none.
     """
 
     decoder: Any
     heads: dict[str, Any]
-    compiled: bool
+    candidate: Candidate
 
     def compile(self, module: Any) -> Any:
         """``module``, a part of this model, compiled if the candidate compiles models."""
-        return torch.compile(module, dynamic=False, fullgraph=True) if self.compiled else module
+        return self.candidate.compile(module) if self.candidate.compiles_models else module
 
 
 def convert_copy(model: Any, candidate: Candidate) -> ConvertedModel:
     """A copy of ``model`` as ``candidate`` runs it."""
-    decoder, head = copy.deepcopy(model.model), copy.deepcopy(model.lm_head)
-    converted = candidate.convert(head)
-    heads = {HEAD_16: model.lm_head if candidate.int8 else converted, HEAD_8: converted}
-    return ConvertedModel(candidate.convert(decoder), heads, candidate.compiles_models)
+
+    def copied(module: Any) -> Any:
+        return copy.deepcopy(module).to(candidate.dtype)
+
+    if not hasattr(model, "lm_head"):
+        return ConvertedModel(candidate.convert(copied(model)), {}, candidate)
+    converted = float_head = candidate.convert(copied(model.lm_head))
+    if candidate.int8:
+        float_head = model.lm_head if candidate.dtype == torch.bfloat16 else copied(model.lm_head)
+    return ConvertedModel(candidate.convert(copied(model.model)), {HEAD_16: float_head, HEAD_8: converted}, candidate)
 
 
 def models(settings: Settings) -> Iterator[Case]:
-    """Each of `MODELS`: forwards of the decoder, and with either head; decode steps; ``generate()``.
+    """Each of `LMS`: forwards of the decoder, and with either head; decode steps; ``generate()``. `ENCODER`: forwards.
 
     The decoder and the head are compiled separately, so that one compilation of the decoder serves for both heads.
     """
-    for title, model in each_model(settings, "models"):
-        if isinstance(model, Case):
-            yield model
+    for name, candidates in (*LMS.items(), (ENCODER, FOR_ENCODERS)):
+        subject = make(settings, "models", name)
+        if isinstance(subject, Case):
+            yield subject
         else:
-            yield from compare(settings, model, title, FOR_MODELS)
+            yield from compare(settings, subject, candidates)
 
 
-def each_model(settings: Settings, suite: str) -> Iterator[tuple[str, Any]]:
-    """Title and model for each of `MODELS`; if it cannot be loaded, a case that says why instead of the model."""
+def make(settings: Settings, suite: str, name: str) -> Subject | Case:
+    """The model ``name`` and what it reads; if it cannot be loaded, a case of ``suite`` that says why."""
     from ..data.models import ModelError
 
-    for name in MODELS:
-        settings.say(f"{suite}: making {name}")
-        model: Any
-        try:
-            model = load(name, num_layers(settings))
-        except ModelError as error:
-            reason = str(error).split("\n")[0]
-            note = Measured(note=f"not run: {reason}")
-            model = Case(suite, "everything", INT8FX.name, {INT8FX.name: note}, subject=name)
-        yield title_of(settings, name), model
+    settings.say(f"{suite}: making {name}")
+    try:
+        model, tokenizer = load(name, num_layers(settings))
+    except ModelError as error:
+        reason = str(error).split("\n")[0]
+        note = Measured(note=f"not run: {reason}")
+        return Case(suite, "everything", INT8FX.name, {INT8FX.name: note}, subject=name)
+    return Subject(title_of(settings, name), model, read(settings, model, tokenizer))
 
 
 def num_layers(settings: Settings) -> int | None:
@@ -144,30 +226,56 @@ def title_of(settings: Settings, name: str) -> str:
     return f"{name}, {layers} layers" if layers else name
 
 
-def compare(settings: Settings, model: Any, title: str, candidates: Sequence[Candidate]) -> Iterator[Case]:
-    """The cases of one ``model`` with all of ``candidates``; the first one is the base."""
+def compare(settings: Settings, subject: Subject, candidates: Sequence[Candidate]) -> Iterator[Case]:
+    """The cases of one model with all of ``candidates``; the first one is the base."""
 
     def build(candidate: Candidate) -> ConvertedModel:
-        settings.say(f"models: {title}: {candidate.name}")
-        return convert_copy(model, candidate)
+        settings.say(f"models: {subject.title}: {candidate.name}")
+        return convert_copy(subject.model, candidate)
 
     converted, absent = build_each(candidates, build)
-    on_cpu = settings.device == "cpu"
-    groups = [forwards(converted, num_tokens(settings), WITH_LOGITS if on_cpu else converted)]
-    groups += [decodes(converted, batch) for batch in (QUICK_BATCHES if settings.quick else BATCHES)]
-    if on_cpu:
-        groups.append(generations(converted, model))
-    for group in groups:
+    for group in _groups(settings, subject, converted):
         torch._dynamo.reset()
         for name, work in group:
-            settings.say(f"models: {title}: {name}")
-            with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
-                measured = interleave(work if on_cpu else _waiting(work), settings.max_rounds)
-            if on_cpu and (warning := thread_warning(measured, settings.num_threads)):
-                settings.say(warning)
-            measured = measured | absent
+            settings.say(f"models: {subject.title}: {name}")
+            measured = _measure(settings, work) | absent
             ordered = {c.name: measured[c.name] for c in candidates if c.name in measured}
-            yield Case("models", name, candidates[0].name, ordered, subject=title, threads=settings.num_threads)
+            threads = settings.num_threads
+            yield Case("models", name, candidates[0].name, ordered, subject=subject.title, threads=threads)
+
+
+def _groups(settings: Settings, subject: Subject, converted: dict[str, ConvertedModel]) -> Iterator[Steps]:
+    """The cases, in groups that share compiled graphs."""
+    ids, on_cpu = subject.ids, settings.device == "cpu"
+    if not hasattr(subject.model, "lm_head"):
+        for rows, width in QUICK_SENTENCES if settings.quick else SENTENCES:
+            yield forwards(converted, ids[:rows, :width].contiguous(), ())
+        return
+    one = ids[:1, : num_tokens(settings)].contiguous()
+    yield forwards(converted, one, WITH_LOGITS if on_cpu else converted)
+    for batch in QUICK_BATCHES if settings.quick else BATCHES:
+        yield decodes(converted, ids[:batch])
+    if on_cpu:
+        yield generations(converted, subject)
+
+
+def _measure(settings: Settings, work: dict[str, Work]) -> dict[str, Measured]:
+    """``work`` in interleaved rounds, and the cosine of its results to float32's."""
+    on_cpu = settings.device == "cpu"
+    outputs: dict[str, Tensor] = {}
+
+    def keep(label: str, result: object) -> None:
+        if isinstance(result, Tensor) and result.is_floating_point():
+            rows = result.flatten(0, -2)
+            outputs[label] = rows[:: math.ceil(len(rows) / COMPARED)].to(torch.float32, copy=True)
+
+    threads = settings.num_threads if on_cpu else None
+    with torch.no_grad():
+        measured = interleave(work if on_cpu else _waiting(work), settings.max_rounds, threads, keep)
+    if (reference := outputs.get(FLOAT32.name)) is not None:
+        for label, y in outputs.items():
+            measured[label].cosine = 1 - cosine_distance(reference, y).mean().item()
+    return measured
 
 
 def _waiting(work: Mapping[str, Work]) -> dict[str, Work]:
@@ -180,17 +288,18 @@ def _waiting(work: Mapping[str, Work]) -> dict[str, Work]:
     return {label: [lambda call=call: run(call) for call in calls] for label, calls in work.items()}  # type: ignore[misc]
 
 
-def forwards(converted: dict[str, ConvertedModel], tokens: int, with_logits: Collection[str]) -> Steps:
-    """A forward of ``[1, tokens]``: the decoder; then, of ``with_logits`` only, every token's logits by either head."""
-    vocabulary = min(model.decoder.config.vocab_size for model in converted.values())
-    ids = torch.randint(0, vocabulary, (1, tokens))
+def forwards(converted: dict[str, ConvertedModel], ids: Tensor, with_logits: Collection[str]) -> Steps:
+    """A forward of ``ids``: the decoder or encoder; then, of ``with_logits``, every token's logits by either head."""
+    batch, width = ids.shape
     decoders = {label: model.compile(model.decoder) for label, model in converted.items()}
+    cache = {label: {"use_cache": False} if model.heads else {} for label, model in converted.items()}
 
     def hidden(label: str) -> Tensor:
-        return decoders[label](input_ids=ids, use_cache=False).last_hidden_state
+        return decoders[label](input_ids=ids, **cache[label]).last_hidden_state
 
-    yield f"forward, {tokens} tokens", {label: [lambda label=label: hidden(label)] for label in converted}  # type: ignore[misc]
-    for kind in (HEAD_16, HEAD_8):
+    name = f"forward, {width} tokens" if batch == 1 else f"forward, {batch} x {width} tokens"
+    yield name, {label: [lambda label=label: hidden(label)] for label in converted}  # type: ignore[misc]
+    for kind in (HEAD_16, HEAD_8) if with_logits else ():
         heads = {label: model.compile(model.heads[kind]) for label, model in converted.items() if label in with_logits}
         yield (
             f"forward, {kind}",
@@ -198,13 +307,15 @@ def forwards(converted: dict[str, ConvertedModel], tokens: int, with_logits: Col
         )
 
 
-def decodes(converted: dict[str, ConvertedModel], batch: int) -> Steps:
-    """A step of one token for each of ``batch`` sequences, with a static cache, and its logits by either head."""
-    steps = {label: decode_step(model, batch) for label, model in converted.items()}
+def decodes(converted: dict[str, ConvertedModel], ids: Tensor) -> Steps:
+    """A step of one token for each row of ``ids``, with a static cache, and its logits by either head."""
+    steps = {label: DecodeStep(model, ids) for label, model in converted.items()}
     for kind in (HEAD_16, HEAD_8):
         heads = {label: model.compile(model.heads[kind]) for label, model in converted.items()}
+        for step in steps.values():
+            step.restart()  # so that all candidates read the same token in their first call
         yield (
-            f"decode, batch {batch}, {kind}",
+            f"decode, batch {len(ids)}, {kind}",
             {
                 label: [lambda step=steps[label], head=head: head(step())]  # type: ignore[misc]
                 for label, head in heads.items()
@@ -212,19 +323,29 @@ def decodes(converted: dict[str, ConvertedModel], batch: int) -> Steps:
         )
 
 
-def decode_step(model: ConvertedModel, batch: int, max_tokens: int = CACHE) -> Callable[[], Tensor]:
-    """A function that decodes one token for each of ``batch`` sequences and returns hidden states ``[batch, 1, D]``.
+class DecodeStep:
+    """Reads the next token of each row of ``ids`` in each call, and returns hidden states ``[batch, 1, D]``.
 
     After ``max_tokens`` tokens the cache is full, and the next call begins with the prompt again.
     """
-    prompt, token = (torch.ones(batch, n, dtype=torch.long) for n in (PROMPT, 1))
-    decoder = StaticDecoder(model.decoder, model.compile(model.decoder), prompt, max_tokens - PROMPT)
-    return lambda: decoder(token).last_hidden_state
+
+    def __init__(self, model: ConvertedModel, ids: Tensor, max_tokens: int = CACHE) -> None:
+        widths = [PROMPT, *[1] * (max_tokens - PROMPT)]
+        prompt, *self.tokens = (part.contiguous() for part in ids[:, :max_tokens].split(widths, 1))
+        self.decoder = StaticDecoder(model.decoder, model.compile(model.decoder), prompt, len(self.tokens))
+        self.restart()
+
+    def restart(self) -> None:
+        """Makes the next call begin with the prompt."""
+        self.decoder.free, self.following = 0, cycle(self.tokens)
+
+    def __call__(self) -> Tensor:
+        return self.decoder(next(self.following)).last_hidden_state
 
 
-def generations(converted: dict[str, ConvertedModel], model: Any) -> Steps:
+def generations(converted: dict[str, ConvertedModel], subject: Subject) -> Steps:
     """``generate()`` as users call it: eager, greedy, lm_head in 16 bits; of `GENERATING`."""
-    prompt = torch.randint(0, model.config.vocab_size, (1, 16))
+    prompt, model = subject.ids[:1, :16].contiguous(), subject.model
 
     def generate(twin: Any) -> Callable[[], object]:
         options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import int8fx
 
 from ..machine import last_level_cache
 from .candidates import (
     BFLOAT16,
+    BFLOAT16_FROZEN,
     FOR_LAYERS,
     FOR_OVERHEAD,
     INT8FX,
@@ -25,12 +26,14 @@ from .candidates import (
     of_scheme,
 )
 from .settings import Settings, Sizes
-from .timing import Case, Work, interleave, thread_warning
+from .timing import Case, Measured, Work, interleave
 
 SIZES: Sizes = (((4096, 4096), (11008, 4096), (4864, 896), (576, 576)), (1, 4, 16, 128, 512))
 QUICK_SIZES: Sizes = (((4864, 896), (576, 576)), (1, 16, 128))
+MAX_FROZEN = 4  # weights of a candidate that compiles each by itself, which takes seconds
 COLD_ROWS = 4  # up to this M, reading the weight takes the time: each call takes another weight, not in the cache
 OUTLIERS = 6  # columns
+SHARES = (0.01, 0.05, 0.1, 0.4, 0.9, 1.0)  # of the columns, in the outliers suite; real layers have any of them
 MAX_SIZE = 2048  # of M in the scaling suite
 PLAIN = of_scheme(int8fx.plain())
 SCHEMES = (of_scheme(int8fx.llm_int8()), PLAIN, of_scheme(int8fx.rotated(columns=0)), of_scheme(int8fx.rotated()))
@@ -56,22 +59,22 @@ def overhead(settings: Settings) -> Iterator[Case]:
 
 
 def outliers(settings: Settings) -> Iterator[Case]:
-    """The default threshold with six outlier columns, 1 % and all, compared with int8 without outliers."""
+    """The default threshold with six outlier columns and each of `SHARES`, compared with int8 without outliers."""
     shapes, rows = settings.sizes(SIZES, QUICK_SIZES)
     for N, K in shapes:
-        layers = _linears(N, K, rows)
-        int8_layers, plain_layers = INT8FX.layers(layers), PLAIN.layers(layers)
+        counts = {f"{OUTLIERS} outlier columns": OUTLIERS}
+        counts |= {f"{100 * share:.0f} % of the columns": math.ceil(share * K) for share in SHARES}
+        linears = _linears(N, K, rows)
+        others = (PLAIN, BFLOAT16, BFLOAT16_FROZEN)
+        built, absent = build_each((*others, INT8FX), lambda candidate: candidate.layers(linears))  # noqa: B023
         for M in rows:
-            few, some, every = (inputs(M, K, count) for count in (OUTLIERS, math.ceil(K / 100), K))
-            work: dict[str, Work] = {
-                PLAIN.name: _calls(plain_layers, few, M),
-                f"llm_int8, {OUTLIERS} outlier columns": _calls(int8_layers, few, M),
-                "llm_int8, 1 % of the columns": _calls(int8_layers, some, M),
-                "llm_int8, every column": _calls(int8_layers, every, M),
-                BFLOAT16.name: _calls(layers, few, M),
-            }
+            torch._dynamo.reset()
             settings.say(f"outliers: [{N}, {K}], M = {M}")
-            yield _measure(settings, Case("outliers", f"[{N}, {K}]", PLAIN.name, {}, M, N, K), work)
+            work, left = _work(others, built, inputs(M, K, OUTLIERS), M)
+            for label, count in counts.items():
+                work[f"llm_int8, {label}"] = _calls(built[INT8FX.name], inputs(M, K, count), M)
+            case = _measure(settings, Case("outliers", f"[{N}, {K}]", PLAIN.name, {}, M, N, K), work)
+            yield replace(case, measured=case.measured | left | absent)
 
 
 def schemes(settings: Settings) -> Iterator[Case]:
@@ -90,14 +93,9 @@ def scaling(settings: Settings) -> Iterator[Case]:
     for M in (1, many):
         yield from _sweep(settings, f"against N, M = {M}", [(M, N, side) for N in sizes])
         yield from _sweep(settings, f"against K, M = {M}", [(M, side, K) for K in sizes])
-    before = torch.get_num_threads()
-    try:
-        for threads in range(1, settings.num_threads + 1):
-            torch.set_num_threads(threads)
-            for M in (1, many):
-                yield from _sweep(replace(settings, threads=threads), f"against threads, M = {M}", [(M, side, side)])
-    finally:
-        torch.set_num_threads(before)
+    for threads in range(1, settings.num_threads + 1):
+        for M in (1, many):
+            yield from _sweep(replace(settings, threads=threads), f"against threads, M = {M}", [(M, side, side)])
 
 
 def _sweep(settings: Settings, name: str, sizes: list[tuple[int, int, int]]) -> Iterator[Case]:
@@ -129,17 +127,31 @@ def compare(
     for M in rows:
         torch._dynamo.reset()  # one graph for each M would exceed the limit of recompilations
         settings.say(f"{suite}: [{N}, {K}], M = {M}")
-        x = inputs(M, K, OUTLIERS)
-        work: dict[str, Work] = {
-            c.name: _calls(built[c.name], c.prepare(x), M, cold_rows) for c in candidates if c.name in built
-        }
+        work, left = _work(candidates, built, inputs(M, K, OUTLIERS), M, cold_rows)
         case = _measure(settings, Case(suite, f"[{N}, {K}]", candidates[0].name, {}, M, N, K), work)
-        yield replace(case, measured={c.name: (case.measured | absent)[c.name] for c in candidates})
+        measured = case.measured | left | absent
+        yield replace(case, measured={c.name: measured[c.name] for c in candidates})
 
 
 def _linears(N: int, K: int, rows: Sequence[int], cold_rows: int = COLD_ROWS) -> list[nn.Linear]:
     count = weights_beyond_cache(N, K, last_level_cache()) if min(rows) <= cold_rows else 1
     return [linear(N, K) for _ in range(count)]
+
+
+def _work(
+    candidates: Sequence[Candidate], built: Mapping[str, Sequence[Layer]], x: Tensor, M: int, cold_rows: int = COLD_ROWS
+) -> tuple[dict[str, Work], dict[str, Measured]]:
+    """The calls of those of ``candidates`` that are ``built``, and a note for each that is not timed at this M."""
+    work: dict[str, Work] = {}
+    left: dict[str, Measured] = {}
+    for candidate in candidates:
+        if candidate.name in built:
+            calls = _calls(built[candidate.name], candidate.input(x), M, cold_rows)
+            if candidate.frozen and len(calls) > MAX_FROZEN:
+                left[candidate.name] = Measured(note=f"not run: each of {len(calls)} weights would be compiled")
+            else:
+                work[candidate.name] = calls
+    return work, left
 
 
 def _calls(layers: Sequence[Layer], x: object, M: int, cold_rows: int = COLD_ROWS) -> Work:
@@ -150,8 +162,6 @@ def _measure(settings: Settings, case: Case, work: dict[str, Work]) -> Case:
     """``case`` with ``work`` measured, and the machine's limits measured between its rounds."""
     threads = settings.num_threads
     with torch.no_grad():
-        measured = interleave(work | settings.limits.work(threads), settings.max_rounds)
+        measured = interleave(work | settings.limits.work(threads), settings.max_rounds, threads)
     peak, reads = settings.limits.rates(measured, threads)
-    if warning := thread_warning(measured, threads):
-        settings.say(warning)
     return replace(case, measured=measured, threads=threads, peak=peak, reads=reads)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .candidates import BFLOAT16, INT8FX, Candidate
-from .models import convert_copy, each_model, num_tokens
+from .models import LMS, convert_copy, make, num_tokens
 from .settings import Settings
 from .timing import SLOW, Case, Measured
 
@@ -38,14 +38,16 @@ def profile(settings: Settings) -> Iterator[Case]:
 
     A norm that Inductor fused with its neighbours (a skip connection, a cast) counts as a norm.
     """
-    for title, model in each_model(settings, "profile"):
-        if isinstance(model, Case):
-            yield model
+    for name in LMS:
+        subject = make(settings, "profile", name)
+        if isinstance(subject, Case):
+            yield subject
             continue
+        title, ids = subject.title, subject.ids[:1, : num_tokens(settings)].contiguous()
         by_kind: dict[str, list[Counter[str]]] = {}
         for candidate in PROFILED:
             settings.say(f"profile: {title}: {candidate.name}")
-            by_kind[candidate.name] = forwards_by_kind(model, candidate, num_tokens(settings))
+            by_kind[candidate.name] = forwards_by_kind(subject.model, candidate, ids)
         yield from cases(by_kind, f"{title}, {num_tokens(settings)} tokens", settings.num_threads)
 
 
@@ -56,14 +58,13 @@ def cases(by_kind: dict[str, list[Counter[str]]], subject: str, threads: int) ->
         yield Case("profile", kind, INT8FX.name, measured, subject=subject, threads=threads)
 
 
-def forwards_by_kind(model: torch.nn.Module, candidate: Candidate, tokens: int) -> list[Counter[str]]:
-    """For each round, nanoseconds of a forward of ``[1, tokens]`` by kind of `KINDS`, and their sum by `TOTAL`."""
+def forwards_by_kind(model: torch.nn.Module, candidate: Candidate, ids: Tensor) -> list[Counter[str]]:
+    """For each round, nanoseconds of a forward of ``ids`` by kind of `KINDS`, and their sum by `TOTAL`."""
     from torch._inductor import config
 
     converted = convert_copy(model, candidate)
     torch._dynamo.reset()
     decoder = converted.compile(converted.decoder)
-    ids = torch.randint(0, converted.decoder.config.vocab_size, (1, tokens))
     with torch.no_grad(), config.patch({"cpp.enable_kernel_profile": True}):  # gives fused kernels names
 
         def forward() -> Tensor:

@@ -6,6 +6,7 @@ import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 from rich import box
 from rich.console import Console
@@ -16,15 +17,18 @@ from .timing import Case, Measured
 
 COLUMNS = (
     *("date", "machine", "isa", "threads", "python", "versions"),
-    *("suite", "model", "case", "M", "N", "K", "candidate", "unit", "rounds", "best", "median"),
+    *("suite", "model", "case", "M", "N", "K", "candidate", "unit", "rounds", "best", "median", "cpus", "cosine"),
     *("base", "ratio", "median_ratio", "peak_ops", "share_of_peak", "read_bytes_per_s", "share_of_reads", "note"),
 )
+
+SUITES_WITH_PEAK = ("products", "outliers")  # whose tables have each candidate's share of the int8 peak
 
 
 def rows(cases: Iterable[Case], machine: Mapping[str, str]) -> list[dict[str, object]]:
     """One row for each candidate of each case, by `COLUMNS`; a field is empty if nothing was measured.
 
     best, median: seconds per call or bytes, according to unit. ratio, median_ratio: as multiples of the base's.
+    cpus: how many CPUs a timed round used, in the median. cosine: to float32's outputs, in the mean over rows.
     peak_ops, read_bytes_per_s: the machine's best between the same rounds, per second.
     """
     table: list[dict[str, object]] = []
@@ -44,6 +48,8 @@ def rows(cases: Iterable[Case], machine: Mapping[str, str]) -> list[dict[str, ob
                 "rounds": len(measured.values),
                 "best": measured.best,
                 "median": measured.median,
+                "cpus": median(measured.cpus) if measured.cpus else None,
+                "cosine": measured.cosine,
                 "base": case.base,
                 "ratio": case.ratio(label),
                 "median_ratio": case.median_ratio(label),
@@ -86,7 +92,7 @@ def show(console: Console, cases: Sequence[Case]) -> None:
 
 
 def _comparison(console: Console, name: str, cases: list[Case]) -> None:
-    """A row for each candidate, a column for each case; then which candidates did not run and why."""
+    """A row for each candidate, a column for each case; then the machine's limits, and notes on candidates."""
     factor = 1e6 if cases[0].suite == "overhead" else 1e3
     table = Table(title=name or None, box=box.SIMPLE, title_justify="left")
     table.add_column(no_wrap=True)
@@ -96,10 +102,9 @@ def _comparison(console: Console, name: str, cases: list[Case]) -> None:
     for label in labels:
         if any(label in case.measured and case.measured[label].values for case in cases):
             table.add_row(label, *(_cell(case, label, factor) for case in cases))
-    if any(case.peak.values for case in cases) and cases[0].M and cases[0].suite == "products":
+    if any(case.peak.values for case in cases) and cases[0].suite in SUITES_WITH_PEAK:
         table.add_section()
         table.add_row("int8 peak here, GOP/s", *(f"{case.peak.most / 1e9:,.0f}" for case in cases))
-        table.add_row(f"of it, {cases[0].base}", *(f"{case.share_of_peak(case.base):.0%}" for case in cases))
         table.add_row("read bandwidth here, GB/s", *(f"{case.reads.most / 1e9:.1f}" for case in cases))
         table.add_row(f"of it, {cases[0].base}", *(f"{case.share_of_reads(case.base):.0%}" for case in cases))
     console.print(table)
@@ -119,23 +124,28 @@ def _cell(case: Case, label: str, factor: float) -> str:
     else:
         beyond = [f"{ratio:.2f}x" for ratio in (case.ratio(label), case.median_ratio(label))]
     star = "*" if measured.note else " "
-    best, median = measured.best * factor, measured.median * factor
-    return f"{best:.4g} {beyond[0]:>6}{star}\n{median:.4g} {beyond[1]:>6} "
+    lines = [f"{measured.best * factor:.4g} {beyond[0]:>6}{star}", f"{measured.median * factor:.4g} {beyond[1]:>6} "]
+    if case.suite in SUITES_WITH_PEAK and case.peak.values:
+        lines.append(f"{case.share_of_peak(label):.0%} of peak ")
+    if not math.isnan(measured.cosine):
+        lines.append(f"cosine {measured.cosine:.5f} ")
+    return "\n".join(lines)
 
 
 def _notes(console: Console, cases: Sequence[Case]) -> None:
-    notes: dict[str, list[str]] = {}
+    """A line for each candidate or limit that has notes: each note, and in which cases if not in all."""
+    notes: dict[str, dict[str, list[str]]] = {}
     for case in cases:
-        where = _column(case)
-        for label, measured in case.measured.items():
+        limits = {"the int8 peak": case.peak, "the read bandwidth": case.reads}
+        for label, measured in (case.measured | limits).items():
             if measured.note:
-                notes.setdefault(f"{label}: {measured.note}", []).append(where)
-        for limit in (case.peak, case.reads):
-            if limit.note and not limit.values:
-                notes.setdefault(f"the machine's limits were not measured: {limit.note}", []).append(where)
-    for note, places in notes.items():
-        in_all = len(set(places)) == len(cases)
-        console.print(f"  * {note}" + ("" if in_all else f" ({', '.join(dict.fromkeys(places))})"), soft_wrap=True)
+                notes.setdefault(label, {}).setdefault(measured.note, []).append(_column(case))
+    for label, of_label in notes.items():
+        texts = [
+            note + ("" if len(set(places)) == len(cases) else f" ({', '.join(dict.fromkeys(places))})")
+            for note, places in of_label.items()
+        ]
+        console.print(f"  * {label}: {'; '.join(texts)}", soft_wrap=True)
 
 
 def _scaling(cases: list[Case]) -> Table:

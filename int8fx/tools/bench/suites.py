@@ -10,7 +10,8 @@ from .settings import Settings
 from .timing import Case
 
 Measure = Callable[[Settings], Iterator[Case]]
-_TIMES = "first line: best round; second line: median"
+_TIMES = "first line: best round; second: median"
+_SHARE = "share of the int8 peak"
 
 
 class Suite(NamedTuple):
@@ -30,13 +31,13 @@ class Suite(NamedTuple):
 SUITES = {
     "products": Suite(
         "single linear layers: int8fx, every other library that is installed, and the machine's limits",
-        f"Linear layers: ms, and as multiples of int8fx's time; {_TIMES}",
+        f"Linear layers: ms, and as multiples of int8fx's time; {_TIMES}; third: {_SHARE}",
         products.products,
         cuda.products,
     ),
     "outliers": Suite(
-        "what outlier columns cost",
-        f"Outliers: ms, and as multiples of the time without outliers; {_TIMES}",
+        "what outlier columns cost: six, and 1 to 100 % of the columns",
+        f"Outliers: ms, and as multiples of the time without outliers; {_TIMES}; third: {_SHARE}",
         products.outliers,
     ),
     "schemes": Suite(
@@ -55,8 +56,8 @@ SUITES = {
         products.scaling,
     ),
     "models": Suite(
-        "language models: forwards, decoding, generate()",
-        f"Models: ms, and as multiples of int8fx's time; {_TIMES}",
+        "language models: forwards, decoding, generate(); a text encoder: forwards; fidelity to float32",
+        f"Models: ms, and as multiples of int8fx's time; {_TIMES}; third: cosine of the outputs to float32's",
         models.models,
         cuda.language_models,
     ),

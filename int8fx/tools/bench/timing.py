@@ -1,13 +1,20 @@
-"""Interleaved timing: each candidate runs once in every round, so that all run on the machine in the same state."""
+"""Interleaved timing: each candidate runs once in every round, so that all run on the machine in the same state.
+
+A candidate cannot change the number of torch's threads for the others, and one that runs on another number of CPUs than
+it is said to run on is noted.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from statistics import median
+
+import torch
 
 Work = Sequence[Callable[[], object]]  # calls that take turns: the same layer with distinct weights
 
@@ -23,13 +30,15 @@ class Measured:
     """One candidate in one case.
 
     values: one per round, in seconds a call (the mean of the round's calls) or in bytes; empty if it did not run.
-    note: why it has fewer rounds than others, or none.
+    note: why it has fewer rounds than others, or none; or that it ran on another number of CPUs than asked.
     cpus: one per timed round, how many CPUs the process used: CPU seconds per second.
+    cosine: of its outputs to those of float32, in the mean over rows; NaN if they were not compared.
     """
 
     values: list[float] = field(default_factory=list)
     note: str = ""
     cpus: list[float] = field(default_factory=list, compare=False)
+    cosine: float = field(default=math.nan, compare=False)
 
     @property
     def best(self) -> float:
@@ -117,25 +126,49 @@ def failure(error: Exception) -> str:
     return f"failed: {type(error).__name__}: {reason}"[:200]
 
 
-def interleave(work: Mapping[str, Work], rounds: int) -> dict[str, Measured]:
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Runs torch on ``count`` threads, and restores their number after, whatever was called in between."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def interleave(
+    work: Mapping[str, Work],
+    rounds: int,
+    threads: int | None = None,
+    first: Callable[[str, object], None] = lambda label, result: None,
+) -> dict[str, Measured]:
     """Seconds a call of each candidate of ``work``, in ``rounds`` rounds; each round begins with another candidate.
 
-    Each is called twice before the rounds: once to compile, once to see how long it takes. A candidate that raises
-    there is noted as failed and takes no part. The second call of a slow candidate counts as its first round.
+    Before the rounds each call is made once, to compile, and one of them again, to see how long it takes. A candidate
+    that raises there is noted as failed and takes no part. The latter call of a slow candidate counts as its first
+    round.
+
+    Args:
+        threads: that the calls are to run on. Each turn begins with torch set to it, and a candidate that did not keep
+            to it is noted (`threads_note`). None: as many as torch has, and CPUs are not checked.
+        first: is given each candidate's name and the result of its first call.
     """
     measured: dict[str, Measured] = {}
     turns: dict[str, _Turns] = {}
+    count = threads or torch.get_num_threads()
     for label, calls in work.items():
-        candidate = _Turns(calls)
+        candidate = _Turns(calls, count)
         try:
-            seconds = candidate.warm_up()
+            result, seconds = candidate.warm_up()
         except Exception as error:  # whatever a peer may raise
             measured[label] = Measured(note=failure(error))
             continue
-        count, note = rounds_for(seconds, rounds)
-        first = [seconds] if seconds > SLOW else []
-        candidate.rounds = count - len(first)
-        turns[label], measured[label] = candidate, Measured(first, note)
+        first(label, result)
+        allowed, note = rounds_for(seconds, rounds)
+        values = [seconds] if seconds > SLOW else []
+        candidate.rounds = allowed - len(values)
+        turns[label], measured[label] = candidate, Measured(values, note)
     labels = list(turns)
     for i in range(rounds):
         begin = i % max(len(labels), 1)
@@ -145,6 +178,11 @@ def interleave(work: Mapping[str, Work], rounds: int) -> dict[str, Measured]:
                 seconds, cpus = turns[label].run()
                 measured[label].values.append(seconds)
                 measured[label].cpus.append(cpus)
+    for label, candidate in turns.items():
+        notes = [measured[label].note, candidate.note]
+        if threads is not None:
+            notes.append(threads_note(measured[label], threads))
+        measured[label].note = "; ".join(note for note in notes if note)
     return measured
 
 
@@ -156,46 +194,57 @@ def rounds_for(seconds: float, rounds: int) -> tuple[int, str]:
     return count, f"{count} of {rounds} rounds: {seconds:.1f} s a call" if count < rounds else ""
 
 
-def thread_warning(measured: Mapping[str, Measured], threads: int) -> str:
-    """A line that names the candidates that used far fewer or more CPUs than ``threads`` in some rounds; empty if none.
+def threads_note(measured: Measured, threads: int) -> str:
+    """The note of a candidate that used far fewer or more CPUs than ``threads`` in some rounds; empty if it did not.
 
-    Such a time is of another number of threads, or of a busy machine. Legal is from ``(1 + threads) / 2`` to
-    ``1.1 * threads``. Calls shorter than `PARALLEL` are not checked.
+    Such a time is of another number of threads, of a call that is serial for long, or of a busy machine. Legal is from
+    ``(1 + threads) / 2`` to ``1.1 * threads``; calls shorter than `PARALLEL` may use fewer.
     """
-    least, most = (1 + threads) / 2 if threads > 1 else 0, 1.1 * threads
-    odd_rounds = []
-    for label, candidate in measured.items():
-        odd = [cpus for cpus in candidate.cpus if not least <= cpus <= most]
-        if odd and candidate.best >= PARALLEL:
-            odd_rounds.append(f"{label} {min(odd):.1f} to {max(odd):.1f} in {len(odd)} of {len(candidate.cpus)} rounds")
-    if not odd_rounds:
+    least = (1 + threads) / 2 if threads > 1 and measured.best >= PARALLEL else 0
+    odd = [cpus for cpus in measured.cpus if not least <= cpus <= 1.1 * threads]
+    if not odd:
         return ""
-    return f"warning: CPUs used with {threads} threads (legal: {least:.1f} to {most:.1f}): {'; '.join(odd_rounds)}"
+    used = f"{min(odd):.1f}" if f"{min(odd):.1f}" == f"{max(odd):.1f}" else f"{min(odd):.1f} to {max(odd):.1f}"
+    return f"used {used} CPUs instead of {threads} in {len(odd)} of {len(measured.cpus)} rounds"
 
 
 class _Turns:
-    """The calls of one candidate, as many in a round as fill a slice."""
+    """The calls of one candidate, as many in a round as fill a slice, with torch set to ``threads``."""
 
-    def __init__(self, calls: Work) -> None:
-        self.calls: Iterator[Callable[[], object]] = cycle(calls)
+    def __init__(self, calls: Work, threads: int) -> None:
+        self.calls, self.threads = calls, threads
+        self.turns: Iterator[Callable[[], object]] = cycle(calls)
         self.count = 1
         self.warms = False
         self.rounds = 0
+        self.note = ""
 
-    def warm_up(self) -> float:
-        """Two calls; decides how a round goes by the second one, and returns its seconds."""
-        self.run()
+    def warm_up(self) -> tuple[object, float]:
+        """Each call once, and one again, which decides how a round goes. Returns the first result and its seconds."""
+        with self._threads():
+            result = self.calls[0]()
+            for call in self.calls[1:]:
+                call()
         seconds, _ = self.run()
         self.count = min(1000, max(1, math.ceil(SLICE / max(seconds, 1e-9))))
         self.warms = seconds < WARM
-        return seconds
+        return result, seconds
 
     def run(self) -> tuple[float, float]:
         """One round: seconds a call, and CPU seconds per second."""
-        if self.warms:
-            next(self.calls)()
-        begin, begin_cpu = time.perf_counter(), time.process_time()
-        for call in islice(self.calls, self.count):
-            call()
-        seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
+        with self._threads():
+            if self.warms:
+                next(self.turns)()
+            begin, begin_cpu = time.perf_counter(), time.process_time()
+            for call in islice(self.turns, self.count):
+                call()
+            seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
         return seconds / self.count, cpu_seconds / max(seconds, 1e-9)
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """`on_threads`; notes if what was called changed the number."""
+        with on_threads(self.threads):
+            yield
+            if (left := torch.get_num_threads()) != self.threads:
+                self.note = f"set torch to {left} threads instead of {self.threads}"

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from int8fx.tools.bench import candidates
-from int8fx.tools.bench.candidates import FOR_GPUS, FOR_LAYERS, FOR_MODELS, FOR_OVERHEAD, ONNXRUNTIME, Candidate
+from int8fx.tools.bench.candidates import (
+    FOR_ENCODERS,
+    FOR_GPUS,
+    FOR_LAYERS,
+    FOR_MODELS,
+    FOR_OUTLIERS,
+    FOR_OVERHEAD,
+    ONNXRUNTIME,
+    Candidate,
+)
 from int8fx.tools.bench.timing import Measured
 from int8fx.tools.machine import missing
 
@@ -20,7 +29,9 @@ def test_inputs_have_the_outlier_columns_they_say(width, count):
     assert x.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if EACH[name].frozen else []) for name in EACH]
+)
 def test_candidates_compute_the_layer(name):
     candidate = EACH[name]
     if reason := missing(*candidate.needs):
@@ -29,14 +40,14 @@ def test_candidates_compute_the_layer(name):
     expected = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
     with torch.no_grad():
         [built] = candidate.layers([layer])
-        result = built(candidate.prepare(x))
+        result = built(candidate.input(x))
     y = torch.as_tensor(result[0] if isinstance(result, list) else result).double()
     error = (y - expected).norm() / expected.norm()
     assert error < (0.2 if candidate is ONNXRUNTIME else 0.04)  # onnxruntime's sums saturate without VNNI
     assert layer.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("table", [FOR_LAYERS, FOR_MODELS, FOR_GPUS, FOR_OVERHEAD])
+@pytest.mark.parametrize("table", [FOR_LAYERS, FOR_MODELS, FOR_OUTLIERS, FOR_ENCODERS, FOR_GPUS, FOR_OVERHEAD])
 def test_labels_are_unique_in_a_table(table):
     assert len({candidate.name for candidate in table}) == len(table)
 
@@ -63,3 +74,16 @@ def test_who_cannot_run_is_noted_and_threads_are_restored():
         "absent": Measured(note="not installed: no_such_package"),
         "bad": Measured(note="failed: RuntimeError: cannot build"),
     }
+
+
+def test_a_frozen_layer_is_compiled_under_freezing_and_settings_are_restored():
+    from torch._inductor import config
+
+    seen: list[bool] = []
+    call = candidates._freezing(lambda x: seen.append(config.freezing) or x)
+    before = config.freezing
+    with torch.no_grad():
+        for rows in (2, 2, 3):
+            call(torch.ones(rows, K))
+    assert seen == [True, before, True]  # once for each shape
+    assert config.freezing == before

@@ -36,7 +36,12 @@ def test_every_candidate_is_in_every_case():
 
 
 @pytest.mark.parametrize(
-    ("suite", "base", "count"), [("outliers", "plain", 5), ("schemes", "llm_int8", 4), ("overhead", "F.linear", 4)]
+    ("suite", "base", "count"),
+    [
+        pytest.param("outliers", "plain", 10, marks=pytest.mark.slow),  # it compiles
+        ("schemes", "llm_int8", 4),
+        ("overhead", "F.linear", 4),
+    ],
 )
 def test_suites_run(suite, base, count):
     cases = list(SUITES[suite].on_cpu(SETTINGS))
@@ -44,7 +49,7 @@ def test_suites_run(suite, base, count):
     for case in cases:
         assert (case.suite, case.base) == (suite, base)
         assert len(case.measured) == count
-        assert all(measured.values and not measured.note for measured in case.measured.values())
+        assert all(measured.values and not measured.note.startswith("failed") for measured in case.measured.values())
 
 
 @pytest.mark.slow

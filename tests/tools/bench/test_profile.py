@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from support import tiny_models
 from transformers import LlamaForCausalLM
 
@@ -29,7 +30,7 @@ def test_kernels_have_a_kind(kernel, kind):
 def test_a_profile_adds_up():
     model = LlamaForCausalLM(tiny_models.lm_config(tie_word_embeddings=False)).bfloat16().eval()
     contenders = (replace(INT8FX, compiles_models=False), BFLOAT16_EAGER)
-    by_kind = {c.name: profile.forwards_by_kind(model, c, 16) for c in contenders}
+    by_kind = {c.name: profile.forwards_by_kind(model, c, torch.ones(1, 16, dtype=torch.long)) for c in contenders}
     cases = list(profile.cases(by_kind, "tiny", 1))
     assert [case.name for case in cases] == [*profile.KINDS, profile.TOTAL]
     for candidate in contenders:

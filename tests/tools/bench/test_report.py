@@ -26,6 +26,7 @@ def test_csv_has_a_row_for_each_candidate(tmp_path):
     assert (absent["best"], absent["ratio"], absent["note"]) == ("", "", "not installed: bitsandbytes")
     assert (slow["ratio"], slow["note"]) == ("5", "1 of 2 rounds: 2.5 s a call")
     assert rows[3]["M"] == rows[3]["share_of_peak"] == ""
+    assert (int8["cpus"], int8["cosine"], slow["cpus"], slow["cosine"]) == ("1.5", "0.99", "", "")
 
 
 def test_tables_name_who_is_missing_and_who_is_slow(capsys):
@@ -34,9 +35,25 @@ def test_tables_name_who_is_missing_and_who_is_slow(capsys):
     output = capsys.readouterr().out
     assert "bitsandbytes: not installed: bitsandbytes\n" in output
     assert "slow: 1 of 2 rounds: 2.5 s a call" in output
-    assert "limits were not measured: no compiler (M = 16)" in output
+    assert "the read bandwidth: no compiler (M = 16)" in output
     assert "2500  5.00x*" in output
-    assert "of it, int8fx" in output
+    assert "of it, int8fx" in output  # the bandwidth
+
+
+def test_shares_of_the_peak_and_cosines_stand_below_the_times(capsys):
+    console = Console(width=130, highlight=False, markup=False)
+    report.show(console, [case("outliers"), case("models", None)])
+    outliers, models = capsys.readouterr().out.split(SUITES["models"].title)
+    shares = [f"{2 * 4 * 96 * 64 / seconds / 2e6:.0%} of peak" for seconds in (0.5, 2.5)]
+    assert all(share in outliers for share in shares)
+    assert "cosine 0.99000" in models
+    assert "of peak" not in models
+
+
+def test_a_limit_on_another_number_of_threads_is_noted(capsys):
+    peak = Measured([1e6], "used 1.0 CPUs instead of 2 in 1 of 1 rounds")
+    report.show(Console(width=130, highlight=False, markup=False), [case("products", peak=peak)])
+    assert "* the int8 peak: used 1.0 CPUs instead of 2 in 1 of 1 rounds\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("suite", list(SUITES))

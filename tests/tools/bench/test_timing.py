@@ -4,9 +4,12 @@ import math
 import time
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from int8fx.tools.bench import timing
-from int8fx.tools.bench.timing import Case, Measured, interleave, rounds_for, thread_warning
+from int8fx.tools.bench.timing import Case, Measured, interleave, on_threads, rounds_for, threads_note
 
 LONGER_THAN_A_SLICE = 1.2 * timing.SLICE
 
@@ -36,7 +39,8 @@ def test_calls_take_turns_so_that_weights_are_cold():
         time.sleep(LONGER_THAN_A_SLICE)
 
     interleave({"a": [lambda i=i: run(i) for i in range(5)]}, 3)
-    assert order == [0, 1, 2, 3, 4, 0, 1, 2]
+    compiled, timed, rounds = [0, 1, 2, 3, 4], [0], [1, 2, 3, 4, 0, 1]  # in a round, an untimed call and a timed one
+    assert order == [*compiled, *timed, *rounds]
 
 
 def test_values_are_seconds_a_call():
@@ -107,21 +111,69 @@ def test_ratios_and_shares_are_the_formulas():
     assert math.isnan(Case("products", "x", "a", measured, M=3, N=5, K=7).floor())
 
 
-def test_rounds_on_the_wrong_number_of_threads_are_named():
-    def measured(*cpus, seconds=0.01):
-        return Measured([seconds] * len(cpus), cpus=list(cpus))
+@given(
+    cpus=st.lists(st.floats(0, 8), min_size=1),
+    seconds=st.sampled_from([timing.PARALLEL / 10, timing.PARALLEL, 1.0]),
+    threads=st.integers(1, 4),
+)
+def test_every_round_is_within_the_legal_cpus_or_counted_in_the_note(cpus, seconds, threads):
+    note = threads_note(Measured([seconds] * len(cpus), cpus=cpus), threads)
+    least = (1 + threads) / 2 if threads > 1 and seconds >= timing.PARALLEL else 0
+    odd = sum(not least <= used <= 1.1 * threads for used in cpus)
+    assert note.endswith(f"instead of {threads} in {odd} of {len(cpus)} rounds") if odd else note == ""
 
-    work = {
-        "one thread": measured(1.0, 1.9, 0.9),
-        "two threads": measured(2.0, 1.95, 1.6),
-        "four threads": measured(3.9, 2.0, 2.0),
-        "short": measured(1.0, 1.0, seconds=1e-5),
-        "not timed": Measured(note="not installed"),
-    }
-    assert thread_warning(work, 2) == (
-        "warning: CPUs used with 2 threads (legal: 1.5 to 2.2): one thread 0.9 to 1.0 in 2 of 3 rounds; "
-        "four threads 3.9 to 3.9 in 1 of 3 rounds"
-    )
-    assert "two threads 1.6 to 2.0 in 3 of 3 rounds" in thread_warning(work, 1)
-    assert thread_warning({"two threads": work["two threads"], "short": work["short"]}, 2) == ""
-    assert thread_warning({"busy machine": measured(0.4)}, 1) == ""
+
+def test_rounds_on_the_wrong_number_of_threads_are_named():
+    def note(*cpus, threads=2, seconds=0.01):
+        return threads_note(Measured([seconds] * len(cpus), cpus=list(cpus)), threads)
+
+    assert note(1.0, 1.9, 0.9) == "used 0.9 to 1.0 CPUs instead of 2 in 2 of 3 rounds"
+    assert note(3.9, 2.0, 2.0) == "used 3.9 CPUs instead of 2 in 1 of 3 rounds"
+    assert note(2.0, 1.95, 1.6) == ""
+    assert note(2.0, 1.95, 1.6, threads=1) == "used 1.6 to 2.0 CPUs instead of 1 in 3 of 3 rounds"
+    assert note(1.0, seconds=timing.PARALLEL / 2) == ""
+    assert note(0.4, threads=1) == ""  # a busy machine
+    assert threads_note(Measured(note="not installed"), 2) == ""
+
+
+def test_a_candidate_on_one_thread_is_marked():
+    def computes():
+        end = time.process_time() + LONGER_THAN_A_SLICE
+        while time.process_time() < end:
+            pass
+
+    measured = interleave({"one thread": [computes], "short": [lambda: None]}, 2, threads=2)
+    assert measured["one thread"].note.endswith("instead of 2 in 2 of 2 rounds")
+    assert measured["short"].note == ""
+    assert interleave({"one thread": [computes]}, 2)["one thread"].note == ""  # the number is not said
+
+
+def test_a_candidate_that_changes_the_threads_is_marked_and_does_not_change_others():
+    before = torch.get_num_threads()
+    seen: list[int] = []
+    work = {"sets": [lambda: torch.set_num_threads(5)], "other": [lambda: seen.append(torch.get_num_threads())]}
+    measured = interleave(work, 3, threads=3)
+    assert measured["sets"].note == "set torch to 5 threads instead of 3"
+    assert measured["other"].note == ""
+    assert set(seen) == {3}
+    assert torch.get_num_threads() == before
+
+
+def test_threads_are_restored_after_an_error():
+    before = torch.get_num_threads()
+
+    @on_threads(before + 1)
+    def fails():
+        assert torch.get_num_threads() == before + 1
+        torch.set_num_threads(before + 2)
+        raise RuntimeError("no kernel")
+
+    with pytest.raises(RuntimeError, match="no kernel"):
+        fails()
+    assert torch.get_num_threads() == before
+
+
+def test_first_results_are_handed_out():
+    results = {}
+    interleave({"a": [lambda: 1, lambda: 2], "b": [lambda: 3]}, 1, first=results.__setitem__)
+    assert results == {"a": 1, "b": 3}
