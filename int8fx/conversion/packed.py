@@ -480,7 +480,7 @@ class PackedModule(PackedState):
         Tools that set tensors one by one, such as accelerate and ``torch.func.functional_call``, set formats too.
         """
         form, (codes, _, columns, _) = self._buffers[name + FORMAT], tensors_of(self, name)
-        values = unwrapped(form)
+        values = None if form is None else unwrapped(form)
         if type(values) is not Tensor or not is_readable(values) or values.dim() != 1 or is_traced():
             return False
         self._check_format(name, values)
