@@ -54,9 +54,7 @@ AVX512_VNNI = InstructionSet(
     "AVX512",
     ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"),
 )
-AVX512_BF16 = InstructionSet(
-    "avx512_bf16", "AVX512", (*AVX512_VNNI.flags, "-mavx512bf16", "-mavx512vbmi")
-)
+AVX512_BF16 = InstructionSet("avx512_bf16", "AVX512", (*AVX512_VNNI.flags, "-mavx512bf16", "-mavx512vbmi"))
 AMX = InstructionSet("amx", "AVX512", (*AVX512_BF16.flags, "-mamx-tile", "-mamx-int8"))
 
 
