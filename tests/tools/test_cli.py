@@ -14,6 +14,14 @@ def test_without_arguments_it_prints_help(capsys):
     assert "demo" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["demo", "convert", "eval", "inspect", "bench", "build"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"int8fx {command}" in capsys.readouterr().out
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["--version"])
