@@ -157,6 +157,11 @@ def _unfit(place: Place, state_dict: Mapping[str, Any], loaded: set[int] | None,
             yield (
                 f'"{key}" was quantised by {its}, and this layer by {place.scheme}; convert the model by {its} first'
             )
+    elif codes is not None and key + CODES not in state_dict and place.scheme is not None and place.scheme.rotation < 0:
+        yield (
+            f'"{key}" is of format version 1, which has no regular Hadamard matrices, and this layer has: it is '
+            f"{place.scheme}; legal: rotated(block, hadamard='sylvester')"
+        )
     if codes is not None and is_readable(codes) and codes.numel() and int(codes.min()) < -INT8_MAX:
         yield f'"{key + CODES}" has a code of {int(codes.min())}; legal: {-INT8_MAX} to {INT8_MAX}'
     if scale is not None:
