@@ -45,7 +45,7 @@ def row_scale(absmax_bits, INT8_MAX: tl.constexpr, TINY: tl.constexpr):
 @triton.jit
 def _part(
     x_ptr, mask_ptr, columns_ptr, start, K, C, stride_xk,
-    BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, REGULAR: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """The columns ``start <= k < start + BLOCK_K`` of a row as float32, 0 in 16-bit columns, rotated."""
     k = start + tl.arange(0, BLOCK_K)
@@ -54,14 +54,14 @@ def _part(
         x = tl.where(tl.load(mask_ptr + k, mask=k < K, other=1) == 0, x, 0.0)
     if columns_ptr is not None:
         x = tl.where(is_listed(columns_ptr, C, start, BLOCK_K), 0.0, x)
-    return rotate(x, start, K, BLOCK, WHOLE_BLOCKS)
+    return rotate(x, start, K, BLOCK, REGULAR, WHOLE_BLOCKS)
 
 
 @triton.jit
 def _quantize_rowwise_kernel(
     x_ptr, mask_ptr, columns_ptr, offsets_ptr, codes_ptr, scale_ptr, M, K, E, C, stride_xe, stride_xm, stride_xk,
-    INT8_MAX: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
-    ONE_PART: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    INT8_MAX: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr, REGULAR: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr, ONE_PART: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     m, e = tl.program_id(0), tl.program_id(1)
     row = (e * M + m).to(tl.int64)
@@ -75,17 +75,17 @@ def _quantize_rowwise_kernel(
         mask_ptr += e.to(tl.int64) * K
     k = tl.arange(0, BLOCK_K)
     if ONE_PART:
-        x = _part(x_ptr, mask_ptr, columns_ptr, 0, K, C, stride_xk, BLOCK_K, BLOCK, WHOLE_BLOCKS)
+        x = _part(x_ptr, mask_ptr, columns_ptr, 0, K, C, stride_xk, BLOCK_K, BLOCK, REGULAR, WHOLE_BLOCKS)
         scale = row_scale(tl.max(tl.abs(x).to(tl.int32, bitcast=True), 0), INT8_MAX, TINY)
         tl.store(codes_ptr + k, to_codes(tl.div_rn(x, tl.broadcast_to(scale, x.shape))), mask=k < K)
     else:
         absmax = tl.zeros((BLOCK_K,), tl.int32)
         for start in range(0, K, BLOCK_K):
-            x = _part(x_ptr, mask_ptr, columns_ptr, start, K, C, stride_xk, BLOCK_K, BLOCK, WHOLE_BLOCKS)
+            x = _part(x_ptr, mask_ptr, columns_ptr, start, K, C, stride_xk, BLOCK_K, BLOCK, REGULAR, WHOLE_BLOCKS)
             absmax = tl.maximum(absmax, tl.abs(x).to(tl.int32, bitcast=True))
         scale = row_scale(tl.max(absmax, 0), INT8_MAX, TINY)
         for start in range(0, K, BLOCK_K):  # x comes from the cache now
-            x = _part(x_ptr, mask_ptr, columns_ptr, start, K, C, stride_xk, BLOCK_K, BLOCK, WHOLE_BLOCKS)
+            x = _part(x_ptr, mask_ptr, columns_ptr, start, K, C, stride_xk, BLOCK_K, BLOCK, REGULAR, WHOLE_BLOCKS)
             codes = to_codes(tl.div_rn(x, tl.broadcast_to(scale, x.shape)))
             tl.store(codes_ptr + start + k, codes, mask=start + k < K)
     tl.store(scale_ptr + row, scale)
@@ -114,7 +114,7 @@ def quantize_rowwise(
         x: ``[E, M, K]`` float16, bfloat16 or float32, any strides; ``[1, S, K]`` with offsets.
         mask: ``[E, K]`` bool, the outlier columns of each weight; None for none.
         int8_max, tiny: the largest code and the smallest scale.
-        block: of the rotation, a power of two up to `MAX_BLOCK`; 1 for none.
+        block: of the rotation, a power of two up to `MAX_BLOCK`, negative for regular Hadamard matrices; 1 for none.
         columns: ``[C]`` distinct integers, contiguous: the unquantised columns; None for none.
         offsets: ``[E]``, the end of each group's rows. Rows after the last group keep arbitrary values.
 
@@ -125,7 +125,7 @@ def quantize_rowwise(
         ValueError: the block is too large.
     """
     E, M, K = x.shape
-    block = min(block, triton.next_power_of_2(K + 1) // 2) if K else 1  # no block is longer than K
+    regular, block = block < 0, min(abs(block), triton.next_power_of_2(K + 1) // 2) if K else 1  # at most K
     if block > MAX_BLOCK:
         raise ValueError(f"quantize_rowwise: block {block} of K = {K}; legal: at most {MAX_BLOCK} on a GPU")
     codes = torch.empty(E * M, K, dtype=torch.int8, device=x.device)
@@ -143,7 +143,8 @@ def quantize_rowwise(
             x_ptr=x, mask_ptr=mask, columns_ptr=columns, offsets_ptr=offsets, codes_ptr=codes, scale_ptr=scale,
             M=M, K=K, E=groups, C=0 if columns is None else len(columns),
             stride_xe=x.stride(0), stride_xm=x.stride(1), stride_xk=x.stride(2),
-            INT8_MAX=int8_max, TINY=tiny, BLOCK=block, WHOLE_BLOCKS=K % block == 0, ONE_PART=K <= tile.BLOCK_K,
-            BLOCK_K=tile.BLOCK_K, BLOCK_E=triton.next_power_of_2(groups), num_warps=tile.num_warps,
+            INT8_MAX=int8_max, TINY=tiny, BLOCK=block, REGULAR=regular, WHOLE_BLOCKS=K % block == 0,
+            ONE_PART=K <= tile.BLOCK_K, BLOCK_K=tile.BLOCK_K, BLOCK_E=triton.next_power_of_2(groups),
+            num_warps=tile.num_warps,
         )  # fmt: skip
     return codes, scale

@@ -1,7 +1,8 @@
 """What a packed weight says about itself: its format version and its scheme, as a tensor that is saved beside it.
 
 The tensor is called ``weight_format`` for a weight called ``weight``. It holds JSON in UTF-8, one byte per element:
-``{"format": "int8fx", "version": 2, "scheme": "rotated(block=32)"}``. ``docs/format.md`` describes the whole format.
+``{"format": "int8fx", "version": 2, "scheme": "rotated(block=256, hadamard='regular')"}``. ``docs/format.md`` describes
+the whole format.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..schemes import Scheme, parse_scheme
+from ..schemes import Scheme, parse_scheme, stored_text
 
 FORMAT = "_format"
 """The suffix of its name."""
@@ -25,7 +26,7 @@ _LONGEST = 1024  # bytes: int8fx writes about 100
 
 def format_tensor(scheme: Scheme, device: torch.device | None = None) -> Tensor:
     """``[L]`` uint8: the format of a weight that was quantised with ``scheme``."""
-    text = json.dumps({"format": "int8fx", "version": VERSION, "scheme": str(scheme)})
+    text = json.dumps({"format": "int8fx", "version": VERSION, "scheme": stored_text(scheme)})
     return torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
 
 
@@ -46,12 +47,12 @@ def read_scheme(tensor: Tensor) -> Scheme:
         raise ValueError(f"found format {kind!r}, version {version!r}, scheme {scheme!r}; legal: 'int8fx', {VERSION}")
     if version > VERSION:
         raise ValueError(f"found version {version}, of a newer int8fx; this one reads up to {VERSION}: update it")
-    return parse_scheme(scheme)
+    return parse_scheme(scheme, stored=True)
 
 
 def same_arithmetic(one: Scheme, other: Scheme) -> bool:
-    """Whether the same packed tensors mean the same under both: equal threshold and block.
+    """Whether the same packed tensors mean the same under both: equal threshold and rotation.
 
     Which columns are unquantised is in the tensors, and how codes were rounded does not matter later.
     """
-    return (one.threshold, one.block) == (other.threshold, other.block)
+    return (one.threshold, one.rotation) == (other.threshold, other.rotation)

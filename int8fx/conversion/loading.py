@@ -165,6 +165,11 @@ def _unfit(place: Place, state_dict: Mapping[str, Any], loaded: set[int] | None,
         K, count = present[key + CODES].shape[-1], 0 if columns is None else columns.numel()
         if (columns is not None or key + COLUMNS not in present) and count != its.static_columns(K):
             yield unfit_count(f'"{key}"', its, K, count)
+    elif codes is not None and key + CODES not in state_dict and place.scheme is not None and place.scheme.rotation < 0:
+        yield (
+            f'"{key}" is of format version 1, which has no regular Hadamard matrices, and this layer has: it is '
+            f"{place.scheme}; legal: rotated(block, hadamard='sylvester')"
+        )
     if codes is not None and is_readable(codes) and codes.numel() and int(codes.min()) < -INT8_MAX:
         yield f'"{key + CODES}" has a code of {int(codes.min())}; legal: {-INT8_MAX} to {INT8_MAX}'
     if scale is not None:

@@ -78,7 +78,7 @@ class Reading:
     def weight(self, tensors: PackedTensors) -> Int8Weight:
         """The packed weight as the ops take it."""
         codes, scale, *columns = tensors
-        return Int8Weight(codes, scale, self.scheme.threshold, self.scheme.block, *columns)
+        return Int8Weight(codes, scale, self.scheme.threshold, self.scheme.rotation, *columns)
 
     def oriented(self, w: Tensor) -> Tensor:
         """``w [..., N, K]`` as a view in the shape that the module expects."""
@@ -332,7 +332,7 @@ class PackedModule(PackedState):
             getattr(self, name + CODES) if codes is None else codes,
             scale,  # type: ignore[arg-type]
             scheme.threshold,
-            scheme.block,
+            scheme.rotation,
             buffers.get(name + COLUMNS),
             buffers.get(name + COLUMNS_WEIGHT),
         )
@@ -378,7 +378,7 @@ class PackedModule(PackedState):
             raise ValueError(
                 f"int8fx: a write of NaN or inf into the packed weight {self.label(name)}; legal: finite values"
             )
-        codes, scale = quantize_weight(weight, reading.scheme.block, tensors.columns)
+        codes, scale = quantize_weight(weight, reading.scheme.rotation, tensors.columns)
         parts = [(tensors.codes, codes), (tensors.scale.unsqueeze(-1), scale.unsqueeze(-1))]
         if tensors.columns is not None and tensors.columns_weight is not None:
             parts.append((tensors.columns_weight, weight.index_select(-1, tensors.columns)))

@@ -110,10 +110,10 @@ class Quantizer:
             count = scheme.static_columns(weight.shape[-1])
             columns = self.columns.choose(tied, count) if count else None
             if scheme.rounding == "gptq" and fake is None and not weight.is_meta:
-                tensors = round_weight(weight, self.calibration.moments[tied[0].name], scheme.block, columns)
+                tensors = round_weight(weight, self.calibration.moments[tied[0].name], scheme.rotation, columns)
             else:
                 columns_weight = None if columns is None else weight.index_select(-1, columns).clone()
-                tensors = PackedTensors(*quantize_weight(weight, scheme.block, columns), columns, columns_weight)
+                tensors = PackedTensors(*quantize_weight(weight, scheme.rotation, columns), columns, columns_weight)
             tensors = tensors._replace(codes=frozen(tensors.codes))
         self._done += 1
         if self.progress is not None:

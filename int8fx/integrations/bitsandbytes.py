@@ -59,7 +59,7 @@ def to_bitsandbytes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weight = key.removesuffix(FORMAT)
         layer, _, name = weight.rpartition(".")
         scheme = read_scheme(result.pop(key))
-        if scheme.block != 1 or weight + COLUMNS in result:
+        if scheme.rotation != 1 or weight + COLUMNS in result:
             raise ValueError(
                 f"int8fx: {weight!r} is {scheme}, which bitsandbytes does not have; legal: llm_int8(), plain()"
             )

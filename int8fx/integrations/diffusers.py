@@ -20,7 +20,7 @@ from ..conversion import convert as conversion
 from ..conversion.format import FORMAT, VERSION
 from ..conversion.layers import layer_name
 from ..conversion.packed import PackedModule, frozen, refuse_unfit, tie_equal_columns, unpack
-from ..schemes import Scheme, parse_scheme
+from ..schemes import Scheme, parse_scheme, stored_text
 from ..schemes.weight import CODES
 from .checksums import WANTED, adds_checksums
 from .stored import (
@@ -56,6 +56,8 @@ class StoredConfig:
     quant_method = _Method(METHOD)
 
     def __init__(self, content: Mapping[str, Any]) -> None:
+        if "version" not in content:  # what a user wrote
+            content = {**content, "scheme": stored_text(parse_scheme(content["scheme"]))}
         self.content = {"quant_method": METHOD, "version": VERSION, **content}
         if self.content["version"] > VERSION:
             version = self.content["version"]
@@ -161,7 +163,7 @@ class Int8FxQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         if not self.stored:
             content = self.quantization_config.to_dict()
-            scheme = parse_scheme(content["scheme"])
+            scheme = parse_scheme(content["scheme"], stored=True)
             return conversion.convert(model, scheme, select=content.get("select"), skip=content.get("skip") or ())
         if lost := sorted(self.stored - self.loaded):
             raise RuntimeError(
@@ -203,7 +205,7 @@ def describe(model: Any) -> None:
             "no file of diffusers holds both. Legal: one of them"
         )
     scheme, select = scheme_and_layers(model)
-    config = StoredConfig({"scheme": str(scheme), "skip": [], "select": select})
+    config = StoredConfig({"version": VERSION, "scheme": stored_text(scheme), "skip": [], "select": select})
     model.hf_quantizer = Int8FxQuantizer(config)
     model.register_to_config(quantization_config=config.to_dict())
 

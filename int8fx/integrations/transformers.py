@@ -37,7 +37,7 @@ from ..conversion.format import FORMAT, VERSION
 from ..conversion.layers import Layer, check_weight, grouped, layer_name, quantised_by
 from ..conversion.modules import check_what_is_loaded, leave_fast_paths, pack_layers
 from ..conversion.packed import PackedModule, is_packed, join, refuse_unfit, tensors_of, tie_equal_columns
-from ..schemes import LLMInt8, Rotated, Scheme, llm_int8, parse_scheme
+from ..schemes import LLMInt8, Rotated, Scheme, llm_int8, parse_scheme, stored_text
 from ..schemes.weight import CODES
 from .checksums import WANTED, adds_checksums
 from .stored import (
@@ -66,7 +66,7 @@ class Int8FxConfig(QuantizationConfigMixin):
         skip: names and patterns of layers that stay in 16 bits, as in `int8fx.convert`.
         select: names and patterns of the layers to convert; by default as in `int8fx.convert`.
         modules_to_not_convert: the same as ``skip``, under transformers' name.
-        version: of the checkpoint's format. Written by int8fx.
+        version: of the checkpoint's format. Written by int8fx: ``scheme`` is then a text as `stored_text` writes it.
         llm_int8_threshold: bitsandbytes' name for ``scheme=llm_int8(threshold=...)``. 0.0 means plain int8, as there.
         llm_int8_skip_modules: bitsandbytes' name for ``skip``.
         llm_int8_enable_fp32_cpu_offload: accepted. int8 weights run on any device, so nothing is kept in float32.
@@ -83,14 +83,14 @@ class Int8FxConfig(QuantizationConfigMixin):
         select: list[str] | str | None = None,
         *,
         modules_to_not_convert: list[str] | None = None,
-        version: int = VERSION,
+        version: int | None = None,
         llm_int8_threshold: float | None = None,
         llm_int8_skip_modules: list[str] | None = None,
         llm_int8_enable_fp32_cpu_offload: bool = False,
         llm_int8_has_fp16_weight: bool = False,
         **unknown: Any,
     ) -> None:
-        if version > VERSION:
+        if version is not None and version > VERSION:
             raise ValueError(f"Int8FxConfig: format version {version}; this int8fx reads up to {VERSION}: update it")
         unknown.pop("quant_method", None)
         if unknown:
@@ -105,11 +105,11 @@ class Int8FxConfig(QuantizationConfigMixin):
                 raise ValueError("Int8FxConfig: scheme and llm_int8_threshold; legal: one of them")
             scheme = llm_int8(llm_int8_threshold or None)
         if isinstance(scheme, str):
-            scheme = parse_scheme(scheme)
+            scheme = parse_scheme(scheme, stored=version is not None)
         elif not isinstance(scheme, (LLMInt8, Rotated, type(None))):
             raise TypeError(f"Int8FxConfig: scheme is {scheme!r}; legal: int8fx.llm_int8(...), int8fx.rotated(...)")
         self.quant_method: Any = METHOD
-        self.version = version
+        self.version = VERSION if version is None else version
         self.scheme: Scheme = scheme or llm_int8()
         self.skip = [*_names(skip), *_names(modules_to_not_convert), *_names(llm_int8_skip_modules)]
         self.select = None if select is None else _names(select)
@@ -120,7 +120,7 @@ class Int8FxConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         selection = {"skip": self.skip} | ({} if self.select is None else {"select": self.select})
-        return {"quant_method": METHOD, "version": self.version, "scheme": str(self.scheme), **selection}
+        return {"quant_method": METHOD, "version": self.version, "scheme": stored_text(self.scheme), **selection}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()

@@ -47,10 +47,12 @@ def _check_x(op: str, x: Tensor) -> None:
 def _check_quantisation(op: str, K: int, threshold: float | None, block: int, columns: Tensor | None) -> None:
     if threshold is not None and not 0 <= threshold <= MAX_THRESHOLD:
         _refuse(op, f"threshold {threshold}", f"None, or 0 to {MAX_THRESHOLD:.4g}")
-    if block < 1 or block & (block - 1):
-        _refuse(op, f"block {block}", "a power of two")
-    if block > 1 and threshold is not None:
-        _refuse(op, f"threshold {threshold} and block {block}", "a threshold or a rotation (block above 1), not both")
+    size = abs(block)
+    if not 1 <= size <= MAX_K or size & (size - 1) or block == -1:
+        legal = f"a power of two up to {MAX_K}, negative for regular Hadamard matrices; 1 for none"
+        _refuse(op, f"block {block}", legal)
+    if block != 1 and threshold is not None:
+        _refuse(op, f"threshold {threshold} and block {block}", "a threshold or a rotation (a block but 1), not both")
     if columns is not None and (columns.dtype != torch.int64 or columns.dim() != 1):
         _refuse(op, f"columns has {_described(columns)}", f"[C] int64 indices below K = {K}")
 

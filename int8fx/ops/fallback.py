@@ -79,7 +79,7 @@ def quantize_rowwise(
     x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     x = _without_columns(x, columns)
     mask = outlier_mask(x, threshold, columns)
-    if block > 1:
+    if block != 1:
         x = rotate(x.to(compute_dtype(x.dtype)), block)
     return *quantize_rows(x, mask if threshold is not None else None), mask
 

@@ -39,7 +39,7 @@ def form(rows: int, device_type: str, threshold: float | None, block: int, has_c
         threshold, block: of the `Int8Weight`.
         has_columns: whether the weight has unquantised columns.
     """
-    if block > 1:
+    if block != 1:
         return Form.QUANTIZED
     if device_type != "cuda":
         return Form.WEIGHT_ONLY if rows <= WEIGHT_ONLY_ROWS_CPU else Form.QUANTIZED

@@ -45,7 +45,7 @@ class LLMInt8:
         object.__setattr__(self, "threshold", threshold)
         object.__setattr__(self, "columns", _share_of_columns(self.columns))
 
-    block, rounding, needs_moments = 1, "nearest", False
+    rotation, rounding, needs_moments = 1, "nearest", False
 
     def static_columns(self, K: int) -> int:
         """How many of K input columns are not quantised, chosen when the model is converted."""
@@ -60,16 +60,17 @@ class LLMInt8:
         for name, maker in (("weight_only", weight_only), ("plain", plain)):
             if self == maker():
                 return name
-        return _text("llm_int8", self)
+        return _text("llm_int8", self, LLMInt8())
 
 
 @dataclass(frozen=True)
 class Rotated:
     """Rotated int8. `rotated` returns it."""
 
-    block: int = 64
+    block: int = 256
     columns: float = 0.01
     rounding: str = "nearest"
+    hadamard: str = "regular"
 
     def __post_init__(self) -> None:
         is_int = isinstance(self.block, int) and not isinstance(self.block, bool)
@@ -77,9 +78,16 @@ class Rotated:
             raise ValueError(f"block must be a power of two up to {MAX_K:,}, found {self.block!r}")
         if self.rounding not in ("nearest", "gptq"):
             raise ValueError(f"rounding must be 'nearest' or 'gptq', found {self.rounding!r}")
+        if self.hadamard not in ("regular", "sylvester"):
+            raise ValueError(f"hadamard must be 'regular' or 'sylvester', found {self.hadamard!r}")
         object.__setattr__(self, "columns", _share_of_columns(self.columns))
 
     threshold = None
+
+    @property
+    def rotation(self) -> int:
+        """``block`` as `rotate.rotate` and the ops take it: negative for regular Hadamard matrices, 1 for none."""
+        return -self.block if self.hadamard == "regular" and self.block > 1 else self.block
 
     def static_columns(self, K: int) -> int:
         """How many of K input columns are not quantised, chosen when the model is converted."""
@@ -96,17 +104,16 @@ class Rotated:
         return self.rounding == "gptq"
 
     def __str__(self) -> str:
-        return _text("rotated", self)
+        return _text("rotated", self, Rotated())
 
 
 Scheme = LLMInt8 | Rotated
 
 
-def _text(maker: str, scheme: Scheme) -> str:
-    """``scheme`` as a call of its maker, without arguments that are its defaults."""
-    arguments = [
-        f"{field.name}={value!r}" for field in fields(scheme) if (value := getattr(scheme, field.name)) != field.default
-    ]
+def _text(maker: str, scheme: Scheme, default: Scheme) -> str:
+    """``scheme`` as a call of its maker, without arguments that are as in ``default``."""
+    values = {field.name: getattr(scheme, field.name) for field in fields(scheme)}
+    arguments = [f"{name}={value!r}" for name, value in values.items() if value != getattr(default, name)]
     return f"{maker}({', '.join(arguments)})" if arguments else maker
 
 
@@ -138,7 +145,7 @@ def plain() -> LLMInt8:
     return LLMInt8(threshold=None)
 
 
-def rotated(block: int = 64, columns: float = 0.01, rounding: str = "nearest") -> Rotated:
+def rotated(block: int = 256, columns: float = 0.01, rounding: str = "nearest", hadamard: str = "regular") -> Rotated:
     """Rotated int8: x and W are rotated alike along K, in blocks, which spreads outliers before they are rounded.
 
     ``y = int8(rotate(x_int8)) @ int8(rotate(W_int8)).T * scales + x[:, columns] @ W[:, columns].T``; see
@@ -157,11 +164,13 @@ def rotated(block: int = 64, columns: float = 0.01, rounding: str = "nearest") -
             on the data of ``calibrate(moments=True)`` (`gptq.round_weight`); the weights of unquantised columns then
             compensate for errors of the others, and are not exact copies. It takes time when the model is converted
             and none later: what is stored has the same form.
+        hadamard: which Hadamard matrices. ``regular`` ones keep the mean of a block from becoming an outlier.
+            ``sylvester`` is for checkpoints that were written so (`STORED`).
 
     Raises:
         ValueError: an argument is illegal.
     """
-    return Rotated(block, columns, rounding)
+    return Rotated(block, columns, rounding, hadamard)
 
 
 _MAKERS: dict[str, Callable[..., Scheme]] = {
@@ -176,10 +185,19 @@ _SHOWN = 200  # characters of a text that is no scheme, in messages
 _WARNED = re.compile(r"\\|[\d.](?![eE][+-]?\d)[A-Za-z]")  # Python's parser may warn of it: "\d", 1if, 0x1for
 
 
-def parse_scheme(text: str) -> Scheme:
+STORED = Rotated(64, 0.01, "nearest", "sylvester")
+"""What a rotation in a file is where the file does not say: the default when the first such files were written."""
+
+
+def stored_text(scheme: Scheme) -> str:
+    """``str(scheme)`` for a file: arguments are left out that are as in `STORED`, whatever the defaults are."""
+    return _text("rotated", scheme, STORED) if isinstance(scheme, Rotated) else str(scheme)
+
+
+def parse_scheme(text: str, stored: bool = False) -> Scheme:
     """The scheme of a Python expression: ``llm_int8``, ``rotated(block=32, columns=0)``, ``plain``.
 
-    The inverse of ``str(scheme)``.
+    The inverse of ``str(scheme)``; if ``stored``, of `stored_text`.
 
     Raises:
         ValueError: ``text`` is not such an expression.
@@ -191,7 +209,10 @@ def parse_scheme(text: str) -> Scheme:
         call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
         arguments = [_literal(a) for a in call.args]
         named = {k.arg or "": _literal(k.value) for k in call.keywords}
-        return _MAKERS[call.func.id](*arguments, **named)  # type: ignore[attr-defined]  # AttributeError is caught
+        make = _MAKERS[call.func.id]  # type: ignore[attr-defined]  # AttributeError is caught
+        if stored and make is rotated:
+            named = {**dict([*vars(STORED).items()][len(arguments) :]), **named}
+        return make(*arguments, **named)
     except (SyntaxError, KeyError, AttributeError, TypeError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(
             f"scheme {repr(text)[:_SHOWN]}: {str(error)[:_SHOWN]}; legal: llm_int8(threshold=6, columns=0), "

@@ -36,7 +36,7 @@ def round_weight(weight: Tensor, moments: Tensor, block: int = 1, columns: Tenso
     Args:
         weight: ``[N, K]`` or ``[E, N, K]``, finite, any float dtype.
         moments: ``[K, K]``, ``E[x x^T]`` up to a factor: as `calibrate` measures it with ``moments=True``.
-        block: of the rotation; 1 for none.
+        block: of the rotation (`rotate`); 1 for none.
         columns: ``[C]`` int64, the unquantised columns.
 
     Returns:

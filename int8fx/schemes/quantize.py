@@ -82,7 +82,7 @@ def quantize_weight(weight: Tensor, block: int = 1, columns: Tensor | None = Non
 
     Args:
         weight: ``[N, K]`` or ``[E, N, K]``, finite, any float dtype, any strides, on any device.
-        block: of the rotation; 1 for none.
+        block: of the rotation (`rotate`); 1 for none.
         columns: ``[C]`` int64, the columns that are not quantised: taken as zero before the rotation.
 
     Returns:
@@ -97,7 +97,7 @@ def quantize_weight(weight: Tensor, block: int = 1, columns: Tensor | None = Non
             rows = w[i : i + step]
             if columns is not None:
                 rows = rows.index_fill(-1, columns, 0)
-            rows = rotate(rows.to(compute_dtype(rows.dtype)), block) if block > 1 else rows
+            rows = rotate(rows.to(compute_dtype(rows.dtype)), block) if block != 1 else rows
             block_codes, block_scale = quantize_rowwise(rows)
             if rows.dtype == torch.float64:  # round to the scale that is stored, which is float32
                 block_codes = (rows / block_scale.float().double().unsqueeze(-1)).round().to(torch.int8)

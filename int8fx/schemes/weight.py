@@ -43,7 +43,8 @@ class Int8Weight(NamedTuple):
 
     threshold: an input column with an ``abs(x) >= threshold`` is an outlier and stays in 16 bits. None: there are no
         outliers.
-    block: size of the Hadamard blocks that the codes are rotated in (`rotate.rotate`), a power of two; 1 for none.
+    block: of the rotation that the codes are in, as `rotate.rotate` takes it: a power of two, negative if the matrices
+        are regular; 1 for none.
     """
 
     codes: Tensor

@@ -353,7 +353,8 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         description="Without a suite, all of them run. Best and median of interleaved rounds; tables, CSV, PNG plots.",
     )
     for name, suite in SUITES.items():
-        parser.add_argument(f"--{name}", action="append_const", dest="suites", const=name, help=suite.help.replace("%", "%%"))
+        text = suite.help.replace("%", "%%")  # argparse fills in what follows a percent sign
+        parser.add_argument(f"--{name}", action="append_const", dest="suites", const=name, help=text)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds, models of two layers")
     parser.add_argument(
         "--rounds", type=int, help="at most this many rounds for each case (default: 10; 3 with --quick)"

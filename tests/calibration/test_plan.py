@@ -115,7 +115,7 @@ def test_a_converted_model_has_the_schemes_of_its_plan():
         assert int8fx.is_packed(layer) == (option.scheme is not None)
         if option.scheme is not None:
             weight = layer.packed("weight")
-            assert weight.block == option.scheme.block
+            assert weight.block == option.scheme.rotation
             count = 0 if weight.columns is None else len(weight.columns)
             assert count == option.scheme.static_columns(layer.in_features)
 

@@ -31,7 +31,7 @@ def test_a_converted_model_holds_these_codes_and_loses_less():
     twins = [int8fx.convert(copy.deepcopy(model), s, calibration=calibration) for s in (GPTQ, int8fx.rotated())]
     packed, nearest = (tensors_of(twin[0], "weight") for twin in twins)
     assert torch.equal(packed.columns, nearest.columns)
-    expected = round_weight(model[0].weight.detach(), calibration.moments["0"], 64, packed.columns)
+    expected = round_weight(model[0].weight.detach(), calibration.moments["0"], GPTQ.rotation, packed.columns)
     for name in ("codes", "scale", "columns_weight"):
         assert torch.equal(getattr(packed, name), getattr(expected, name))
     with torch.no_grad():

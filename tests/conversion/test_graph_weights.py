@@ -61,7 +61,7 @@ def test_every_kind_of_product_is_an_int8_product(kind, scheme):
     counts = count_ops(program.graph)
     assert counts == {"linear": len(OPERANDS)}, counts
     nodes = program.graph.find_nodes(op="call_function", target=torch.ops.int8fx.linear.default)
-    assert {(w.threshold, w.block) for w in map(read_weight, nodes)} == {(scheme.threshold, scheme.block)}
+    assert {(w.threshold, w.block) for w in map(read_weight, nodes)} == {(scheme.threshold, scheme.rotation)}
     y, x, state = run(program, inputs), inputs["x"], tensors(program)
     for name, layout in OPERANDS.items():
         columns = state.get(name + COLUMNS)

@@ -580,7 +580,7 @@ class Bare(nn.Module):
     "capture", [torch.fx.symbolic_trace, lambda m: torch.export.export(m, (torch.ones(3, 40),)).module()]
 )
 def test_graph_modules_are_checked(capture):
-    scheme = int8fx.rotated(8, columns=0.05)
+    scheme = int8fx.rotated(8, columns=0.05, hadamard="sylvester")  # as version 1 has it
     torch.manual_seed(0)
     state = saved(int8fx.convert(capture(Bare()), scheme))
     torch.manual_seed(1)
@@ -634,34 +634,57 @@ def first_version(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removesuffix(CODES): tensor for key, tensor in state.items()}
 
 
-@pytest.mark.parametrize("scheme", NAMES)
+SYLVESTER = int8fx.rotated(16, columns=0.05, hadamard="sylvester")
+
+
+@pytest.mark.parametrize("scheme", [int8fx.llm_int8(), SYLVESTER], ids=str)
 @pytest.mark.parametrize("assign", [False, True])
 def test_the_first_version_loads(scheme, assign):
-    model = model_of(NAMES[scheme], seed=1)
-    model.load_state_dict(first_version(SAVED[scheme]), assign=assign)
-    assert all(torch.equal(tensor, SAVED[scheme][key]) for key, tensor in model.state_dict().items())
+    saved = model_of(scheme).state_dict()
+    model = model_of(scheme, seed=1)
+    model.load_state_dict(first_version(saved), assign=assign)
+    assert all(torch.equal(tensor, saved[key]) for key, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_files_of_each_version_load(version):
+def test_the_first_version_does_not_load_into_regular_blocks():
+    """It had Sylvester's matrices only, and does not say so."""
+    says = (
+        '"a.weight" is of format version 1, which has no regular Hadamard matrices, and this layer has: it is '
+        "rotated(block=16, columns=0.05); legal: rotated(block, hadamard='sylvester')"
+    )
+    assert_refused(copy.deepcopy(OTHERS["rotated columns"]), first_version(SAVED["rotated columns"]), says)
+
+
+FILES = {"version1": SYLVESTER, "version2": SYLVESTER, "regular": int8fx.rotated(16, columns=0.05)}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_each_version_load(name):
     """The files were written by ``python tests/data/write.py``, the first one by int8fx 0.1."""
-    model = model_of(NAMES["rotated columns"], seed=1)
-    model.load_state_dict(load_file(DATA / f"version{version}.safetensors"))
+    model, state = model_of(FILES[name], seed=1), load_file(DATA / f"{name}.safetensors")
+    model.load_state_dict(state)
     x = torch.linspace(-1, 1, 80).view(2, 40)
     with torch.no_grad():
         y = model["b"](model["norm"](model["a"](x)))
-    expected = json.loads((DATA / f"version{version}.json").read_text())
+    expected = json.loads((DATA / f"{name}.json").read_text())
     assert torch.allclose(y, torch.tensor(expected), atol=1e-5)
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in state.items() if name != "version1")
+
+
+@pytest.mark.parametrize(("name", "other"), [("version2", "regular"), ("regular", "version2")])
+def test_files_of_another_kind_of_blocks_are_refused(name, other):
+    says = f'"a.weight" was quantised by {FILES[name]}, and this layer by {FILES[other]}'
+    assert_refused(model_of(FILES[other]), load_file(DATA / f"{name}.safetensors"), says)
 
 
 def test_schemes_of_other_arithmetic_are_refused_and_others_are_adopted():
     schemes = [int8fx.llm_int8(), int8fx.llm_int8(5.0), int8fx.plain(), int8fx.weight_only(), int8fx.rotated(8, 0),
-               int8fx.rotated(16, 0), int8fx.rotated(1, 0)]  # fmt: skip
+               int8fx.rotated(16, 0), int8fx.rotated(1, 0), int8fx.rotated(16, 0, hadamard="sylvester")]  # fmt: skip
     for saved in schemes:
         for wanted in schemes:
             model = model_of(wanted, seed=1)
             state = model_of(saved).state_dict()
-            if (saved.threshold, saved.block) == (wanted.threshold, wanted.block):
+            if (saved.threshold, saved.rotation) == (wanted.threshold, wanted.rotation):
                 model.load_state_dict(state)
             else:
                 with pytest.raises(RuntimeError) as error:
@@ -675,7 +698,7 @@ def test_schemes_of_other_arithmetic_are_refused_and_others_are_adopted():
     }
 
 
-@pytest.mark.parametrize("scheme", ["llm_int8", "rotated columns", "rotated"])
+@pytest.mark.parametrize("scheme", [int8fx.llm_int8(), *FILES.values(), int8fx.rotated(columns=0)], ids=str)
 def test_the_documented_reader_reads_a_weight(scheme):
     page = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
@@ -683,8 +706,8 @@ def test_the_documented_reader_reads_a_weight(scheme):
     exec(code, names)  # the page's own code
     for K in (40, 64, 7):
         torch.manual_seed(0)
-        layer = int8fx.convert(nn.Linear(K, 24), SCHEMES[scheme])
-        read = names["read_weight"](layer.state_dict(), "weight", SCHEMES[scheme].block)
+        layer = int8fx.convert(nn.Linear(K, 24), scheme)
+        read = names["read_weight"](layer.state_dict(), "weight", abs(scheme.rotation), scheme.rotation < 0)
         assert torch.allclose(read, layer.dequantize(), atol=1e-6)
 
 

@@ -76,7 +76,7 @@ def test_gradients_are_those_of_the_dequantised_linear(p, seed):
     terms_x = grad.double().abs() @ w.abs().transpose(-1, -2)
     smallest = torch.finfo(x.dtype).smallest_normal
     budget = (y.shape[-1] + 3) * (u * terms_x + smallest)
-    if weight.block > 1:  # and the weight is rotated in the sums' dtype
+    if weight.block != 1:  # and the weight is rotated in the sums' dtype
         v = weight.codes.double() * weight.scale.double().unsqueeze(-1)
         ct = torch.float64 if x.dtype == torch.float64 else torch.float32
         budget = budget + 2 * grad.double().abs() @ rotation_error(v, weight.block, ct)

@@ -92,11 +92,13 @@ def refused_schemes():
     for name in LIBRARY:
         for threshold in (-1.0, -math.inf, math.nan, math.inf, 2 * MAX_THRESHOLD):
             yield name, {"threshold": threshold}, f"threshold {threshold}; legal: None, or 0 to {MAX_THRESHOLD:.4g}"
-        for block in (0, -2, 3, 96):
-            yield name, {"threshold": None, "block": block}, f"block {block}; legal: a power of two"
+        for block in (0, -1, 3, 96, -3, -96, 2**18, -(2**18), 2**62, -(2**63)):
+            message = f"block {block}; legal: a power of two up to 133144, negative for regular Hadamard matrices"
+            yield name, {"threshold": None, "block": block}, message
         for threshold in (6.0, 0.0):
-            message = f"threshold {threshold} and block 8; legal: a threshold or a rotation (block above 1), not both"
-            yield name, {"threshold": threshold, "block": 8}, message
+            for block in (8, -8):
+                message = f"threshold {threshold} and block {block}; legal: a threshold or a rotation (a block but 1)"
+                yield name, {"threshold": threshold, "block": block}, message
         for columns in (torch.tensor([1], dtype=torch.int32), torch.tensor([[1]]), torch.tensor(1)):
             wrong = {"columns": columns}
             if name != "quantize_rowwise":

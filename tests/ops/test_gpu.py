@@ -64,7 +64,7 @@ def assert_right(y: torch.Tensor, p: Problem, rows: int) -> None:
 @given(problems(batched=None), activation_names, binaries, seeds)
 def test_linear(p, name, binary, seed):
     rows = p.x.shape[-2] if p.weight.codes.dim() == 3 else p.x[..., :1].numel()
-    if rows > 1 or p.weight.block > 1:
+    if rows > 1 or p.weight.block != 1:
         other = None
         if binary != "none":
             other = torch.randn(*p.x.shape[:-1], p.weight.codes.shape[-2], generator=generator(seed)).to(p.x.dtype)

@@ -45,7 +45,7 @@ def test_a_decode_step_quantises_only_what_its_matmuls_read(scheme, rows):
     run, backend = compiled_layer(scheme)
     run(random(1, rows, 32))
     (after,) = backend.after
-    if scheme.block == 1 and rows <= WEIGHT_ONLY_ROWS_CPU:
+    if scheme.rotation == 1 and rows <= WEIGHT_ONLY_ROWS_CPU:
         assert count_ops(after) == {"linear": 7}
     else:
         assert count_ops(after) == {"quantize_rowwise": 2, "linear_quantized": 5, "linear": 2}

@@ -165,7 +165,7 @@ def as_rewritten(state: dict[str, Tensor], bias: Tensor, x: Tensor, scheme: int8
 
     def linear(x: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
         packed = PackedTensors.of(state, name)
-        weight = Int8Weight(*packed[:2], scheme.threshold, scheme.block, *packed[2:])
+        weight = Int8Weight(*packed[:2], scheme.threshold, scheme.rotation, *packed[2:])
         return int8fx.ops.linear(x, *weight, bias)
 
     return x + linear(torch.relu(linear(x, "up.weight", bias)) + linear(x, "bare"), "down.weight")

@@ -10,11 +10,19 @@ from support.helpers import activations, generator, rotation_error, seeds
 
 from int8fx.schemes.rotate import rotate, rotation_blocks
 
-blocks = st.sampled_from((1, 2, 4, 8, 16, 32, 64, 128))
+blocks = st.sampled_from((1, 2, 4, 8, 16, 32, 64, 128, -2, -4, -8, -16, -32, -64, -128, -256))
+H2 = torch.tensor([[1, 1], [1, -1]], dtype=torch.float64)
+H4 = torch.tensor([[1, 1, 1, -1], [1, -1, 1, 1], [1, 1, -1, 1], [-1, 1, 1, 1]], dtype=torch.float64)
 
 
-def sylvester(n: int) -> torch.Tensor:
-    return torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(n)] for i in range(n)], dtype=torch.float64)
+def hadamard(n: int, is_regular: bool) -> torch.Tensor:
+    """Kronecker powers, without the factor: of H4 as often as n allows and of H2 once, or of H2 only."""
+    if n == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    if is_regular and n >= 4:
+        quarter = hadamard(n // 4, True)
+        return torch.kron(quarter, H4)
+    return torch.kron(hadamard(n // 2, False), H2)
 
 
 def largest_rotation(t: torch.Tensor, block: int) -> torch.Tensor:
@@ -30,13 +38,13 @@ def test_blocks_are_powers_of_two_that_cover_every_column_once(K, block):
     parts = rotation_blocks(K, block)
     assert [i for i, _ in parts] == [sum(n for _, n in parts[:j]) for j in range(len(parts))]
     assert sum(n for _, n in parts) == K
-    assert all(n & (n - 1) == 0 and n <= block for _, n in parts)
-    assert [n for _, n in parts[: K // block]] == [block] * (K // block)
+    assert all(n & (n - 1) == 0 and n <= abs(block) for _, n in parts)
+    assert [n for _, n in parts[: K // abs(block)]] == [abs(block)] * (K // abs(block))
 
 
 @given(st.integers(1, 200), blocks)
-def test_the_matrix_is_sylvesters_block_by_block(K, block):
-    expected = torch.block_diag(*(sylvester(n) / math.sqrt(n) for _, n in rotation_blocks(K, block)))
+def test_the_matrix_is_hadamards_block_by_block(K, block):
+    expected = torch.block_diag(*(hadamard(n, block < 0) / math.sqrt(n) for _, n in rotation_blocks(K, block)))
     matrix = rotate(torch.eye(K, dtype=torch.float64), block)
     torch.testing.assert_close(matrix, expected, rtol=2**-51, atol=0)
 
@@ -69,6 +77,26 @@ def test_a_rotation_does_not_depend_on_the_other_rows(K, block, seed):
         assert torch.equal(rotate(x[:rows], block), y[:rows])
 
 
+@pytest.mark.parametrize("n", [4, 16, 64, 256, 1024])
+def test_a_regular_block_of_equal_values_stays_as_it_is(n):
+    x = torch.full((1, n), 3.0)
+    assert torch.equal(rotate(x, -n), x)
+    assert rotate(x, n)[0].tolist() == [3 * math.sqrt(n)] + [0] * (n - 1)  # Sylvester's: one outlier
+
+
+@pytest.mark.parametrize("n", [2, 8, 32, 128])
+def test_equal_values_in_a_block_that_has_no_regular_matrix_fill_its_first_half(n):
+    y = rotate(torch.full((1, n), 3.0), -n)[0]
+    torch.testing.assert_close(y, torch.tensor([3 * math.sqrt(2)] * (n // 2) + [0.0] * (n // 2)), rtol=2**-22, atol=0)
+
+
+def test_the_regular_matrix_is_sylvesters_with_signs_of_columns_and_rows():
+    signs = torch.tensor([1.0, 1, 1, -1], dtype=torch.float64)
+    signs = torch.kron(torch.kron(signs, signs), signs)
+    x = torch.randn(5, 64, generator=generator(0), dtype=torch.float64)
+    assert torch.equal(rotate(x, -64), rotate(x * signs, 64) * signs)
+
+
 def test_block_1_is_no_rotation():
     x = torch.randn(3, 5)
     assert rotate(x, 1) is x
@@ -82,6 +110,7 @@ def test_nothing_rotates_to_nothing(shape):
 def test_an_outlier_spreads_over_its_block():
     x = torch.zeros(1, 128)
     x[0, 70] = 64.0
-    y = rotate(x, 64)
-    assert (y[0, :64] == 0).all()
-    assert (y[0, 64:].abs() == 8).all()
+    for block in (64, -64):
+        y = rotate(x, block)
+        assert (y[0, :64] == 0).all()
+        assert (y[0, 64:].abs() == 8).all()

@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from int8fx.schemes import LLMInt8, Rotated, llm_int8, parse_scheme, plain, rotated, weight_only
+from int8fx.schemes import LLMInt8, Rotated, llm_int8, parse_scheme, plain, rotated, stored_text, weight_only
 from int8fx.schemes.quantize import MAX_THRESHOLD
 
 thresholds = st.one_of(st.none(), st.just(math.inf), st.floats(0, MAX_THRESHOLD), st.integers(0, 100))
@@ -18,7 +18,13 @@ shares = st.floats(0, 1, exclude_max=True)
 schemes = st.one_of(
     st.builds(llm_int8, thresholds, shares),
     st.builds(llm_int8, thresholds),
-    st.builds(rotated, st.integers(0, 14).map(lambda n: 2**n), shares, st.sampled_from(("nearest", "gptq"))),
+    st.builds(
+        rotated,
+        st.integers(0, 14).map(lambda n: 2**n),
+        shares,
+        st.sampled_from(("nearest", "gptq")),
+        st.sampled_from(("regular", "sylvester")),
+    ),
     st.sampled_from((llm_int8(), weight_only(), plain(), rotated())),
 )
 
@@ -39,7 +45,8 @@ def test_plain_and_weight_only_are_llm_int8_at_its_limits():
 
 
 def test_the_defaults_of_rotated():
-    assert rotated() == Rotated(64, 0.01, "nearest") == rotated(block=64, columns=0.01, rounding="nearest")
+    assert rotated() == Rotated(256, 0.01, "nearest", "regular")
+    assert rotated() == rotated(block=256, columns=0.01, rounding="nearest", hadamard="regular")
     assert rotated(columns=0) == rotated(columns=0.0)
     assert rotated().threshold is None
 
@@ -97,17 +104,19 @@ def test_a_share_of_columns_is_rounded_and_at_least_one(share, K):
 
 def test_what_schemes_are_to_the_ops_and_to_calibrate():
     facts = {
-        str(scheme): (scheme.threshold, scheme.block, scheme.rounding, scheme.needs_columns, scheme.needs_moments)
+        str(scheme): (scheme.threshold, scheme.rotation, scheme.rounding, scheme.needs_columns, scheme.needs_moments)
         for scheme in (llm_int8(), llm_int8(3, 0.1), plain(), rotated(), rotated(32, 0), rotated(rounding="gptq"))
     }
     assert facts == {
         "llm_int8": (6.0, 1, "nearest", False, False),
         "llm_int8(threshold=3.0, columns=0.1)": (3.0, 1, "nearest", True, False),
         "plain": (None, 1, "nearest", False, False),
-        "rotated": (None, 64, "nearest", True, False),
-        "rotated(block=32, columns=0.0)": (None, 32, "nearest", False, False),
-        "rotated(rounding='gptq')": (None, 64, "gptq", True, True),
+        "rotated": (None, -256, "nearest", True, False),
+        "rotated(block=32, columns=0.0)": (None, -32, "nearest", False, False),
+        "rotated(rounding='gptq')": (None, -256, "gptq", True, True),
     }
+    assert rotated(1).rotation == rotated(1, hadamard="sylvester").rotation == 1
+    assert rotated(64, hadamard="sylvester").rotation == 64
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -118,6 +127,7 @@ def test_text_is_read_back(scheme):
     again = parse_scheme(str(scheme))
     assert again == scheme
     assert str(again) == str(scheme)
+    assert parse_scheme(stored_text(scheme), stored=True) == scheme
 
 
 @pytest.mark.parametrize(
@@ -132,11 +142,35 @@ def test_text_is_read_back(scheme):
         (rotated(), "rotated"),
         (rotated(columns=0), "rotated(columns=0.0)"),
         (rotated(16, 0.05, "gptq"), "rotated(block=16, columns=0.05, rounding='gptq')"),
+        (rotated(64, hadamard="sylvester"), "rotated(block=64, hadamard='sylvester')"),
         (llm_int8(np.float64(3)), "llm_int8(threshold=3.0)"),
     ],
 )
 def test_the_text_of_a_scheme(scheme, text):
     assert str(scheme) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "scheme"),
+    [
+        ("rotated", rotated(64, hadamard="sylvester")),
+        ("rotated(block=16, columns=0.05)", rotated(16, 0.05, hadamard="sylvester")),
+        ("rotated(columns=0.0, rounding='gptq')", rotated(64, 0, "gptq", "sylvester")),
+        ("rotated(block=256, hadamard='regular')", rotated()),
+        ("rotated(hadamard='regular')", rotated(64)),
+        ("llm_int8(threshold=3.0)", llm_int8(3)),
+    ],
+)
+def test_text_in_files(text, scheme):
+    """Files name what differs from Sylvester's matrices of 64 columns, whatever the default is."""
+    assert stored_text(scheme) == text
+    assert parse_scheme(text, stored=True) == scheme
+
+
+@pytest.mark.parametrize("text", ["rotated(32, block=16)", "rotated(1, 0, 'nearest', 'regular', 5)", "rotated(a=1)"])
+def test_other_text_in_files_is_refused(text):
+    with pytest.raises(ValueError, match="legal: "):
+        parse_scheme(text, stored=True)
 
 
 @pytest.mark.parametrize(

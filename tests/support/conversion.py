@@ -62,8 +62,8 @@ def packed_modules(model: nn.Module) -> list[PackedModule]:
 def int8_weight(weight: Tensor, scheme: Scheme, columns: Tensor | None = None) -> Int8Weight:
     """A float weight ``[..., N, K]`` as ``scheme`` has it, computed by `schemes` alone."""
     columns_weight = None if columns is None else weight.detach()[..., columns]
-    codes, scale = quantize_weight(weight.detach(), scheme.block, columns)
-    return Int8Weight(codes, scale, scheme.threshold, scheme.block, columns, columns_weight)
+    codes, scale = quantize_weight(weight.detach(), scheme.rotation, columns)
+    return Int8Weight(codes, scale, scheme.threshold, scheme.rotation, columns, columns_weight)
 
 
 def full_names(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

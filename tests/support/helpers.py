@@ -168,7 +168,7 @@ def problem(
     x = activation(M, K, outliers=outliers, dtype=dtype, seed=seed)
     packed, g = packed_weight(N, K, seed=seed + 1), generator(seed + 2)
     b = torch.randn(N, generator=g).to(dtype) if bias else None
-    weight = Int8Weight(*packed, None if block > 1 else threshold, block)
+    weight = Int8Weight(*packed, None if block != 1 else threshold, block)
     if columns:
         weight = weight._replace(
             columns=torch.randperm(K, generator=g)[:columns].sort().values,
@@ -248,7 +248,7 @@ def rotation_error(z: Tensor, block: int, ct: torch.dtype) -> Tensor:
     """``t(z)`` of `reference.linear`'s docstring: how far the rotation of z, in ``ct``, may be off."""
     t = torch.zeros_like(z, dtype=torch.float64)
     u, h = unit_roundoff(ct), half_subnormal(ct)
-    for i, n in rotation_blocks(z.shape[-1], block) if block > 1 else ():
+    for i, n in rotation_blocks(z.shape[-1], block) if block != 1 else ():
         roundings = (math.log2(n) + 3) * u
         total = z[..., i : i + n].double().abs().sum(-1, keepdim=True)
         t[..., i : i + n] = roundings / (1 - roundings) / math.sqrt(n) * total + (math.sqrt(n) + 1) * h
@@ -285,7 +285,7 @@ def bound(x: Tensor, weight: Int8Weight, bias: Tensor | None = None, slices: int
     n = (outliers + slices + 4) * unit_roundoff(ct)
     sums = n / (1 - n) * magnitude + (outliers + 1) * half_subnormal(ct)
     sums = sums + (K + 3) * unit_roundoff(torch.float64) * magnitude  # the oracle's own
-    if block > 1:
+    if block != 1:
         sums = sums + rotation_error(quantised, block, ct) @ v.T
         sums = sums + x2d.double().abs() @ rotation_error(v, block, torch.float64).T  # the oracle's own rotation
     shape = (*x.shape[:-1], codes.shape[0])
@@ -427,7 +427,7 @@ def weights(draw, K: int, experts: int | None = None, scheme=schemes, dtype=torc
     codes, scale = (torch.stack(parts) if experts else parts[0] for parts in zip(*packed, strict=True))
     weight = Int8Weight(codes, scale)
     if "rotated" in name:
-        weight = weight._replace(block=draw(st.sampled_from((2, 16, 64))))
+        weight = weight._replace(block=draw(st.sampled_from((2, 16, 64, -8, -16, -64, -256))))
     else:
         weight = weight._replace(threshold=draw(thresholds))
     if "columns" in name:

@@ -56,7 +56,7 @@ def make_weight(
     """A weight ``[N, K]``, or ``[experts, N, K]``; ``fields`` of `Int8Weight` (threshold 6.0 unless it is rotated)."""
     packed = [packed_weight(N, K, seed=2 + e) for e in range(experts or 1)]
     codes, scale = (torch.stack(parts) if experts else parts[0] for parts in zip(*packed, strict=True))
-    fields = {"threshold": None if fields.get("block", 1) > 1 else 6.0, **fields}
+    fields = {"threshold": None if fields.get("block", 1) != 1 else 6.0, **fields}
     weight = Int8Weight(codes, scale, **fields)
     if columns:
         columns_weight = torch.randn(*scale.shape, 3, generator=generator(5)).to(dtype)
@@ -90,6 +90,7 @@ def _linears() -> Iterator[tuple[str, Tensor, Int8Weight, Epilogue]]:
     for dtype in DTYPES:
         x = make_x(5, dtype=dtype, grad=True)
         yield f"rotated, columns, {dtype}", x, make_weight(block=4, columns=True, dtype=dtype), Epilogue()
+    yield "rotated by regular blocks", make_x(2, 3, grad=True), make_weight(block=-16, columns=True), Epilogue()
     yield "rotated, no rows", make_x(0, grad=True), make_weight(block=8, columns=True), Epilogue()
     epilogue = Epilogue(make_bias(N), "gelu", make_other(5), "mul")
     yield "rotated, epilogue", make_x(5), make_weight(block=8, columns=True), epilogue
@@ -127,6 +128,7 @@ def _quantize_rowwise() -> Iterator[Sample]:
     yield Sample("columns", (make_x(5, grad=True), 6.0, 1, columns))
     yield Sample("rotated", (make_x(2, 3), None, 8))
     yield Sample("rotated, columns", (make_x(5, dtype=torch.bfloat16, grad=True), None, 8, columns))
+    yield Sample("rotated by regular blocks", (make_x(5), None, -16, columns))
     yield Sample("rotated, no rows", (make_x(0), None, 8, columns))
     # of few rows it computes nothing: what the result holds then is undefined, and nothing to compare
     many = rows.WEIGHT_ONLY_ROWS_GPU + 1
@@ -161,6 +163,7 @@ def _dequantize() -> Iterator[Sample]:
     yield Sample("sliced", (weight.codes[::2, ::3], weight.scale[::2]), {"dtype": torch.float32})
     yield Sample("empty", (weight.codes[:0], weight.scale[:0]), {"dtype": torch.float16})
     yield Sample("rotated", tuple(make_weight(block=8)), {"dtype": torch.bfloat16})
+    yield Sample("rotated by regular blocks", tuple(make_weight(block=-16)), {"dtype": torch.float16})
     yield Sample("rotated, columns", tuple(make_weight(experts=3, block=8, columns=True)), {"dtype": torch.float32})
 
 

@@ -75,7 +75,7 @@ def problems(draw, M=rows, scheme=schemes) -> Problem:
     g = generator(seed)
     weight = Int8Weight(*packed_weight(N, K, zero_row=draw(st.booleans()), spread=8.0, seed=seed))
     if "rotated" in name:
-        weight = weight._replace(block=draw(st.sampled_from((2, 16, 32))))
+        weight = weight._replace(block=draw(st.sampled_from((2, 16, 32, -8, -16, -64))))
     else:
         weight = weight._replace(threshold=draw(thresholds))
     if "columns" in name:

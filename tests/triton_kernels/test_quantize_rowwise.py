@@ -25,7 +25,7 @@ def assert_equal_to_reference(x, block, columns, mask):
 @EXAMPLES
 @given(
     activations(K=st.sampled_from((0, 1, 16, 31, 32, 33, 64, 97, 128, 300))),
-    st.sampled_from((1, 1, 2, 16, 64, 256)),
+    st.sampled_from((1, 1, 2, 16, 64, 256, -2, -4, -32, -64, -256)),
     st.integers(0, 70),
     st.one_of(thresholds, st.just("random")),
     seeds,
@@ -43,7 +43,18 @@ def test_codes_and_scales_are_the_references_bit_for_bit(x, block, count, masked
 
 @pytest.mark.parametrize(
     ("K", "block"),
-    [(20001, 1), (4096, 4096), (5000, 64), (5000, 4096), (8193, 8192), (20000, 64), (16385, 8192)],
+    [
+        (20001, 1),
+        (4096, 4096),
+        (5000, 64),
+        (5000, 4096),
+        (8193, 8192),
+        (20000, 64),
+        (16385, 8192),
+        (5000, -256),
+        (20000, -256),
+        (8193, -8192),
+    ],
 )
 def test_long_rows_and_long_blocks(K, block):
     """Rows of one part and of several parts, with columns after the last whole block."""
@@ -64,5 +75,6 @@ def test_columns_of_many_rows_are_marked_once(masked, monkeypatch):
 
 def test_blocks_that_no_program_holds_are_refused():
     K = 2 * MAX_BLOCK
-    with pytest.raises(ValueError, match=f"block {K} of K = {K}; legal: at most 8192 on a GPU"):
-        quantize_rowwise(torch.zeros(1, 1, K), None, **CONSTANTS, block=K)
+    for block in (K, -K):
+        with pytest.raises(ValueError, match=f"block {K} of K = {K}; legal: at most 8192 on a GPU"):
+            quantize_rowwise(torch.zeros(1, 1, K), None, **CONSTANTS, block=block)

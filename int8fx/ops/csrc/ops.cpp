@@ -48,7 +48,9 @@ struct Int8Weight {
 bool quantisation_is_legal(
     std::optional<double> threshold, int64_t block, const MaybeTensor& columns, int64_t K) {
   if (threshold.has_value() && !(0 <= *threshold && *threshold <= std::numeric_limits<float>::max())) return false;
-  if (block < 1 || (block & (block - 1)) != 0 || (block > 1 && threshold.has_value())) return false;
+  if (block == -1 || block < -MAX_K || block > MAX_K || (block != 1 && threshold.has_value())) return false;
+  const int64_t size = std::abs(block);
+  if (size == 0 || (size & (size - 1)) != 0) return false;
   if (!columns.has_value()) return true;
   if (columns->scalar_type() != at::kLong || columns->dim() != 1) return false;
   const Tensor indices = columns->contiguous();
@@ -230,7 +232,7 @@ void product_into(
     p.M = x.size(0), p.N = weight.codes.size(0), p.K = x.size(1);
     p.x = x.const_data_ptr<scalar_t>();
     p.columns = values_of(weight.columns);
-    p.rotated = weight.block > 1;
+    p.rotated = weight.block != 1;
     p.columns_weight = floats_of(columns_weight);
     p.weight_only = weight_only(p.M, weight.block);
     if (!p.weight_only) {
@@ -364,7 +366,7 @@ Tensor dequantize(
       std::vector<T> row(K);
       for (int64_t n = begin; n < end; ++n) {
         for (int64_t k = 0; k < K; ++k) row[k] = static_cast<T>(from[n * K + k]) * row_scale[n];
-        if (block > 1) rotate_row(row.data(), K, block);
+        if (block != 1) rotate_row(row.data(), K, block);
         for (int64_t c = 0; c < C; ++c) row[indices[c]] = kept[n * C + c];
         for (int64_t k = 0; k < K; ++k) to[n * K + k] = static_cast<scalar_t>(row[k]);
       }

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <mutex>
@@ -108,62 +109,128 @@ void mark_outliers(const scalar_t* x, int64_t M, int64_t K, double threshold, bo
   });
 }
 
-// One step of the butterflies inside a vector: (a, b) -> (a + b, a - b) for all lanes h apart.
-template <int h, typename T, size_t... I>
-inline typename Lanes<T>::V butterfly(const typename Lanes<T>::V& v, std::index_sequence<I...>) {
-  constexpr typename Lanes<T>::V signs = {((I & h) ? T(-1) : T(1))...};
-  return __builtin_shufflevector(v, v, int(I ^ h)...) + v * signs;
+// Whether columns at distance h differ in the lower bit of a base-4 digit, and not in the upper bit.
+constexpr bool is_lower(int64_t h) { return (h & 0x5555555555555555) != 0; }
+
+// The sign in the butterfly of columns j and j ^ h. Two steps of a regular matrix, over the bits of a base-4 digit,
+// multiply by [[1, 1, 1, -1], [1, -1, 1, 1], [1, 1, -1, 1], [-1, 1, 1, 1]]; its signs are 1, -1, -1, 1 by the digit.
+template <bool REGULAR>
+constexpr int sign(int64_t j, int64_t h) {
+  const int64_t lower = is_lower(h) ? h : h / 2;
+  const bool negative = REGULAR ? ((j & lower) != 0) != ((j & (2 * lower)) != 0) : (j & h) != 0;
+  return negative ? -1 : 1;
 }
 
-// A block of n = 64 in registers.
-template <typename T>
-inline void rotate_64(T* block) {
-  constexpr int L = Lanes<T>::N, VECTORS = 64 / L;
+// Column j after the step at distance h: of x[j] and its partner x[j ^ h].
+template <bool REGULAR, typename V, typename S>
+inline V butterfly(const V& x, const V& partner, int64_t h, const S& signs) {
+  return REGULAR && is_lower(h) ? x + partner * signs : partner + x * signs;
+}
+
+// Vector i of v after the step at distance h.
+template <bool REGULAR, int h, int i, typename T, size_t... lane>
+inline typename Lanes<T>::V step(const typename Lanes<T>::V* v, std::index_sequence<lane...>) {
+  constexpr int L = sizeof...(lane);
+  constexpr typename Lanes<T>::V signs = {T(sign<REGULAR>(i * L + lane, h))...};
+  if constexpr (h < L)
+    return butterfly<REGULAR>(v[i], __builtin_shufflevector(v[i], v[i], int(lane ^ h)...), h, signs);
+  else
+    return butterfly<REGULAR>(v[i], v[i ^ (h / L)], h, signs);
+}
+
+// The steps at distances h to n / 2. The last one is Sylvester's if it has no other bit of a digit.
+template <bool REGULAR, int h, int n, typename T, size_t... i>
+inline void steps(typename Lanes<T>::V* v, std::index_sequence<i...> vectors) {
+  if constexpr (h < n) {
+    constexpr std::make_index_sequence<Lanes<T>::N> lanes;
+    constexpr bool regular = REGULAR && !(is_lower(h) && 2 * h == n);
+    const typename Lanes<T>::V after[] = {step<regular, h, int(i), T>(v, lanes)...};
+    ((v[i] = after[i]), ...);
+    steps<REGULAR, 2 * h, n, T>(v, vectors);
+  }
+}
+
+// n columns in registers, after the steps at distances below n, times norm.
+template <bool REGULAR, int n, typename T>
+inline void rotate_in_registers(T* columns, T norm) {
+  constexpr int L = Lanes<T>::N, VECTORS = n / L;
   using V = typename Lanes<T>::V;
-  constexpr std::make_index_sequence<L> lanes;
   V v[VECTORS];
 #pragma GCC unroll 32
-  for (int i = 0; i < VECTORS; ++i) {
-    v[i] = *(const V*)(block + i * L);
-    v[i] = butterfly<1, T>(v[i], lanes);
-    if constexpr (L > 2) v[i] = butterfly<2, T>(v[i], lanes);
-    if constexpr (L > 4) v[i] = butterfly<4, T>(v[i], lanes);
-    if constexpr (L > 8) v[i] = butterfly<8, T>(v[i], lanes);
-  }
-#pragma GCC unroll 8
-  for (int h = 1; h < VECTORS; h *= 2)
+  for (int i = 0; i < VECTORS; ++i) v[i] = *(const V*)(columns + i * L);
+  steps<REGULAR, 1, n, T>(v, std::make_index_sequence<VECTORS>());
 #pragma GCC unroll 32
-    for (int i = 0; i < VECTORS; ++i)
-      if ((i & h) == 0) {
-        const V a = v[i], b = v[i + h];
-        v[i] = a + b;
-        v[i + h] = a - b;
-      }
-#pragma GCC unroll 32
-  for (int i = 0; i < VECTORS; ++i) *(V*)(block + i * L) = v[i] * T(0.125);
+  for (int i = 0; i < VECTORS; ++i) *(V*)(columns + i * L) = v[i] * norm;
 }
 
-// schemes/rotate.py's `rotate` in place: blocks of `block` columns, then smaller powers of two for the remaining columns.
-// Sums have the order of that function, so results are equal bit for bit.
+// The steps at distances h to RADIX / 2 * h of a block of n columns, and a product with norm.
+template <bool REGULAR, int RADIX, typename T>
+inline void rotate_across(T* block, int64_t n, int64_t h, T norm) {
+  constexpr int L = Lanes<T>::N;
+  using V = typename Lanes<T>::V;
+  for (int64_t first = 0; first < n; first += RADIX * h)
+    for (int64_t j = first; j < first + h; j += L) {
+      V v[RADIX], after[RADIX];
+#pragma GCC unroll 4
+      for (int r = 0; r < RADIX; ++r) v[r] = *(const V*)(block + j + r * h);
+#pragma GCC unroll 2
+      for (int d = 1; d < RADIX; d *= 2) {
+#pragma GCC unroll 4
+        for (int r = 0; r < RADIX; ++r)
+          after[r] = butterfly<REGULAR && RADIX == 4>(v[r], v[r ^ d], d, T(sign<REGULAR && RADIX == 4>(r, d)));
+#pragma GCC unroll 4
+        for (int r = 0; r < RADIX; ++r) v[r] = after[r];
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < RADIX; ++r) *(V*)(block + j + r * h) = v[r] * norm;
+    }
+}
+
+// n ** -0.5 of a power of two, without std::pow, which would take as long as a block.
+template <typename T>
+inline T norm_of(int64_t n) {
+  double norm = 1;
+  for (; n >= 4; n /= 4) norm /= 2;
+  return static_cast<T>(n == 2 ? norm * 0.70710678118654752440 : norm);
+}
+
+// A block of n columns, n a power of two.
+template <bool REGULAR, typename T>
+inline void rotate_block(T* block, int64_t n) {
+  const T norm = norm_of<T>(n);
+  constexpr int IN_REGISTERS = VECTOR_BYTES / sizeof(T) == 16 ? 256 : 64;  // a power of four
+  if (n == 16) return rotate_in_registers<REGULAR, 16>(block, norm);
+  if (n == 32) return rotate_in_registers<REGULAR, 32>(block, norm);
+  if (n == 64) return rotate_in_registers<REGULAR, 64>(block, norm);
+  if (n == IN_REGISTERS) return rotate_in_registers<REGULAR, IN_REGISTERS>(block, norm);
+  if (n > 64) {
+    int64_t h = n > IN_REGISTERS ? IN_REGISTERS : 64;
+    for (int64_t j = 0; j < n; j += h)
+      if (h == 64)
+        rotate_in_registers<REGULAR, 64>(block + j, T(1));
+      else
+        rotate_in_registers<REGULAR, IN_REGISTERS>(block + j, T(1));
+    for (; 4 * h <= n; h *= 4) rotate_across<REGULAR, 4>(block, n, h, 4 * h == n ? norm : T(1));
+    if (2 * h == n) rotate_across<REGULAR, 2>(block, n, h, norm);
+    return;
+  }
+  T after[8];
+  for (int64_t h = 1; h < n; h *= 2) {
+    const bool regular = REGULAR && !(is_lower(h) && 2 * h == n);
+    for (int64_t j = 0; j < n; ++j)
+      after[j] = regular ? butterfly<true>(block[j], block[j ^ h], h, T(sign<true>(j, h)))
+                         : butterfly<false>(block[j], block[j ^ h], h, T(sign<false>(j, h)));
+    std::copy_n(after, n, block);
+  }
+  for (int64_t j = 0; j < n; ++j) block[j] *= norm;
+}
+
+// schemes/rotate.py's `rotate` in place: blocks of abs(block) columns, then smaller powers of two for the remaining ones.
+// The same values are added in the same order, so results are equal bit for bit.
 template <typename T>
 inline void rotate_row(T* row, int64_t K, int64_t block) {
-  for (int64_t n = block; n > 0; n /= 2) {
-    const T norm = static_cast<T>(std::pow(static_cast<double>(n), -0.5));
-    for (; n <= K; row += n, K -= n) {
-      if (n == 64) {
-        rotate_64(row);
-        continue;
-      }
-      for (int64_t h = 1; h < n; h *= 2)
-        for (int64_t i = 0; i < n; i += 2 * h)
-          for (int64_t j = i; j < i + h; ++j) {
-            const T a = row[j], b = row[j + h];
-            row[j] = a + b;
-            row[j + h] = a - b;
-          }
-      for (int64_t j = 0; j < n; ++j) row[j] *= norm;
-    }
-  }
+  for (int64_t n = std::abs(block); n > 0; n /= 2)
+    for (; n <= K; row += n, K -= n) block < 0 ? rotate_block<true>(row, n) : rotate_block<false>(row, n);
 }
 
 // codes[k] = round(row[k] / scale), as a division rounds it. A product with 1 / scale is off by less than `ulps` of it, so
@@ -214,7 +281,7 @@ inline void clear(T* __restrict row, int64_t K, const uint8_t* __restrict mask) 
 }
 
 // scale[m] = max(abs(z[m, k])) / 127 and codes[m, k] = round(z[m, k] / scale[m]), where z is x with zeros in the columns
-// of `mask` (nullptr: none), rotated in blocks of `block` (1: not rotated).
+// of `mask` (nullptr: none), rotated (`rotate_row`; 1: not rotated).
 template <typename scalar_t>
 void quantize_rows(
     const scalar_t* x, int64_t M, int64_t K, const bool* mask, int64_t block, int8_t* codes,
@@ -225,7 +292,7 @@ void quantize_rows(
     for (int64_t m = begin; m < end; ++m) {
       load(x + m * K, row.data(), K);
       if (mask != nullptr) clear(row.data(), K, reinterpret_cast<const uint8_t*>(mask));
-      if (block > 1) rotate_row(row.data(), K, block);
+      if (block != 1) rotate_row(row.data(), K, block);
       scale[m] = quantize_row(row.data(), K, codes + m * K);
     }
   });

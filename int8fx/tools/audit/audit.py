@@ -48,7 +48,7 @@ _STRIDES = {
 _SIZES = {"M": "i32", "N": "i32:16", "K": "i32:16", "E": 1, "C": "i32", "pitch": "i32:16", "capacity": "i32:16"}
 _CONSTANTS = {
     "INT8_MAX": INT8_MAX, "TINY": TINY, "EVEN_K": True, "BLOCK_O": BLOCK_O, "BLOCK_E": 1, "GROUP_M": 8,
-    "BLOCK": 1, "WHOLE_BLOCKS": True, "ONE_PART": True, "ALL_ROWS": False, "BEFORE": 8192,
+    "BLOCK": 1, "REGULAR": True, "WHOLE_BLOCKS": True, "ONE_PART": True, "ALL_ROWS": False, "BEFORE": 8192,
     "ACTIVATION": "none", "BINARY": "none", "OUTLIERS": True,
 }  # fmt: skip
 
@@ -134,7 +134,7 @@ def shipped(target: str) -> Iterator[Variant]:
     yield Variant("fused_linear", Tile(*tiles.FUSED_LINEAR[backend], SPLIT_K=4), "bf16", (*_PLAIN, _ROW))
     for row in tiles.WEIGHT_ONLY[backend].values():
         yield Variant("weight_only", Tile(*row, SPLIT_K=4), "bf16", _PLAIN)
-    yield _rotated(64)
+    yield _rotated(256)
 
 
 def _rotated(block: int, K: int = 4096, whole_blocks: bool = True) -> Variant:
@@ -174,8 +174,9 @@ def everything(target: str) -> Iterator[Variant]:
         yield Variant("outlier_mask", tiles.OUTLIER_MASK, "bf16", (("ALL_ROWS", all_rows),), "all rows" * all_rows)
     yield Variant("extract_outliers", tiles.EXTRACT_OUTLIERS, "bf16", (("columns_ptr", "*i32:16"),))
     yield Variant("quantize_rowwise", tiles.for_quantize_rowwise(8192, 1), "bf16")
-    yield _rotated(64, K=14336)
-    yield _rotated(64, K=20000, whole_blocks=False)
+    yield _rotated(64)
+    yield _rotated(256, K=14336)
+    yield _rotated(256, K=20000, whole_blocks=False)
     yield _rotated(4096)
     yield Variant("gather_weight", tiles.GATHER_WEIGHT, "bf16", (("columns_ptr", "*i32:16"),))
     gathered = (("columns_ptr", "*i64:16"), ("source_ptr", "*bf16:16"))
