@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.conversion import flip_last_bit
 
 import int8fx
+from int8fx.schemes import stored_text
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -97,7 +98,7 @@ def test_a_converted_model_comes_back_bit_by_bit(name, scheme, options, tmp_path
     again.save_pretrained(tmp_path / "2", **options)
     for path in (tmp_path / "1").glob("*diffusion*"):
         assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
-    assert json.loads((tmp_path / "2" / "config.json").read_text())["quantization_config"]["scheme"] == str(
+    assert json.loads((tmp_path / "2" / "config.json").read_text())["quantization_config"]["scheme"] == stored_text(
         SCHEMES[scheme]
     )
 

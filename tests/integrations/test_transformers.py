@@ -357,6 +357,17 @@ def test_the_configuration_round_trips_through_json():
         assert json.loads(again.to_json_string()) == config.to_dict()
 
 
+def test_a_configuration_of_a_file_keeps_its_meaning():
+    """Files leave out Sylvester's matrices of 64 columns, and users `rotated`'s defaults."""
+    stored = {"quant_method": "int8fx", "version": 2, "scheme": "rotated", "skip": []}
+    config = int8fx.Int8FxConfig.from_dict(dict(stored))
+    assert config.scheme == int8fx.rotated(64, hadamard="sylvester")
+    assert config.to_dict() == stored
+    for config in (int8fx.Int8FxConfig("rotated"), int8fx.Int8FxConfig.from_dict({"scheme": "rotated"})):
+        assert config.scheme == int8fx.rotated()
+        assert config.to_dict()["scheme"] == "rotated(block=256, hadamard='regular')"
+
+
 def test_bitsandbytes_names():
     config = int8fx.Int8FxConfig(
         llm_int8_threshold=5.0, llm_int8_skip_modules=["lm_head"], llm_int8_enable_fp32_cpu_offload=True
