@@ -245,9 +245,11 @@ def test_a_library_of_the_wheel_is_taken_and_nothing_compiled(carried, compiler,
 
 
 def test_a_library_of_the_wheel_that_does_not_load_is_compiled_with_a_word(carried, extensions, compiler):
-    with pytest.warns(UserWarning, match=r"this system does not load .*avx2\.so: ") as caught:
+    with (
+        pytest.warns(UserWarning, match=r"this system does not load .*avx2\.so: "),
+        pytest.warns(UserWarning, match="several times slower"),
+    ):
         assert not native._load(native.AVX2)
-    assert "several times slower" in str(caught[-1].message)
     assert compiler.exists()
 
 
