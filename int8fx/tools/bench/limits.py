@@ -100,7 +100,7 @@ def load_limits(buffer_bytes: int | None = None) -> Limits:
 
 
 def _build() -> Path:
-    """The compiled `SOURCE` for this machine, stored where int8fx stores compiled kernels; compiled if it is not there."""
+    """The compiled `SOURCE` for this machine, where int8fx stores compiled kernels; compiled if it is not there."""
     isa = native.instruction_set()
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", *isa.flags]
