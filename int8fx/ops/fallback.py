@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
@@ -50,12 +50,9 @@ def int8_matmul(codes: Tensor, weight: Tensor, dtype: torch.dtype = torch.float3
         return torch._int_mm(codes, weight.t()).to(dtype)
     y = codes.new_empty(M, N, dtype=dtype)
     x = codes.to(dtype)
-    step = max(1, _BLOCK // max(K, 1))
     exact = _EXACT_K if dtype == torch.float32 else max(K, 1)
-    widened = codes.new_empty(min(step, N), K, dtype=dtype)  # one buffer: new ones would cost page faults
-    for n in range(0, N, step):
-        block = widened[: min(step, N - n)].copy_(weight[n : n + step])
-        out = y[:, n : n + step] if step < N else y
+    for n, block in _widened(weight, dtype):
+        out = y if len(block) == N else y[:, n : n + len(block)]
         torch.mm(x[:, :exact], block[:, :exact].t(), out=out)
         for k in range(exact, K, exact):  # not addmm_: it may add parts of a slice to y, in an order that depends on M
             out += torch.mm(x[:, k : k + exact], block[:, k : k + exact].t())
@@ -64,12 +61,23 @@ def int8_matmul(codes: Tensor, weight: Tensor, dtype: torch.dtype = torch.float3
 
 def _float_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """``x[M, K] @ weight[N, K].T`` with int8 codes widened to x's dtype, a block of channels at a time."""
-    N, K = weight.shape
+    N = weight.shape[0]
     y = x.new_empty(x.shape[0], N)
-    step = max(1, _BLOCK // max(K, 1))
-    for n in range(0, N, step):
-        y[:, n : n + step] = x @ weight[n : n + step].to(x.dtype).t()
+    for n, block in _widened(weight, x.dtype):
+        torch.mm(x, block.t(), out=y if len(block) == N else y[:, n : n + len(block)])
     return y
+
+
+def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """``weight[N, K]`` in blocks of channels as ``dtype``, each with its first channel.
+
+    All blocks are in one buffer, which the caches hold; new ones would cost page faults.
+    """
+    N, K = weight.shape
+    step = min(N, max(1, _BLOCK // max(K, 1)))
+    buffer = weight.new_empty(step, K, dtype=dtype)
+    for n in range(0, N, step or 1):
+        yield n, buffer[: min(step, N - n)].copy_(weight[n : n + step])
 
 
 def quantize_rowwise(
