@@ -1,9 +1,13 @@
-"""Builds and loads the C++ kernels in ``csrc/`` for this machine's instruction set.
+"""Finds, or builds, and loads the C++ kernels in ``csrc/`` for this machine's instruction set.
 
-There is one library for each instruction set. It is compiled by the first `int8fx.convert` of a model on the CPU (half
-a minute, one file) or ahead of time by ``int8fx build``. It is stored in the first of `folders` that can be written,
-under a name with a hash of the sources, the flags and torch's version. Loading it registers its kernels for CPU
-tensors, before `fallback`.
+There is one library for each instruction set. It calls torch by its stable ABI, so it serves the torch that it is
+compiled with and later ones. A wheel
+carries all of them, in `CARRIED`. In a checkout the first `int8fx.convert` of a model on the CPU compiles one (half a
+minute, one file), or ``int8fx build`` does so ahead of time. It is then stored in the first of `folders` that can be
+written, under a name with a hash of the sources, the flags and torch's version. Loading it registers its kernels for
+CPU tensors, before `fallback`.
+
+One more library, `AUTOGRAD`, is for one version of torch. It makes calls that need no gradient faster.
 """
 
 from __future__ import annotations
@@ -32,34 +36,45 @@ from .schemas import NAMESPACE, SCHEMAS
 
 T = TypeVar("T")
 SOURCES = Path(__file__).parent / "csrc"
-_COMMON = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+_COMMON = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+
+CARRIED = Path(__file__).parent / "compiled"
+"""The libraries of a wheel, ``<name>.so``; absent in a checkout."""
 
 
 @dataclass(frozen=True)
-class InstructionSet:
-    """A set of instructions that `csrc/` has tiles for.
-
-    capability: the set of torch's vector classes that the library is compiled with.
-    """
+class Library:
+    """A library that is compiled from ``csrc/<source>`` and the headers."""
 
     name: str
-    capability: str
-    flags: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    source: str = "ops.cpp"
 
 
-DEFAULT = InstructionSet("default", "DEFAULT", ())
-AVX2 = InstructionSet("avx2", "AVX2", ("-mavx2", "-mfma", "-mf16c"))
-AVX512_VNNI = InstructionSet(
+def _kernels(name: str, capability: str, *flags: str) -> Library:
+    """capability: the set of torch's vector classes that the kernels are compiled with."""
+    return Library(name, (*flags, f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"))
+
+
+DEFAULT = _kernels("default", "DEFAULT")
+AVX2 = _kernels("avx2", "AVX2", "-mavx2", "-mfma", "-mf16c")
+AVX512_VNNI = _kernels(
     "avx512_vnni",
     "AVX512",
-    ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"),
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"),
 )
-AVX512_BF16 = InstructionSet("avx512_bf16", "AVX512", (*AVX512_VNNI.flags, "-mavx512bf16", "-mavx512vbmi"))
-AMX = InstructionSet("amx", "AVX512", (*AVX512_BF16.flags, "-mamx-tile", "-mamx-int8"))
+AVX512_BF16 = Library("avx512_bf16", (*AVX512_VNNI.flags, "-mavx512bf16", "-mavx512vbmi"))
+AMX = Library("amx", (*AVX512_BF16.flags, "-mamx-tile", "-mamx-int8"))
+INSTRUCTION_SETS = (
+    (DEFAULT, AVX2, AVX512_VNNI, AVX512_BF16, AMX) if platform.machine() in ("x86_64", "AMD64") else (DEFAULT,)
+)
+"""Those that this kind of machine may have. A wheel carries the kernels of each."""
+
+AUTOGRAD = Library(f"autograd_torch_{torch.__version__.partition('+')[0]}", source="autograd.cpp")
 
 
-def instruction_set() -> InstructionSet:
-    """The best instruction set of this CPU that ``ATEN_CPU_CAPABILITY`` allows torch to use."""
+def instruction_set() -> Library:
+    """The kernels for the best instruction set of this CPU that ``ATEN_CPU_CAPABILITY`` allows torch to use."""
     capability, features = torch.backends.cpu.get_cpu_capability(), torch.cpu.get_capabilities()
     if capability == "AVX512" and features.get("avx512_vnni", False):
         if not all(features.get(name, False) for name in ("avx512_bf16", "avx512_vbmi")):
@@ -76,17 +91,21 @@ def _tiles_permitted() -> bool:
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
-def command(isa: InstructionSet, output: Path) -> list[str]:
+def _options(library: Library) -> list[str]:
+    """The compiler's options but for paths."""
+    schemas = ", ".join(f'"{schema}"' for schema in SCHEMAS)
+    definitions = [f"-DINT8FX_WEIGHT_ONLY_ROWS={WEIGHT_ONLY_ROWS_CPU}", f"-DINT8FX_SCHEMAS={schemas}"]
+    return [*_COMMON, *library.flags, *definitions]
+
+
+def command(library: Library, output: Path) -> list[str]:
     """The compiler's command line. The environment variable ``CXX`` names the compiler, ``c++`` by default."""
     root = Path(torch.__file__).parent
-    flags = [*_COMMON, *isa.flags, f"-DCPU_CAPABILITY={isa.capability}", f"-DCPU_CAPABILITY_{isa.capability}"]
-    flags.append(f"-DINT8FX_WEIGHT_ONLY_ROWS={WEIGHT_ONLY_ROWS_CPU}")
-    flags.append("-DINT8FX_SCHEMAS=" + ", ".join(f'"{schema}"' for schema in SCHEMAS))
-    for include in (root / "include", root / "include/torch/csrc/api/include"):
-        flags += ["-isystem", str(include)]
-    libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    includes = [str(root / "include"), str(root / "include/torch/csrc/api/include")]
+    paths = [argument for include in includes for argument in ("-isystem", include)]
+    libraries = [f"-L{root / 'lib'}", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"]
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    return [*compiler, *flags, str(SOURCES / "ops.cpp"), *libraries, "-o", str(output)]
+    return [*compiler, *_options(library), *paths, str(SOURCES / library.source), *libraries, "-o", str(output)]
 
 
 # ---- where a library is stored ---------------------------------------------------------------------------------------
@@ -156,7 +175,7 @@ def _make(folder: Path) -> None:
         raise PermissionError("it is mounted with the option noexec")
 
 
-def _in_first_folder(use: Callable[[Path], T]) -> T:
+def in_first_folder(use: Callable[[Path], T]) -> T:
     """``use(folder)`` for the first of `folders` for which it does not raise OSError.
 
     Raises:
@@ -175,32 +194,40 @@ def _in_first_folder(use: Callable[[Path], T]) -> T:
     )
 
 
-def library(isa: InstructionSet, folder: Path | None = None) -> Path:
-    """The path of the library for ``isa`` in ``folder``, by default the first of `folders`."""
-    text = [torch.__version__, platform.machine(), *command(isa, Path("library"))[1:]]
-    text += [path.name + path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".h")]
+def path_of(library: Library, folder: Path | None = None) -> Path:
+    """The path of ``library``, once it is compiled, in ``folder``, by default the first of `folders`."""
+    text = [torch.__version__, platform.machine(), *_options(library)]
+    sources = [path for path in SOURCES.iterdir() if path.suffix == ".h" or path.name == library.source]
+    text += [path.name + path.read_text() for path in sorted(sources)]
     key = hashlib.sha256("\0".join(text).encode()).hexdigest()[:16]
-    return (folder or folders()[0]) / f"int8fx_{isa.name}_{key}" / "int8fx_cpu.so"
+    return (folder or folders()[0]) / f"int8fx_{library.name}_{key}" / "int8fx_cpu.so"
 
 
 # ---- building --------------------------------------------------------------------------------------------------------
 
 
-def build(isa: InstructionSet) -> Path:
-    """Compiles the library for ``isa`` unless it exists, with a line on stderr. Processes wait for each other.
+def build(library: Library) -> Path:
+    """The path of ``library``: as the wheel carries it, or compiled.
+
+    Compiles it unless it exists, with a line on stderr. Processes wait for each other.
 
     Raises:
         RuntimeError: there is no compiler, it failed, or no folder can be used.
         ImportError: the system has no file locks of this kind (Windows).
     """
-    return _in_first_folder(lambda folder: _build(folder, isa))
+    carried = _carried(library)
+    return carried if carried.exists() else in_first_folder(lambda folder: _build(folder, library))
 
 
-def _build(folder: Path, isa: InstructionSet, broken: int | None = None) -> Path:
+def _carried(library: Library) -> Path:
+    return CARRIED / f"{library.name}.so"
+
+
+def _build(folder: Path, library: Library, broken: int | None = None) -> Path:
     """`build` in ``folder``. A library that was written at the time ``broken`` is compiled again."""
     import fcntl  # not on Windows
 
-    path = library(isa, folder)
+    path = path_of(library, folder)
     if broken is None and _is_complete(path):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,8 +235,9 @@ def _build(folder: Path, isa: InstructionSet, broken: int | None = None) -> Path
         fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it if the process dies
         if _is_complete(path) and path.stat().st_mtime_ns != broken:  # by another process
             return path
-        print(f"int8fx: compiling the CPU kernels for {isa.name}, once: about half a minute", file=sys.stderr)
-        compile_to(path, lambda output: command(isa, output))
+        what = "what links them to torch" if library == AUTOGRAD else f"the CPU kernels for {library.name}"
+        print(f"int8fx: compiling {what}, once: about half a minute", file=sys.stderr)
+        compile_to(path, lambda output: command(library, output))
         _digest_file(path).write_text(_digest(path))
     return path
 
@@ -256,7 +284,7 @@ _loaded: bool | None = None
 
 
 def load() -> bool:
-    """Whether the C++ kernels run for CPU tensors. Builds and loads them at the first call; warns if that fails.
+    """Whether the C++ kernels run for CPU tensors. Loads them at the first call, compiled if need be; or warns.
 
     Those that the process has loaded itself by ``torch.ops.load_library`` are taken.
     """
@@ -264,29 +292,50 @@ def load() -> bool:
     if _loaded is None:
         with _loading:
             if _loaded is None:
-                has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::linear", "CPU")
-                _loaded = has_kernel or _load()
+                _loaded = _has_kernels_for("CPU") or _load(instruction_set())
+                if _loaded and not _has_kernels_for("AutogradCPU"):
+                    _load(AUTOGRAD)
     return _loaded
 
 
-def _load() -> bool:
-    isa = instruction_set()
+def _has_kernels_for(key: str) -> bool:
+    """Whether a library has registered kernels for a dispatch key."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::linear", key)
+
+
+def _load(library: Library) -> bool:
     try:
-        _in_first_folder(lambda folder: _load_from(folder, isa))
+        if not _load_carried(library):
+            in_first_folder(lambda folder: _load_from(folder, library))
     except (ImportError, RuntimeError, OSError) as error:
-        warnings.warn(
-            f"int8fx: CPU matmuls run on torch's operators, several times slower than the C++ kernels: {error}",
-            stacklevel=2,
+        without = (
+            "calls take 10 us longer under torch.no_grad()"
+            if library == AUTOGRAD
+            else "matmuls run on torch's operators, several times slower than the C++ kernels"
         )
+        warnings.warn(f"int8fx: CPU {without}: {error}", stacklevel=2)
         return False
     return True
 
 
-def _load_from(folder: Path, isa: InstructionSet) -> None:
+def _load_carried(library: Library) -> bool:
+    """Whether the wheel carries ``library`` and this system loads it."""
+    path = _carried(library)
+    if not path.exists():
+        return False
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        warnings.warn(f"int8fx: this system does not load {path}: {error.__cause__ or error}", stacklevel=3)
+        return False
+    return True
+
+
+def _load_from(folder: Path, library: Library) -> None:
     """Loads the library in ``folder``. One that does not load, as of a system with newer libraries, is rebuilt once."""
-    path = _build(folder, isa)
+    path = _build(folder, library)
     written = path.stat().st_mtime_ns
     try:
         torch.ops.load_library(str(path))
     except OSError:
-        torch.ops.load_library(str(_build(folder, isa, broken=written)))
+        torch.ops.load_library(str(_build(folder, library, broken=written)))

@@ -1,6 +1,8 @@
 """How the C++ kernels are built, stored and chosen. `test_kernels` and `test_ops` test what they compute."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -57,18 +59,18 @@ def test_a_library_is_compiled_once(extensions, compiler, capfd):
 
 
 def test_other_sources_flags_and_instructions_are_other_libraries(extensions, monkeypatch, tmp_path):
-    paths = [native.library(isa, extensions) for isa in (native.DEFAULT, native.AVX2, native.AVX512_VNNI)]
+    paths = [native.path_of(isa, extensions) for isa in (native.DEFAULT, native.AVX2, native.AVX512_VNNI)]
     sources = tmp_path / "csrc"
     sources.mkdir()
     for path in native.SOURCES.iterdir():
         (sources / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(native, "SOURCES", sources)
-    paths.append(native.library(native.AVX2, extensions))
+    assert native.path_of(native.AVX2, extensions) == paths[1]
     (sources / "product.h").write_text("// nothing")
-    paths.append(native.library(native.AVX2, extensions))
+    paths.append(native.path_of(native.AVX2, extensions))
     monkeypatch.setattr(native.platform, "machine", lambda: "another")
-    paths.append(native.library(native.AVX2, extensions))
-    assert len(set(paths)) == 6
+    paths.append(native.path_of(native.AVX2, extensions))
+    assert len(set(paths)) == 5
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_without_a_working_compiler_torch_serves_with_a_word(extensions, monkeyp
     with pytest.raises(RuntimeError, match=word):
         native.build(native.AVX2)
     with pytest.warns(UserWarning, match=f"(?s)several times slower than the C\\+\\+ kernels: .*{word}"):
-        assert not native._load()
+        assert not native._load(native.instruction_set())
     assert not list(extensions.glob("*/*.so"))
 
 
@@ -118,7 +120,7 @@ def test_folders(no_home, monkeypatch):
 
 def test_without_a_home_a_folder_of_this_user_holds_the_library(no_home, compiler):
     path = native.build(native.AVX2)
-    assert path == native.library(native.AVX2, no_home / f"int8fx-{os.geteuid()}")
+    assert path == native.path_of(native.AVX2, no_home / f"int8fx-{os.geteuid()}")
     assert path.read_text() == "built\n"
     assert path.parents[1].stat().st_mode & 0o777 == 0o700
     assert native.build(native.AVX2) == path
@@ -145,7 +147,7 @@ def test_a_folder_that_was_chosen_is_the_only_one(no_home, compiler, monkeypatch
 def test_the_warning_names_the_folders_the_reasons_and_the_variable(no_home):
     (no_home / f"int8fx-{os.geteuid()}").symlink_to(no_home)
     with pytest.warns(UserWarning, match="several times slower") as caught:
-        assert not native._load()
+        assert not native._load(native.instruction_set())
     [message] = [str(w.message) for w in caught]
     assert f"({HOME}: [Errno 2] No such file or directory" in message
     assert f"; {no_home}/int8fx-{os.geteuid()}: it has mode lrwx" in message
@@ -201,14 +203,14 @@ def test_nobody_else_may_rename_a_private_folder(tmp_path, mode, safe):
 def test_what_somebody_else_put_into_the_private_folder_is_not_loaded(no_home, monkeypatch):
     """A complete library, in a folder that all may write: nothing loads it, and nothing is compiled over it."""
     monkeypatch.setattr(native, "compile_to", None)
-    path = native.library(native.instruction_set(), no_home / f"int8fx-{os.geteuid()}")
+    path = native.path_of(native.instruction_set(), no_home / f"int8fx-{os.geteuid()}")
     path.parent.mkdir(parents=True)
     path.parents[1].chmod(0o777)
     path.write_text("harm")
     native._digest_file(path).write_text(native._digest(path))
     monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail(f"{path} was loaded"))
     with pytest.warns(UserWarning, match="it has mode drwxrwxrwx and belongs to user"):
-        assert not native._load()
+        assert not native._load(native.instruction_set())
 
 
 def test_a_folder_from_which_the_system_loads_nothing(extensions, compiler, monkeypatch):
@@ -220,15 +222,94 @@ def test_a_folder_from_which_the_system_loads_nothing(extensions, compiler, monk
     assert not compiler.exists()
 
 
+# ---- libraries of a wheel --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def carried(monkeypatch, tmp_path):
+    """The folder of a wheel's libraries, with one that is not a library."""
+    folder = tmp_path / "compiled"
+    folder.mkdir()
+    monkeypatch.setattr(native, "CARRIED", folder)
+    (folder / "avx2.so").write_text("text")
+    return folder
+
+
+def test_a_library_of_the_wheel_is_taken_and_nothing_compiled(carried, compiler, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    assert native.build(native.AVX2) == carried / "avx2.so"
+    assert native._load(native.AVX2)
+    assert loaded == [str(carried / "avx2.so")]
+    assert not compiler.exists()
+
+
+def test_a_library_of_the_wheel_that_does_not_load_is_compiled_with_a_word(carried, extensions, compiler):
+    with (
+        pytest.warns(UserWarning, match=r"this system does not load .*avx2\.so: "),
+        pytest.warns(UserWarning, match="several times slower"),
+    ):
+        assert not native._load(native.AVX2)
+    assert compiler.exists()
+
+
+def test_what_the_wheel_lacks_is_compiled(carried, extensions, compiler):
+    """As for another torch than the one that the wheel was built with."""
+    assert native.build(native.AUTOGRAD).read_text() == "built\n"
+    with pytest.warns(UserWarning, match=r"CPU calls take 10 us longer under torch\.no_grad\(\): "):
+        assert not native._load(native.AUTOGRAD)
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="binutils")
+def test_kernels_call_torch_by_its_stable_abi():
+    """C functions only: no symbol of the namespaces at, c10, torch and caffe2, which differ from version to version."""
+    done = subprocess.run(["nm", "-D", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True)
+    symbols = [line.split()[-1] for line in done.stdout.splitlines()]
+    assert "torch_library_impl" in symbols
+    assert not [name for name in symbols if re.match(r"_Z\w*?(2at|3c10|5torch|6caffe2)", name)]
+    assert not [name for name in symbols if name.startswith(("GOMP_", "omp_"))]  # torch's threads, whichever they are
+
+
+@pytest.mark.slow
+def test_without_the_library_for_autograd_the_formulas_give_the_same(tmp_path):
+    """In a process in which it cannot be loaded: values without and with gradients, and a gradient."""
+    code = """
+import sys, torch
+from int8fx.ops import native
+if sys.argv[2] == "without":
+    load = native._load
+    native._load = lambda library: library != native.AUTOGRAD and load(library)
+assert native.load()
+assert native._has_kernels_for("AutogradCPU") is (sys.argv[2] != "without")
+import int8fx
+torch.manual_seed(0)
+layer = int8fx.convert(torch.nn.Linear(40, 5))
+x = torch.randn(7, 40, requires_grad=True)
+with torch.no_grad():
+    values = [layer(x)]
+values.append(layer(x))
+values[-1].sum().backward()
+torch.save([*values, x.grad, torch.tensor([v.requires_grad for v in values])], sys.argv[1])
+"""
+    results = []
+    for which in ("with", "without"):
+        path = tmp_path / f"{which}.pt"
+        subprocess.run([sys.executable, "-c", code, str(path), which], check=True)
+        results.append(torch.load(path))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    assert results[0][-1].tolist() == [False, True]
+
+
 # ---- libraries that do not load --------------------------------------------------------------------------------------
 
 
 def test_a_library_that_does_not_load_is_compiled_again_once(extensions, compiler):
     with pytest.warns(UserWarning, match=r"several times slower .*int8fx_cpu\.so: .*set the environment variable"):
-        assert not native._load()
+        assert not native._load(native.instruction_set())
     assert compiler.read_text().count("call") == 2
     with pytest.warns(UserWarning, match="several times slower"):
-        assert not native._load()
+        assert not native._load(native.instruction_set())
     assert compiler.read_text().count("call") == 3
 
 
@@ -243,7 +324,7 @@ def test_the_next_folder_is_tried_if_a_library_does_not_load(no_home, compiler, 
             raise OSError("Could not load this library") from OSError("version `GLIBC_2.99' not found")
 
     monkeypatch.setattr(torch.ops, "load_library", load)
-    assert native._load()
+    assert native._load(native.instruction_set())
     assert ["home" in path for path in seen] == [True, True, False]
 
 
@@ -273,7 +354,8 @@ def test_a_faulty_library_is_replaced(extensions, tmp_path, monkeypatch, fault):
         native._digest_file(path).unlink()
     elif fault == "not a library":
         native._digest_file(path).write_text(native._digest(path))
-    code = "import sys, warnings; warnings.simplefilter('error'); from int8fx.ops import native; assert native.load()"
+    code = "import sys, warnings; warnings.simplefilter('error'); from int8fx.ops import native; "
+    code += "assert native._load(native.instruction_set())"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert path.read_bytes() == content
     assert native._is_complete(path)
@@ -409,7 +491,7 @@ def test_the_command(extensions, compiler):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert main(["build"]) == 0
-    assert native.library(native.instruction_set(), extensions).exists()
+    assert native.path_of(native.instruction_set(), extensions).exists()
 
 
 def test_the_command_says_why_it_failed(extensions, monkeypatch, capsys):
@@ -456,7 +538,7 @@ def test_kernels_for_other_instructions_pass_the_same_tests(isa):
     code = f"""
 import sys, pytest
 from int8fx.ops import native
-from int8fx.ops.native import InstructionSet
+from int8fx.ops.native import Library
 
 native.instruction_set = lambda: {isa!r}
 options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "native"]

@@ -56,10 +56,10 @@ def test_other_devices_run_as_cpus_do():
 
 def test_the_cpp_kernels_are_compiled_with_this_number(monkeypatch, tmp_path):
     assert f"-DINT8FX_WEIGHT_ONLY_ROWS={CPU}" in native.command(native.AVX2, tmp_path / "library")
-    path = native.library(native.AVX2, tmp_path)
+    path = native.path_of(native.AVX2, tmp_path)
     monkeypatch.setattr(native, "WEIGHT_ONLY_ROWS_CPU", CPU + 1)
     assert f"-DINT8FX_WEIGHT_ONLY_ROWS={CPU + 1}" in native.command(native.AVX2, tmp_path / "library")
-    assert native.library(native.AVX2, tmp_path) != path  # another library
+    assert native.path_of(native.AVX2, tmp_path) != path  # another library
 
 
 def test_the_cpp_kernels_have_no_number_of_their_own(tmp_path):

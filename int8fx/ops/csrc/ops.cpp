@@ -1,95 +1,141 @@
 // The CPU kernels of the int8fx ops. Schemas are in ../schemas.py, fakes in ../__init__.py, error messages in
 // ../checks.py. The library also serves processes without Python's int8fx, such as those that run an AOTInductor package.
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
+//
+// It calls torch by its stable ABI only, so it serves every build of the version of torch that it is compiled with, and of
+// later ones.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
 
 #include "product.h"
 
 namespace int8fx {
 namespace {
 
-using at::Tensor;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 constexpr char LINEAR[] = "int8fx::linear", LINEAR_QUANTIZED[] = "int8fx::linear_quantized",
                QUANTIZE_ROWWISE[] = "int8fx::quantize_rowwise", GROUPED_LINEAR[] = "int8fx::grouped_linear",
                DEQUANTIZE[] = "int8fx::dequantize";
 
-bool is_float(at::ScalarType dtype) {
-  return dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kFloat || dtype == at::kDouble;
+// torch's codes of dtypes. Tensor::scalar_type() is much slower: it asks for one code after the other.
+const int32_t BFLOAT16 = aoti_torch_dtype_bfloat16(), HALF = aoti_torch_dtype_float16(),
+              FLOAT = aoti_torch_dtype_float32(), DOUBLE = aoti_torch_dtype_float64(), INT8 = aoti_torch_dtype_int8(),
+              INT32 = aoti_torch_dtype_int32(), INT64 = aoti_torch_dtype_int64(), BOOL = aoti_torch_dtype_bool();
+
+int32_t dtype(const Tensor& t) {
+  int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+  return code;
 }
 
-bool is_float(const Tensor& t) { return is_float(t.scalar_type()); }
+int32_t code_of(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
 
-at::ScalarType compute_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+bool is_float(int32_t dtype) { return dtype == BFLOAT16 || dtype == HALF || dtype == FLOAT || dtype == DOUBLE; }
 
-at::ScalarType compute_dtype(const Tensor& x) { return compute_dtype(x.scalar_type()); }
+bool is_float(const Tensor& t) { return is_float(dtype(t)); }
+
+int32_t compute_dtype(const Tensor& t) { return dtype(t) == DOUBLE ? DOUBLE : FLOAT; }
+
+bool is_integer(const Tensor& t) { return dtype(t) == INT32 || dtype(t) == INT64; }
 
 constexpr int64_t MAX_K = std::numeric_limits<int32_t>::max() / (INT8_MAX_CODE * INT8_MAX_CODE);
 
-// A packed weight as the ops take it; schemes/weight.py describes the fields.
-struct Int8Weight {
-  Tensor codes, scale;
-  std::optional<double> threshold;
-  int64_t block;
-  MaybeTensor columns, columns_weight;
-
-  Int8Weight of_expert(int64_t e) const {
-    return {codes.select(0, e), scale.select(0, e), threshold, block, columns,
-            columns_weight.has_value() ? MaybeTensor(columns_weight->select(0, e)) : std::nullopt};
-  }
+// A str of a schema. (torch's own conversion of it leaks.)
+struct Word {
+  std::string text;
 };
 
-bool quantisation_is_legal(
-    std::optional<double> threshold, int64_t block, const MaybeTensor& columns, int64_t K) {
+// A packed weight as the ops take it; schemes/weight.py describes the fields.
+struct Int8Weight {
+  const Tensor &codes, &scale;
+  std::optional<double> threshold;
+  int64_t block;
+  const MaybeTensor &columns, &columns_weight;
+
+  int64_t N() const { return codes.size(-2); }
+  int64_t K() const { return codes.size(-1); }
+};
+
+int64_t multiply(Sizes sizes) {
+  int64_t product = 1;
+  for (const int64_t size : sizes) product *= size;
+  return product;
+}
+
+int64_t count_rows(const Tensor& x) { return multiply(x.sizes().slice(0, x.dim() - 1)); }
+
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, int32_t device = aoti_torch_device_type_cpu()) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
+  AtenTensorHandle t;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device, 0, &t));
+  return Tensor(t);
+}
+
+// ---- which arguments are legal ---------------------------------------------------------------------------------------
+
+bool quantisation_is_legal(std::optional<double> threshold, int64_t block, const MaybeTensor& columns, int64_t K) {
   if (threshold.has_value() && !(0 <= *threshold && *threshold <= std::numeric_limits<float>::max())) return false;
   if (block == -1 || block < -MAX_K || block > MAX_K || (block != 1 && threshold.has_value())) return false;
   const int64_t size = std::abs(block);
   if (size == 0 || (size & (size - 1)) != 0) return false;
   if (!columns.has_value()) return true;
-  if (columns->scalar_type() != at::kLong || columns->dim() != 1) return false;
-  const Tensor indices = columns->contiguous();
+  if (dtype(*columns) != INT64 || columns->dim() != 1) return false;
+  const Tensor indices = dense(*columns);
+  const auto* values = static_cast<const int64_t*>(indices.const_data_ptr());
   std::vector<bool> seen(K);
   for (int64_t i = 0; i < indices.numel(); ++i) {
-    const int64_t k = indices.const_data_ptr<int64_t>()[i];
-    TORCH_CHECK_INDEX(0 <= k && k < K, "int8fx: columns has ", k, "; legal: 0 to K - 1 for K = ", K);
-    TORCH_CHECK_INDEX(!seen[k], "int8fx: columns has ", k, " twice; legal: different columns");
+    const int64_t k = values[i];
+    if (k < 0 || k >= K)
+      throw std::out_of_range(
+          "int8fx: columns has " + std::to_string(k) + "; legal: 0 to K - 1 for K = " + std::to_string(K));
+    if (seen[k])
+      throw std::out_of_range("int8fx: columns has " + std::to_string(k) + " twice; legal: different columns");
     seen[k] = true;
   }
   return true;
 }
 
-at::IntArrayRef channels_of(const Tensor& codes) { return codes.sizes().slice(0, codes.dim() - 1); }
+Sizes channels_of(const Tensor& codes) { return codes.sizes().slice(0, codes.dim() - 1); }
+
+// Whether t is [*leading, last].
+bool has_sizes(const Tensor& t, Sizes leading, int64_t last) {
+  const Sizes sizes = t.sizes();
+  return sizes.size() == leading.size() + 1 && sizes.slice(0, leading.size()).equals(leading) && sizes.back() == last;
+}
 
 bool weight_is_legal(const Int8Weight& weight) {
   const Tensor& codes = weight.codes;
-  if (!(codes.scalar_type() == at::kChar && codes.dim() >= 1 && is_float(weight.scale) &&
-        weight.scale.sizes() == channels_of(codes) && codes.size(-1) <= MAX_K))
+  if (!(dtype(codes) == INT8 && codes.dim() >= 1 && is_float(weight.scale) &&
+        weight.scale.sizes().equals(channels_of(codes)) && weight.K() <= MAX_K))
     return false;
-  if (!quantisation_is_legal(weight.threshold, weight.block, weight.columns, codes.size(-1)) ||
+  if (!quantisation_is_legal(weight.threshold, weight.block, weight.columns, weight.K()) ||
       weight.columns.has_value() != weight.columns_weight.has_value())
     return false;
-  if (!weight.columns.has_value()) return true;
-  at::DimVector shape(codes.sizes().begin(), codes.sizes().end());
-  shape.back() = weight.columns->size(0);
-  return is_float(*weight.columns_weight) && weight.columns_weight->sizes() == at::IntArrayRef(shape);
+  return !weight.columns.has_value() ||
+      (is_float(*weight.columns_weight) &&
+       has_sizes(*weight.columns_weight, channels_of(codes), weight.columns->size(0)));
 }
 
 bool product_is_legal(const Tensor& x, const Int8Weight& weight, const MaybeTensor& bias) {
   return is_float(x) && x.dim() > 0 && weight_is_legal(weight) && weight.codes.dim() >= 2 &&
-      x.size(-1) == weight.codes.size(-1) &&
-      (!bias.has_value() || (is_float(*bias) && bias->sizes() == channels_of(weight.codes)));
-}
-
-at::DimVector shape_of_y(const Tensor& x, const Tensor& weight) {
-  at::DimVector shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = weight.size(-2);
-  return shape;
+      x.size(-1) == weight.K() && (!bias.has_value() || (is_float(*bias) && bias->sizes().equals(channels_of(weight.codes))));
 }
 
 std::optional<Activation> activation_of(std::string_view name) {
@@ -108,266 +154,320 @@ std::optional<Binary> binary_of(std::string_view name) {
   return std::nullopt;
 }
 
-// `Epilogue` with the tensors that own its values.
-struct EpilogueTensors {
-  Tensor bias;  // [N] or undefined
-  Activation activation;
-  Tensor other;  // [M, N] or undefined
-  Binary binary;
-};
-
-std::optional<EpilogueTensors> epilogue_of(
-    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, std::string_view activation,
-    const MaybeTensor& other, std::string_view binary) {
-  const auto a = activation_of(activation);
-  const auto b = binary_of(binary);
-  if (!a || !b || (*b == Binary::none) != !other.has_value()) return std::nullopt;
-  if (other.has_value() && !(is_float(*other) && other->sizes() == at::IntArrayRef(shape_of_y(x, weight))))
-    return std::nullopt;
-  return EpilogueTensors{
-      bias.has_value() ? bias->contiguous() : Tensor(), *a, other.has_value() ? other->contiguous() : Tensor(), *b};
+bool epilogue_is_legal(
+    const Tensor& x, const Int8Weight& weight, const Word& activation, const MaybeTensor& other, const Word& binary) {
+  const auto b = binary_of(binary.text);
+  if (!activation_of(activation.text) || !b || (*b == Binary::none) != !other.has_value()) return false;
+  return !other.has_value() ||
+      (is_float(*other) && has_sizes(*other, x.sizes().slice(0, x.dim() - 1), weight.N()));
 }
 
-std::string described(const Tensor& t) { return c10::str(t.scalar_type(), " ", t.sizes()); }
-std::string described(const MaybeTensor& t) { return t.has_value() ? described(*t) : "None"; }
-std::string described(std::optional<double> value) { return value.has_value() ? c10::str(*value) : "None"; }
-template <typename T>
-std::string described(const T& value) { return c10::str(value); }
+// ---- refusals --------------------------------------------------------------------------------------------------------
 
-// Calls the op's fake with the illegal arguments: it raises the error. Without Python's int8fx there is no fake.
+std::string described(const Tensor& t) {
+  std::ostringstream text;
+  text << torch::headeronly::toString(t.scalar_type()) << " [";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << ']';
+  return text.str();
+}
+
+std::string described(const Word& word) { return word.text; }
+std::string described(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+template <typename T>
+std::string described(const T& value) {
+  std::ostringstream text;
+  text << value;
+  return text.str();
+}
+template <typename T>
+std::string described(const std::optional<T>& value) { return value.has_value() ? described(*value) : "None"; }
+
+// The argument of a call of the op's fake: tensors without values.
+Tensor for_fake(const Tensor& t) {
+  return empty({t.sizes().begin(), t.sizes().end()}, dtype(t), aoti_torch_device_type_meta());
+}
+MaybeTensor for_fake(const MaybeTensor& t) { return t.has_value() ? MaybeTensor(for_fake(*t)) : std::nullopt; }
+std::string for_fake(const Word& word) { return word.text; }
+template <typename T>
+T for_fake(const T& value) { return value; }
+
+// Raises the error that the op's fake raises for the illegal arguments. Without Python's int8fx there is no fake.
 template <typename... Args>
-[[noreturn]] void refuse(const char* name, Args&&... args) {
-  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
-  if (op.hasKernelForDispatchKey(c10::DispatchKey::Meta)) {
-    torch::jit::Stack stack;
-    (stack.emplace_back(args), ...);
-    op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::Meta), &stack);
-    TORCH_CHECK(false, name, ": the kernel refuses arguments that the fake accepts");
-  }
+[[noreturn]] void refuse(const char* op, std::array<const char*, sizeof...(Args)> names, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(for_fake(args))...};
+  if (torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION) == TORCH_SUCCESS)
+    throw std::runtime_error(std::string(op) + ": the kernel refuses arguments that the fake accepts");
+  const std::string error = torch_exception_get_what_without_backtrace(), type = "ValueError: ";
+  if (error.starts_with(type + op)) throw std::invalid_argument(error.substr(type.size(), error.find("\n\nAt:") - type.size()));
   std::string found;
   size_t i = 0;
-  ((found += c10::str(i ? ", " : "", op.schema().arguments()[i].name(), " = ", described(args)), ++i), ...);
-  TORCH_CHECK(false, name, ": illegal arguments: ", found, "; after `import int8fx` the error says which one and why");
+  ((found += std::string(i ? ", " : "") + names[i] + " = " + described(args), ++i), ...);
+  throw std::runtime_error(
+      std::string(op) + ": illegal arguments: " + found + "; after `import int8fx` the error says which one and why");
 }
 
-int64_t count_rows(const Tensor& x) { return c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)); }
-
-Tensor rows_of(const Tensor& x) { return x.reshape({count_rows(x), x.size(-1)}).contiguous(); }
+// ---- kernels ---------------------------------------------------------------------------------------------------------
 
 template <typename F>
-void dispatch(at::ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case at::kBFloat16: return f(c10::BFloat16{});
-    case at::kHalf: return f(c10::Half{});
-    case at::kFloat: return f(float{});
-    default: return f(double{});
-  }
-}
-
-std::vector<int64_t> values_of(const MaybeTensor& columns) {
-  if (!columns.has_value()) return {};
-  const Tensor values = columns->contiguous();
-  const int64_t* begin = values.const_data_ptr<int64_t>();
-  return {begin, begin + values.numel()};
-}
-
-std::vector<int64_t> columns_of(const Tensor& mask) {
-  std::vector<int64_t> columns;
-  const bool* marked = mask.const_data_ptr<bool>();
-  for (int64_t k = 0; k < mask.numel(); ++k)
-    if (marked[k]) columns.push_back(k);
-  return columns;
-}
-
-struct Quantized {
-  Tensor codes, scale, mask;
-};
-
-Quantized empty_quantized(const Tensor& x) {
-  const int64_t M = x.size(0), K = x.size(1);
-  return {at::empty({M, K}, at::kChar), at::empty({M}, compute_dtype(x)), at::empty({K}, at::kBool)};
-}
-
-Quantized quantize(const Tensor& x, std::optional<double> threshold, int64_t block, const MaybeTensor& columns) {
-  const int64_t M = x.size(0), K = x.size(1);
-  Quantized q = empty_quantized(x);
-  const std::vector<int64_t> indices = values_of(columns);
-  dispatch(x.scalar_type(), [&](auto of) {
-    using scalar_t = decltype(of);
-    const auto* data = x.const_data_ptr<scalar_t>();
-    auto* mask = q.mask.mutable_data_ptr<bool>();
-    std::fill_n(mask, K, false);  // not memset: mask is null for K = 0
-    if (threshold.has_value()) mark_outliers(data, M, K, *threshold, mask);
-    for (const int64_t k : indices) mask[k] = false;
-    Tensor excluded = q.mask;
-    if (!indices.empty()) {
-      excluded = q.mask.clone();
-      for (const int64_t k : indices) excluded.mutable_data_ptr<bool>()[k] = true;
-    }
-    const auto* excluded_mask = excluded.const_data_ptr<bool>();
-    const bool any = std::find(excluded_mask, excluded_mask + K, true) != excluded_mask + K;
-    quantize_rows(data, M, K, any ? excluded_mask : nullptr, block, q.codes.mutable_data_ptr<int8_t>(),
-                  q.scale.mutable_data_ptr<compute_t<scalar_t>>());
-  });
-  return q;
+void dispatch(int32_t dtype, F&& f) {
+  if (dtype == BFLOAT16) return f(c10::BFloat16{});
+  if (dtype == HALF) return f(c10::Half{});
+  if (dtype == FLOAT) return f(float{});
+  f(double{});
 }
 
 Floats floats_of(const Tensor& t) {
-  if (!t.defined()) return {};
-  const auto dtype = t.scalar_type() == at::kBFloat16 ? Dtype::bfloat16
-      : t.scalar_type() == at::kHalf                  ? Dtype::half
-      : t.scalar_type() == at::kFloat                 ? Dtype::float32
-                                                      : Dtype::float64;
-  return {t.const_data_ptr(), dtype};
+  Floats floats{t.const_data_ptr()};
+  dispatch(dtype(t), [&](auto of) { floats.dtype = dtype_of<decltype(of)>(); });
+  return floats;
 }
 
-// x [M, K], codes [N, K], all contiguous; q is not read if x is not quantised.
-void product_into(
-    const Tensor& y, const Tensor& x, const Quantized& q, const Int8Weight& weight, const EpilogueTensors& epilogue) {
-  const Tensor columns_weight = weight.columns_weight.has_value() ? weight.columns_weight->contiguous() : Tensor();
-  dispatch(x.scalar_type(), [&](auto of) {
-    using scalar_t = decltype(of);
-    using P = Product<scalar_t>;
-    P p{};
-    p.M = x.size(0), p.N = weight.codes.size(0), p.K = x.size(1);
-    p.x = x.const_data_ptr<scalar_t>();
-    p.columns = values_of(weight.columns);
-    p.rotated = weight.block != 1;
-    p.columns_weight = floats_of(columns_weight);
-    p.weight_only = weight_only(p.M, weight.block);
-    if (!p.weight_only) {
-      p.codes = q.codes.const_data_ptr<int8_t>();
-      p.x_scale = q.scale.const_data_ptr<compute_t<scalar_t>>();
-      if (weight.threshold.has_value()) p.outliers = columns_of(q.mask);
+Floats operator+(Floats values, int64_t offset) {
+  if (values.data == nullptr) return values;
+  const int64_t size = values.dtype == Dtype::float64 ? 8 : values.dtype == Dtype::float32 ? 4 : 2;
+  return {static_cast<const char*>(values.data) + offset * size, values.dtype};
+}
+
+std::vector<int64_t> values_of(const Tensor& integers) {
+  const Tensor t = dense(integers);
+  const int64_t n = t.numel();
+  if (dtype(t) == INT64) {
+    const auto* values = static_cast<const int64_t*>(t.const_data_ptr());
+    return {values, values + n};
+  }
+  const auto* values = static_cast<const int32_t*>(t.const_data_ptr());
+  return {values, values + n};
+}
+
+template <typename T>
+struct Quantized {
+  int8_t* codes;  // [M, K]
+  T* scale;  // [M]
+  bool* mask;  // [K]
+};
+
+template <typename scalar_t>
+void quantize(const scalar_t* x, int64_t M, int64_t K, std::optional<double> threshold, int64_t block,
+              const std::vector<int64_t>& columns, const Quantized<compute_t<scalar_t>>& q) {
+  std::fill_n(q.mask, K, false);
+  if (threshold.has_value()) mark_outliers(x, M, K, *threshold, q.mask);
+  const bool* excluded = q.mask;
+  Buffer copy(columns.empty() ? 0 : K);
+  if (!columns.empty()) {
+    for (const int64_t k : columns) q.mask[k] = false;
+    excluded = std::copy_n(q.mask, K, copy.as<bool>()) - K;
+    for (const int64_t k : columns) copy.as<bool>()[k] = true;
+  }
+  const bool any = std::find(excluded, excluded + K, true) != excluded + K;
+  quantize_rows(x, M, K, any ? excluded : nullptr, block, q.codes, q.scale);
+}
+
+// What the products of one call share, and the tensors that own it.
+struct Weight {
+  Tensor codes, scale;
+  std::optional<double> threshold;
+  int64_t block, N, K;
+  std::vector<int64_t> columns;
+  MaybeTensor columns_weight, bias;
+  Activation activation = Activation::none;
+
+  Weight(const Int8Weight& weight, const MaybeTensor& bias)
+      : codes(dense(weight.codes)), scale(dense(weight.scale)), threshold(weight.threshold),
+        block(weight.block), N(weight.N()), K(weight.K()) {
+    if (weight.columns.has_value()) {
+      columns = values_of(*weight.columns);
+      columns_weight = dense(*weight.columns_weight);
     }
-    p.weight = weight.codes.const_data_ptr<int8_t>();
-    p.weight_scale = floats_of(weight.scale);
-    p.epilogue = {floats_of(epilogue.bias), epilogue.activation, floats_of(epilogue.other), epilogue.binary};
-    p.y = y.mutable_data_ptr<scalar_t>();
+    if (bias.has_value()) this->bias = dense(*bias);
+  }
+
+  // y [M, N] of expert e, from x [M, K] and what was quantised of it, or of x only.
+  template <typename scalar_t>
+  void multiply(int64_t e, const scalar_t* x, int64_t M, const Quantized<compute_t<scalar_t>>* quantized,
+                Floats other, Binary binary, scalar_t* y) const {
+    Product<scalar_t> p{};
+    p.M = M, p.N = N, p.K = K;
+    p.x = x;
+    p.columns = columns;
+    p.rotated = block != 1;
+    if (columns_weight.has_value()) p.columns_weight = floats_of(*columns_weight) + e * N * int64_t(columns.size());
+    p.weight_only = weight_only(M, block);
+    using T = compute_t<scalar_t>;
+    std::optional<Buffer> buffer;
+    Quantized<T> q{};
+    if (!p.weight_only) {
+      if (quantized != nullptr) {
+        q = *quantized;
+      } else {
+        buffer.emplace(M * int64_t(sizeof(T)) + M * K + K);
+        q.scale = buffer->as<T>();
+        q.codes = reinterpret_cast<int8_t*>(q.scale + M);
+        q.mask = reinterpret_cast<bool*>(q.codes + M * K);
+        quantize(x, M, K, threshold, block, columns, q);
+      }
+      p.codes = q.codes;
+      p.x_scale = q.scale;
+      if (threshold.has_value())
+        for (int64_t k = 0; k < K; ++k)
+          if (q.mask[k]) p.outliers.push_back(k);
+    }
+    p.weight = static_cast<const int8_t*>(codes.const_data_ptr()) + e * N * K;
+    p.weight_scale = floats_of(scale) + e * N;
+    p.epilogue.activation = activation;
+    if (bias.has_value()) p.epilogue.bias = floats_of(*bias) + e * N;
+    p.epilogue.other = other;
+    p.epilogue.binary = binary;
+    p.y = y;
     p.run();
-  });
-}
+  }
+};
 
-void linear_into(const Tensor& y, const Tensor& x, const Int8Weight& weight, const EpilogueTensors& epilogue) {
-  Quantized q;
-  if (!weight_only(x.size(0), weight.block)) q = quantize(x, weight.threshold, weight.block, weight.columns);
-  product_into(y, x, q, weight, epilogue);
-}
+template <typename T>
+const T* data_of(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
 
-Int8Weight contiguous(Int8Weight weight) {
-  weight.codes = weight.codes.contiguous();
-  weight.scale = weight.scale.contiguous();
-  return weight;
+std::vector<int64_t> sizes_of_y(const Tensor& x, const Int8Weight& weight) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = weight.N();
+  return sizes;
 }
-
-Tensor of_expert(const Tensor& t, int64_t e) { return t.defined() ? t.select(0, e) : t; }
 
 Tensor linear(
     const Tensor& x, const Tensor& codes, const Tensor& scale, std::optional<double> threshold, int64_t block,
-    const MaybeTensor& columns, const MaybeTensor& columns_weight, const MaybeTensor& bias,
-    std::string_view activation, const MaybeTensor& other, std::string_view binary) {
-  Int8Weight weight{codes, scale, threshold, block, columns, columns_weight};
-  const bool legal = product_is_legal(x, weight, bias) &&
-      (codes.dim() == 2 || (codes.dim() == 3 && x.dim() == 3 && x.size(0) == codes.size(0)));
-  const auto epilogue = legal ? epilogue_of(x, codes, bias, activation, other, binary) : std::nullopt;
-  if (!epilogue)
-    refuse(LINEAR, x, codes, scale, threshold, block, columns, columns_weight, bias, std::string(activation), other,
-           std::string(binary));
-  const Tensor y = at::empty(shape_of_y(x, codes), x.options().memory_format(at::MemoryFormat::Contiguous));
-  weight = contiguous(weight);
-  if (codes.dim() == 2) {
-    linear_into(y, rows_of(x), weight, *epilogue);
-    return y;
-  }
-  for (int64_t e = 0; e < codes.size(0); ++e) {
-    const EpilogueTensors of_e{
-        of_expert(epilogue->bias, e), epilogue->activation, of_expert(epilogue->other, e), epilogue->binary};
-    linear_into(y[e], rows_of(x[e]), weight.of_expert(e), of_e);
-  }
+    const MaybeTensor& columns, const MaybeTensor& columns_weight, const MaybeTensor& bias, const Word& activation,
+    const MaybeTensor& other, const Word& binary) {
+  const Int8Weight weight{codes, scale, threshold, block, columns, columns_weight};
+  if (!(product_is_legal(x, weight, bias) &&
+        (codes.dim() == 2 || (codes.dim() == 3 && x.dim() == 3 && x.size(0) == codes.size(0))) &&
+        epilogue_is_legal(x, weight, activation, other, binary)))
+    refuse(LINEAR, {"x", "weight", "weight_scale", "threshold", "block", "columns", "columns_weight", "bias",
+                    "activation", "other", "binary"},
+           x, codes, scale, threshold, block, columns, columns_weight, bias, activation, other, binary);
+  const Tensor y = empty(sizes_of_y(x, weight), dtype(x)), rows = dense(x);
+  const MaybeTensor operand = other.has_value() ? MaybeTensor(dense(*other)) : std::nullopt;
+  Weight packed(weight, bias);
+  packed.activation = *activation_of(activation.text);
+  const int64_t experts = codes.dim() == 3 ? codes.size(0) : 1, M = experts ? count_rows(x) / experts : 0;
+  dispatch(dtype(x), [&](auto of) {
+    using scalar_t = decltype(of);
+    for (int64_t e = 0; e < experts; ++e)
+      packed.multiply(e, data_of<scalar_t>(rows) + e * M * packed.K, M, nullptr,
+                      operand.has_value() ? floats_of(*operand) + e * M * packed.N : Floats{}, *binary_of(binary.text),
+                      static_cast<scalar_t*>(y.mutable_data_ptr()) + e * M * packed.N);
+  });
   return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_rowwise(
     const Tensor& x, std::optional<double> threshold, int64_t block, const MaybeTensor& columns, bool for_linear) {
   if (!is_float(x) || x.dim() == 0 || !quantisation_is_legal(threshold, block, columns, x.size(-1)))
-    refuse(QUANTIZE_ROWWISE, x, threshold, block, columns, for_linear);
-  const Tensor rows = rows_of(x);
-  const bool is_read = !(for_linear && weight_only(rows.size(0), block));  // by linear_quantized
-  const Quantized q = is_read ? quantize(rows, threshold, block, columns) : empty_quantized(rows);
-  return {q.codes, q.scale, q.mask};
+    refuse(QUANTIZE_ROWWISE, {"x", "threshold", "block", "columns", "for_linear"}, x, threshold, block, columns,
+           for_linear);
+  const int64_t M = count_rows(x), K = x.size(-1);
+  const Tensor rows = dense(x), codes = empty({M, K}, INT8),
+               scale = empty({M}, compute_dtype(x)), mask = empty({K}, BOOL);
+  if (for_linear && weight_only(M, block)) return {codes, scale, mask};  // linear_quantized does not read them
+  dispatch(dtype(x), [&](auto of) {
+    using scalar_t = decltype(of);
+    const Quantized<compute_t<scalar_t>> q{
+        static_cast<int8_t*>(codes.mutable_data_ptr()), static_cast<compute_t<scalar_t>*>(scale.mutable_data_ptr()),
+        static_cast<bool*>(mask.mutable_data_ptr())};
+    quantize(data_of<scalar_t>(rows), M, K, threshold, block,
+             columns.has_value() ? values_of(*columns) : std::vector<int64_t>(), q);
+  });
+  return {codes, scale, mask};
 }
 
 Tensor linear_quantized(
     const Tensor& x, const Tensor& x_codes, const Tensor& x_scale, const Tensor& outlier_mask, const Tensor& codes,
     const Tensor& scale, std::optional<double> threshold, int64_t block, const MaybeTensor& columns,
-    const MaybeTensor& columns_weight, const MaybeTensor& bias, std::string_view activation, const MaybeTensor& other,
-    std::string_view binary) {
+    const MaybeTensor& columns_weight, const MaybeTensor& bias, const Word& activation, const MaybeTensor& other,
+    const Word& binary) {
   const Int8Weight weight{codes, scale, threshold, block, columns, columns_weight};
-  bool legal = product_is_legal(x, weight, bias) && codes.dim() == 2;
-  if (legal) {
-    const int64_t K = codes.size(1), M = count_rows(x);
-    legal = x_codes.scalar_type() == at::kChar && x_codes.sizes() == at::IntArrayRef({M, K}) &&
-        x_scale.scalar_type() == compute_dtype(x) && x_scale.sizes() == at::IntArrayRef({M}) &&
-        outlier_mask.scalar_type() == at::kBool && outlier_mask.sizes() == at::IntArrayRef({K});
-  }
-  const auto epilogue = legal ? epilogue_of(x, codes, bias, activation, other, binary) : std::nullopt;
-  if (!epilogue)
-    refuse(LINEAR_QUANTIZED, x, x_codes, x_scale, outlier_mask, codes, scale, threshold, block, columns,
-           columns_weight, bias, std::string(activation), other, std::string(binary));
-  const Tensor y = at::empty(shape_of_y(x, codes), x.options().memory_format(at::MemoryFormat::Contiguous));
-  const Quantized q{x_codes.contiguous(), x_scale.contiguous(), outlier_mask.contiguous()};
-  product_into(y, rows_of(x), q, contiguous(weight), *epilogue);
+  bool legal = product_is_legal(x, weight, bias) && codes.dim() == 2 &&
+      epilogue_is_legal(x, weight, activation, other, binary);
+  const int64_t M = legal ? count_rows(x) : 0;
+  if (legal)
+    legal = dtype(x_codes) == INT8 && x_codes.sizes().equals({M, weight.K()}) &&
+        dtype(x_scale) == compute_dtype(x) && x_scale.sizes().equals({M}) &&
+        dtype(outlier_mask) == BOOL && outlier_mask.sizes().equals({weight.K()});
+  if (!legal)
+    refuse(LINEAR_QUANTIZED, {"x", "codes", "x_scale", "outlier_mask", "weight", "weight_scale", "threshold", "block",
+                              "columns", "columns_weight", "bias", "activation", "other", "binary"},
+           x, x_codes, x_scale, outlier_mask, codes, scale, threshold, block, columns, columns_weight, bias, activation,
+           other, binary);
+  const Tensor y = empty(sizes_of_y(x, weight), dtype(x)), rows = dense(x), q_codes = dense(x_codes),
+               q_scale = dense(x_scale), q_mask = dense(outlier_mask);
+  const MaybeTensor operand = other.has_value() ? MaybeTensor(dense(*other)) : std::nullopt;
+  Weight packed(weight, bias);
+  packed.activation = *activation_of(activation.text);
+  dispatch(dtype(x), [&](auto of) {
+    using scalar_t = decltype(of);
+    const Quantized<compute_t<scalar_t>> q{  // which are read only
+        static_cast<int8_t*>(q_codes.data_ptr()), static_cast<compute_t<scalar_t>*>(q_scale.data_ptr()),
+        static_cast<bool*>(q_mask.data_ptr())};
+    packed.multiply(0, data_of<scalar_t>(rows), M, &q, operand.has_value() ? floats_of(*operand) : Floats{},
+                    *binary_of(binary.text), static_cast<scalar_t*>(y.mutable_data_ptr()));
+  });
   return y;
 }
 
 Tensor grouped_linear(
     const Tensor& x, const Tensor& offsets, const Tensor& codes, const Tensor& scale, std::optional<double> threshold,
     int64_t block, const MaybeTensor& columns, const MaybeTensor& columns_weight, const MaybeTensor& bias) {
-  Int8Weight weight{codes, scale, threshold, block, columns, columns_weight};
-  const bool legal = product_is_legal(x, weight, bias) && codes.dim() == 3 && x.dim() == 2 && offsets.dim() == 1 &&
-      offsets.size(0) == codes.size(0) && (offsets.scalar_type() == at::kInt || offsets.scalar_type() == at::kLong);
-  if (!legal) refuse(GROUPED_LINEAR, x, offsets, codes, scale, threshold, block, columns, columns_weight, bias);
-  const Tensor y = at::zeros({x.size(0), codes.size(1)}, x.options());
-  const Tensor rows = x.contiguous();
-  weight = contiguous(weight);
-  const Tensor biases = bias.has_value() ? bias->contiguous() : Tensor();
-  const Tensor ends = offsets.to(at::kLong).contiguous();
-  int64_t begin = 0;
-  for (int64_t e = 0; e < codes.size(0); ++e) {
-    const int64_t end = ends.const_data_ptr<int64_t>()[e];
-    if (end > begin)
-      linear_into(y.slice(0, begin, end), rows.slice(0, begin, end), weight.of_expert(e),
-                  {of_expert(biases, e), Activation::none, Tensor(), Binary::none});
-    begin = std::max(begin, end);
-  }
+  const Int8Weight weight{codes, scale, threshold, block, columns, columns_weight};
+  if (!(product_is_legal(x, weight, bias) && codes.dim() == 3 && x.dim() == 2 && offsets.dim() == 1 &&
+        offsets.size(0) == codes.size(0) && is_integer(offsets)))
+    refuse(GROUPED_LINEAR, {"x", "offsets", "weight", "weight_scale", "threshold", "block", "columns",
+                            "columns_weight", "bias"},
+           x, offsets, codes, scale, threshold, block, columns, columns_weight, bias);
+  const Tensor y = empty(sizes_of_y(x, weight), dtype(x)), rows = dense(x);
+  const Weight packed(weight, bias);
+  const std::vector<int64_t> ends = values_of(offsets);
+  const int64_t S = x.size(0), N = packed.N;
+  dispatch(dtype(x), [&](auto of) {
+    using scalar_t = decltype(of);
+    auto* to = static_cast<scalar_t*>(y.mutable_data_ptr());
+    int64_t begin = 0;
+    for (size_t e = 0; e < ends.size(); ++e) {
+      const int64_t end = std::min(ends[e], S);
+      if (end > begin)
+        packed.multiply(e, data_of<scalar_t>(rows) + begin * packed.K, end - begin, nullptr, {}, Binary::none,
+                        to + begin * N);
+      begin = std::max(begin, end);
+    }
+    std::fill_n(to + begin * N, (S - begin) * N, scalar_t(0));  // rows of no expert
+  });
   return y;
 }
 
 // schemes/quantize.py's `dequantize`, bit for bit.
 Tensor dequantize(
     const Tensor& codes, const Tensor& scale, std::optional<double> threshold, int64_t block,
-    const MaybeTensor& columns, const MaybeTensor& columns_weight, at::ScalarType dtype) {
+    const MaybeTensor& columns, const MaybeTensor& columns_weight, ScalarType scalar_type) {
+  const int32_t dtype = code_of(scalar_type);
   if (!is_float(dtype) || !weight_is_legal({codes, scale, threshold, block, columns, columns_weight}))
-    refuse(DEQUANTIZE, codes, scale, threshold, block, columns, columns_weight, dtype);
-  const Tensor w = at::empty(codes.sizes(), dtype), rows = codes.contiguous();
-  const Tensor scales = scale.to(compute_dtype(dtype)).contiguous();
-  const Tensor floats = columns.has_value() ? columns_weight->to(compute_dtype(dtype)).contiguous() : Tensor();
-  const std::vector<int64_t> indices = values_of(columns);
-  const int64_t K = codes.size(-1), C = static_cast<int64_t>(indices.size());
+    refuse(DEQUANTIZE, {"weight", "weight_scale", "threshold", "block", "columns", "columns_weight", "dtype"}, codes,
+           scale, threshold, block, columns, columns_weight, scalar_type);
+  const Tensor w = empty({codes.sizes().begin(), codes.sizes().end()}, dtype), rows = dense(codes),
+               scales = dense(scale);
+  const MaybeTensor floats = columns.has_value() ? MaybeTensor(dense(*columns_weight)) : std::nullopt;
+  const std::vector<int64_t> indices = columns.has_value() ? values_of(*columns) : std::vector<int64_t>();
+  const int64_t N = scales.numel(), K = codes.size(-1), C = indices.size();
   dispatch(dtype, [&](auto of) {
     using scalar_t = decltype(of);
     using T = compute_t<scalar_t>;
-    const int8_t* from = rows.const_data_ptr<int8_t>();
-    const T* row_scale = scales.const_data_ptr<T>();
-    const T* kept = C ? floats.const_data_ptr<T>() : nullptr;
-    scalar_t* to = w.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, scales.numel(), std::max<int64_t>(1, 32768 / std::max<int64_t>(K, 1)),
-                     [&](int64_t begin, int64_t end) {
-      std::vector<T> row(K);
+    const auto* from = data_of<int8_t>(rows);
+    auto* to = static_cast<scalar_t*>(w.mutable_data_ptr());
+    parallel_for(N, std::max<int64_t>(1, 32768 / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
+      std::vector<T> row(K), kept(C);
+      T row_scale;
       for (int64_t n = begin; n < end; ++n) {
-        for (int64_t k = 0; k < K; ++k) row[k] = static_cast<T>(from[n * K + k]) * row_scale[n];
+        load_any(floats_of(scales), n, 1, 1, &row_scale);
+        for (int64_t k = 0; k < K; ++k) row[k] = static_cast<T>(from[n * K + k]) * row_scale;
         if (block != 1) rotate_row(row.data(), K, block);
-        for (int64_t c = 0; c < C; ++c) row[indices[c]] = kept[n * C + c];
+        if (C > 0) load_any(floats_of(*floats), n * C, C, C, kept.data());
+        for (int64_t c = 0; c < C; ++c) row[indices[c]] = kept[c];
         for (int64_t k = 0; k < K; ++k) to[n * K + k] = static_cast<scalar_t>(row[k]);
       }
     });
@@ -375,55 +475,35 @@ Tensor dequantize(
   return w;
 }
 
-// ---- autograd: the formulas are in ../__init__.py. Calls that need no gradient do not reach them. --------------------
+}  // namespace
+}  // namespace int8fx
 
-template <typename T>
-bool requires_grad(const T&) { return false; }
-bool requires_grad(const Tensor& t) { return t.requires_grad(); }
-bool requires_grad(const MaybeTensor& t) { return t.has_value() && t->requires_grad(); }
-
-template <const char* NAME, typename Signature>
-struct Autograd;
-
-template <const char* NAME, typename Result, typename... Args>
-struct Autograd<NAME, Result(Args...)> {
-  static Result run(c10::DispatchKeySet keys, Args... args) {
-    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(NAME, "").typed<Result(Args...)>();
-    const auto below = keys & c10::after_autograd_keyset;
-    if (at::GradMode::is_enabled() && (requires_grad(args) || ...))  // to the formula in ../__init__.py, for all devices
-      return op.redispatch(below.add(c10::DispatchKey::AutogradOther), args...);
-    const at::AutoDispatchBelowAutograd guard;
-    return op.redispatch(below, args...);
+template <>
+struct torch::stable::detail::ToImpl<int8fx::Word> {
+  static int8fx::Word call(StableIValue value, uint64_t, bool) {
+    const auto handle = to<StringHandle>(value);
+    size_t length = 0;
+    const char* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    int8fx::Word word{{data, length}};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return word;
   }
 };
 
-template <const char* NAME, typename Result, typename... Args>
-auto* autograd(Result (*)(Args...)) {
-  return &Autograd<NAME, Result(Args...)>::run;
+// Static initialisation runs in the order of this file: schemas first. torch refuses those that Python has defined.
+static const bool defined = [] {
+  TorchLibraryHandle library;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_library_init_fragment("int8fx", __FILE__, __LINE__, &library));
+  for (const char* schema : {INT8FX_SCHEMAS}) (void)aoti_torch_library_def(library, schema);
+  return true;
+}();
+
+STABLE_TORCH_LIBRARY_IMPL(int8fx, CPU, m) {
+  m.impl("linear", TORCH_BOX(&int8fx::linear));
+  m.impl("linear_quantized", TORCH_BOX(&int8fx::linear_quantized));
+  m.impl("quantize_rowwise", TORCH_BOX(&int8fx::quantize_rowwise));
+  m.impl("grouped_linear", TORCH_BOX(&int8fx::grouped_linear));
+  m.impl("dequantize", TORCH_BOX(&int8fx::dequantize));
 }
-
-}  // namespace
-
-// Static initialisation runs in the order of this file: schemas first.
-TORCH_LIBRARY_FRAGMENT(int8fx, m) {
-  for (const std::string schema : {INT8FX_SCHEMAS})
-    if (!c10::Dispatcher::singleton().findSchema({"int8fx::" + schema.substr(0, schema.find('(')), ""}))
-      m.def(torch::schema(schema.c_str()));
-}
-
-TORCH_LIBRARY_IMPL(int8fx, CPU, m) {
-  m.impl("linear", linear);
-  m.impl("linear_quantized", linear_quantized);
-  m.impl("quantize_rowwise", quantize_rowwise);
-  m.impl("grouped_linear", grouped_linear);
-  m.impl("dequantize", dequantize);
-}
-
-TORCH_LIBRARY_IMPL(int8fx, AutogradCPU, m) {
-  m.impl("linear", autograd<LINEAR>(linear));
-  m.impl("linear_quantized", autograd<LINEAR_QUANTIZED>(linear_quantized));
-  m.impl("quantize_rowwise", autograd<QUANTIZE_ROWWISE>(quantize_rowwise));
-  m.impl("grouped_linear", autograd<GROUPED_LINEAR>(grouped_linear));
-}
-
-}  // namespace int8fx

@@ -1,7 +1,6 @@
 // Activations to int8: the outlier columns, a scale per row and the codes. schemes/quantize.py specifies them.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 #include <ATen/cpu/vec/vec.h>
@@ -18,6 +17,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "parallel.h"
 
 namespace int8fx {
 
@@ -93,7 +93,7 @@ template <typename scalar_t>
 void mark_outliers(const scalar_t* x, int64_t M, int64_t K, double threshold, bool* mask) {
   using T = compute_t<scalar_t>;
   std::mutex merging;
-  at::parallel_for(0, M, std::max<int64_t>(1, 65536 / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
+  parallel_for(M, std::max<int64_t>(1, 65536 / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
     if constexpr (sizeof(scalar_t) == 2) {
       const uint16_t least = least_bits<scalar_t>(static_cast<float>(threshold));
       std::vector<uint16_t> marks(K, 0);
@@ -287,7 +287,7 @@ void quantize_rows(
     const scalar_t* x, int64_t M, int64_t K, const bool* mask, int64_t block, int8_t* codes,
     compute_t<scalar_t>* scale) {
   using T = compute_t<scalar_t>;
-  at::parallel_for(0, M, std::max<int64_t>(1, 32768 / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
+  parallel_for(M, std::max<int64_t>(1, 32768 / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
     std::vector<T> row(K);
     for (int64_t m = begin; m < end; ++m) {
       load(x + m * K, row.data(), K);

@@ -100,12 +100,16 @@ def load_limits(buffer_bytes: int | None = None) -> Limits:
 
 
 def _build() -> Path:
-    """The compiled `SOURCE` for this machine, stored next to int8fx's compiled kernels; compiled if it is not there."""
+    """The compiled `SOURCE` for this machine, stored with int8fx's compiled kernels; compiled if it is not there."""
     isa = native.instruction_set()
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", *isa.flags]
     key = sha256("\0".join([*compiler, *flags, SOURCE.read_text()]).encode()).hexdigest()[:16]
-    path = native.build(isa).parent.parent / f"int8fx_limits_{key}" / "limits.so"
-    if not path.exists():
-        native.compile_to(path, lambda output: [*compiler, *flags, str(SOURCE), "-o", str(output)])
-    return path
+
+    def compiled(folder: Path) -> Path:
+        path = folder / f"int8fx_limits_{key}" / "limits.so"
+        if not path.exists():
+            native.compile_to(path, lambda output: [*compiler, *flags, str(SOURCE), "-o", str(output)])
+        return path
+
+    return native.in_first_folder(compiled)
