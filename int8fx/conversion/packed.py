@@ -473,7 +473,6 @@ class PackedModule(PackedState):
             if scheme != mine:
                 self.packed_weights[name] = replace(self.packed_weights[name], scheme=scheme)
 
-    @torch.compiler.assume_constant_result  # then a graph that is captured does not hold the format
     def _read_format(self, name: str) -> bool:
         """Raises ValueError if the format of the weight ``name`` says that this module reads its tensors wrongly.
 
@@ -490,6 +489,10 @@ class PackedModule(PackedState):
         if values is form:
             self._read_formats = {**self._read_formats, name: form}
         return True
+
+    # What `torch.compiler.assume_constant_result` sets, which would import the compiler here. A graph that is captured
+    # does not hold the format then.
+    _read_format._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _leave_flat_parameter(self) -> None:
         """Makes codes buffers if FSDP1 is about to flatten Parameters: its flat parameter takes no integers.
