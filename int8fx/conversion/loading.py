@@ -297,7 +297,7 @@ def _misfit(value: Any, tensor: Tensor, assign: bool, mixed: bool) -> tuple[str,
     if is_lazy(tensor) or not isinstance(value, Tensor):
         return None
     found = _no_dense_tensor(value)
-    if found is not None and _no_dense_tensor(tensor) is None and (value.is_nested or not assign):
+    if found is not None and _no_dense_tensor(tensor) is None:
         return "no dense tensor", found, "a dense tensor"
     if tensor.is_nested:
         return None

@@ -59,6 +59,9 @@ def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue = NO_EPILOGUE) -> T
     additions; a residual of that many terms, in any order, by one rounding per weight, product or addition, and the
     same two additions. ``u`` is half the machine epsilon of the sums and ``h`` half their smallest subnormal; U and H
     are the same of x's dtype, where that is narrower, else R is 0. It holds where no sum overflows its dtype.
+    For bfloat16 x, S is larger by D, since the bfloat16 dot products of CPUs take subnormal numbers for 0::
+
+        D = 2**-126 * (sum_k(abs(w[n, k]) + weight_scale[n]) + sum_columns(abs(x[m, k]) + abs(w[n, k]) + 1))
 
     With a rotation, ``y = x @ w.T + bias`` has ``w = R(codes * scale)`` with ``columns_weight`` in its columns. In Q
     and in ``sum_in`` of S, w is ``v = codes * scale`` as it is rotated, and ``sum_in`` is over all k. A term T is added

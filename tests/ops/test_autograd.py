@@ -125,6 +125,26 @@ def test_weights_are_frozen(weight):
         assert not ops.linear(x, *weight).requires_grad
 
 
+def test_the_formula_of_plain_linear_calls_is_cpp(weight):
+    """And that of others Python: it knows about tracing and torch.func. Both are tested for the same gradients here."""
+    x = make_x(5, grad=True)
+    assert type(ops.linear(x, *weight).grad_fn).__name__ == "CppFunction"
+    quantized = ops.quantize_rowwise(x, *weight[2:5])
+    assert type(ops.linear_quantized(x, *quantized, *weight).grad_fn).__name__ != "CppFunction"
+    mode = FakeTensorMode()
+    fakes = tree_map_only(torch.Tensor, mode.from_tensor, (x, *weight))
+    with mode:
+        assert type(ops.linear(*fakes).grad_fn).__name__ != "CppFunction"
+
+
+def test_forward_mode_is_refused(weight):
+    x = make_x(5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match=r"(?i)jvp|forward"):
+            ops.linear(dual.requires_grad_(), *weight)
+
+
 def test_gradient_of_a_gradient(weight):
     x, v = make_x(5, grad=True), torch.ones(5, N, requires_grad=True)
     (first,) = torch.autograd.grad(ops.linear(x, *weight), x, v, create_graph=True)

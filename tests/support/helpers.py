@@ -193,8 +193,9 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def half_subnormal(dtype: torch.dtype) -> float:
-    """The rounding error of a result in dtype's subnormal range."""
-    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
+    """The rounding error of a result in dtype's subnormal range. That of float64, where no half exists, is the whole."""
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return smallest / 2 or smallest
 
 
 def output_rounding(y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -284,6 +285,11 @@ def bound(x: Tensor, weight: Int8Weight, bias: Tensor | None = None, slices: int
         magnitude = magnitude + bias.double().abs()
     n = (outliers + slices + 4) * unit_roundoff(ct)
     sums = n / (1 - n) * magnitude + (outliers + 1) * half_subnormal(ct)
+    if x.dtype == torch.bfloat16:  # D
+        sums = sums + torch.finfo(x.dtype).tiny * (v + scale.double().unsqueeze(-1)).sum(-1)
+        if columns is not None:
+            of_x, of_w = x2d[:, columns].double().abs().sum(-1), columns_weight.double().abs().sum(-1)
+            sums = sums + torch.finfo(x.dtype).tiny * (of_x.unsqueeze(-1) + of_w + len(columns))
     sums = sums + (K + 3) * unit_roundoff(torch.float64) * magnitude  # the oracle's own
     if block != 1:
         sums = sums + rotation_error(quantised, block, ct) @ v.T
