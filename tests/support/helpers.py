@@ -193,7 +193,7 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def half_subnormal(dtype: torch.dtype) -> float:
-    """The rounding error of a result in dtype's subnormal range. That of float64, where no half exists, is the whole."""
+    """The rounding error of a result in dtype's subnormal range. For float64, where no half exists, it is the whole."""
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     return smallest / 2 or smallest
 
