@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .peft import caller
+from .callers import caller
 
 OFFLOADED = "_old_forward"
 """An attribute that accelerate sets on each module that it is about to offload."""

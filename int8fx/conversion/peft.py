@@ -6,12 +6,12 @@ copied. The names of PEFT's modules, classes and functions are read; it is not i
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from types import FrameType
 from typing import Any
 
 from torch import nn
+
+from .callers import caller
 
 
 def is_trained_whole(module: nn.Module) -> bool:
@@ -61,15 +61,3 @@ def refuse_trained_copy(label: Any) -> None:
 
 def _is_a(module: object, file: str, name: str) -> bool:
     return any((c.__module__, c.__name__) == (file, name) for c in type(module).__mro__)
-
-
-def caller(file: str, function: str) -> FrameType | None:
-    """The innermost running call of ``function`` in the module ``file``."""
-    if file not in sys.modules:
-        return None
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == function and frame.f_globals.get("__name__") == file:
-            return frame
-        frame = frame.f_back
-    return None

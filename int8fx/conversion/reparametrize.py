@@ -7,35 +7,28 @@ at who is reading them.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from types import FrameType
 from typing import Any
 
 from torch import nn
+
+from .callers import above
 
 _FILES = {f"torch.nn.utils.{f}" for f in ("prune", "weight_norm", "spectral_norm", "parametrize", "parametrizations")}
 
 
 def is_read_by_torch_utils(calls: int) -> bool:
     """Whether the function that is ``calls`` calls above the one that asks prunes or reparametrises tensors."""
-    frame = _above(calls)
+    frame = above(calls + 1)
     return frame is not None and frame.f_globals.get("__name__") in _FILES
 
 
 def parametrized_name(calls: int) -> str | None:
     """The name of the tensor that ``register_parametrization`` is given, if it is ``calls`` calls above."""
-    frame = _above(calls)
+    frame = above(calls + 1)
     if frame is None or frame.f_code.co_name != "register_parametrization" or not is_read_by_torch_utils(calls + 1):
         return None
     return frame.f_locals["tensor_name"]
-
-
-def _above(calls: int) -> FrameType | None:
-    frame: FrameType | None = sys._getframe(2)
-    for _ in range(calls):
-        frame = frame and frame.f_back
-    return frame
 
 
 def refused(label: str) -> TypeError:

@@ -1,13 +1,12 @@
 """Finds, or builds, and loads the C++ kernels in ``csrc/`` for this machine's instruction set.
 
 There is one library for each instruction set. It calls torch by its stable ABI, so it serves the torch that it is
-compiled with and later ones. A wheel
-carries all of them, in `CARRIED`. In a checkout the first `int8fx.convert` of a model on the CPU compiles one (half a
-minute, one file), or ``int8fx build`` does so ahead of time. It is then stored in the first of `folders` that can be
-written, under a name with a hash of the sources, the flags and torch's version. Loading it registers its kernels for
-CPU tensors, before `fallback`.
+compiled with and later ones. A wheel carries all of them, in `CARRIED`. In a checkout the first `int8fx.convert` of a
+model on the CPU compiles one (half a minute, one file), or ``int8fx build`` does so ahead of time. It is then stored in
+the first of `folders` that can be written, under a name with a hash of the sources, the flags and torch's version.
+Loading it registers its kernels for CPU tensors, before `fallback`.
 
-One more library, `AUTOGRAD`, is for one version of torch. It makes calls that need no gradient faster.
+One more library, `AUTOGRAD`, is for one version of torch. It makes eager calls faster, with a gradient and without.
 """
 
 from __future__ import annotations

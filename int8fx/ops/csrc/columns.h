@@ -51,7 +51,8 @@ struct Block {
   bool compacts() const { return kept < depth; }
 
   // Rows of codes, `stride` apart, to the kept ones, then zeros up to a multiple of 64, and to those of the outlier columns,
-  // then up to 63 of any value. sums[r] is the sum of row r's kept codes. Only if it compacts.
+  // then up to 63 of any value; either may be null. sums[r] becomes the sum of row r's kept codes, if they are wanted. Only if it
+  // compacts.
   template <int ROWS>
   void split([[maybe_unused]] const int8_t* rows, [[maybe_unused]] int64_t stride, [[maybe_unused]] int8_t* to_kept,
              [[maybe_unused]] int64_t kept_stride, [[maybe_unused]] int8_t* to_outliers,
@@ -59,25 +60,29 @@ struct Block {
 #ifdef INT8FX_COMPACTS
     __m512i partial[ROWS];
     for (int r = 0; r < ROWS; ++r) partial[r] = _mm512_setzero_si512();
-    const int8_t* const end = to_kept + (kept + 63) / 64 * 64;
+    int64_t left = (kept + 63) / 64 * 64;
     for (const Chunk& chunk : chunks) {
       const __m512i kept_here = _mm512_load_si512(chunk.kept), outliers_here = _mm512_load_si512(chunk.outliers);
       const __mmask64 exists = low_bits(chunk.count), keeps = low_bits(chunk.kept_count);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) {
         const __m512i codes = _mm512_maskz_loadu_epi8(exists, rows + r * stride);
-        const __m512i here = _mm512_maskz_permutexvar_epi8(keeps, kept_here, codes);
-        partial[r] = _mm512_dpbusd_epi32(partial[r], _mm512_set1_epi8(1), here);
-        _mm512_storeu_si512(to_kept + r * kept_stride, here);
+        if (to_kept != nullptr) {
+          const __m512i here = _mm512_maskz_permutexvar_epi8(keeps, kept_here, codes);
+          partial[r] = _mm512_dpbusd_epi32(partial[r], _mm512_set1_epi8(1), here);
+          _mm512_storeu_si512(to_kept + r * kept_stride, here);
+        }
         if (to_outliers != nullptr && chunk.outlier_count > 0)
           _mm512_storeu_si512(to_outliers + r * outlier_stride, _mm512_permutexvar_epi8(outliers_here, codes));
       }
       rows += 64;
-      to_kept += chunk.kept_count;
+      left -= chunk.kept_count;
+      if (to_kept != nullptr) to_kept += chunk.kept_count;
       if (to_outliers != nullptr) to_outliers += chunk.outlier_count;
     }
+    if (to_kept == nullptr) return;
     for (int r = 0; r < ROWS; ++r) {
-      _mm512_mask_storeu_epi8(to_kept + r * kept_stride, low_bits(end - to_kept), _mm512_setzero_si512());
+      _mm512_mask_storeu_epi8(to_kept + r * kept_stride, low_bits(left), _mm512_setzero_si512());
       sums[r] = _mm512_reduce_add_epi32(partial[r]);
     }
 #endif

@@ -113,10 +113,7 @@ struct Product {
 
   using InT = FloatTile<T, MR, PANEL>;
   static constexpr bool MAY_USE_BFLOAT16 = HAS_BFLOAT16 && std::is_same_v<scalar_t, c10::BFloat16>;
-  template <typename Otherwise>
-  using InBfloat16 = typename std::conditional_t<MAY_USE_BFLOAT16, std::type_identity<Bfloat16Tile<MR, PANEL>>,
-                                                 std::type_identity<Otherwise>>::type;
-  using OutlierTile = InBfloat16<InT>;
+  using OutlierTile = std::conditional_t<MAY_USE_BFLOAT16, Bfloat16Tile<MR, PANEL>, InT>;
 
   static constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -179,9 +176,9 @@ struct Product {
     for (int64_t n = 0; n < count; n += 4) OutlierTile::template total_few<ROWS>(partial[n / 4], sums[0] + n, WIDTH);
   }
 
-  // The same in floats, in enough vectors of partial sums that additions (four cycles each)
-  // do not wait for each other. Several rows take two channels at a time, and AT_ONCE k of them, which the first-level
-  // cache holds. One row is bound by bandwidth, so it reads the weight in the order of memory.
+  // The same in floats, in enough vectors of partial sums that additions (four cycles each) do not wait for each other.
+  // Several rows take two channels at a time, and AT_ONCE k of them, which the first-level cache holds. One row is bound by
+  // bandwidth, so it reads the weight in the order of memory.
   template <int ROWS>
   void dot_floats(const T* rows, int64_t n0, int64_t count, T (&sums)[ROWS][WIDTH]) const {
     constexpr int L = Lanes<T>::N, PARTS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1, CHANNELS = ROWS == 1 ? 1 : 2;
@@ -367,8 +364,7 @@ struct Product {
     for (const Block& block : p.blocks) {
       const int8_t* rows = weight + n0 * K + block.k;
       if (block.compacts()) {
-        for (int64_t n = 0; n < count;) n += split(block, rows + n * K, n, count - n, K, s);
-        if (few) std::fill_n(s.excess, PANEL, 0);
+        for (int64_t n = 0; n < count;) n += split(block, rows + n * K, n, count - n, few, s);
       } else {
         if (!few)
           for (int64_t n = 0; n < count; ++n) s.excess[n] += Tile::load_w(rows + n * K, block.depth, s.w + n * Tile::STRIDE);
@@ -422,16 +418,18 @@ struct Product {
     for (int64_t tile = first; tile < last; ++tile) store(n0, count, tile, first, s);
   }
 
-  // Channels n on, of which `count` exist, of a weight's block that compacts. Returns how many it has done.
-  static int64_t split(const Block& block, const int8_t* rows, int64_t n, int64_t count, int64_t K, Scratch& s) {
+  // Channels n on, of which `count` exist, of a weight's block that compacts. Returns how many it has done. Few rows need
+  // the outlier columns only.
+  int64_t split(const Block& block, const int8_t* rows, int64_t n, int64_t count, bool few, Scratch& s) const {
     int32_t sums[4] = {};
-    auto* w = reinterpret_cast<int8_t*>(s.w + n * Tile::STRIDE);
-    if (count >= 4)
+    auto* w = few ? nullptr : reinterpret_cast<int8_t*>(s.w + n * Tile::STRIDE);
+    const int64_t done = count >= 4 ? 4 : 1;
+    if (done == 4)
       block.template split<4>(rows, K, w, Tile::STRIDE, s.codes[n], DEPTH + 64, sums);
     else
       block.template split<1>(rows, K, w, Tile::STRIDE, s.codes[n], DEPTH + 64, sums);
-    for (int i = 0; i < (count >= 4 ? 4 : 1); ++i) s.excess[n + i] += Tile::OFFSET * sums[i];
-    return count >= 4 ? 4 : 1;
+    for (int i = 0; i < done; ++i) s.excess[n + i] += Tile::OFFSET * sums[i];
+    return done;
   }
 
   template <typename F>

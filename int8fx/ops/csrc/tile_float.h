@@ -174,9 +174,6 @@ struct Bfloat16Tile {
   }
 
  private:
-  typedef int8_t Codes __attribute__((vector_size(64), may_alias));
-
-
   // 64 codes: of each 16 the first 8, then of each 16 the last 8.
   struct Widen {
 #ifdef __AVX512VBMI__

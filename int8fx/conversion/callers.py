@@ -1,0 +1,26 @@
+"""Who is calling: for libraries that have no hook, and do with packed modules what must be refused."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+
+
+def caller(file: str, function: str) -> FrameType | None:
+    """The innermost running call of ``function`` in the module ``file``."""
+    if file not in sys.modules:
+        return None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == function and frame.f_globals.get("__name__") == file:
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def above(calls: int) -> FrameType | None:
+    """The call that is ``calls`` calls above the function that asks; None if there are not so many."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(calls):
+        frame = frame and frame.f_back
+    return frame
