@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from ..ops import native
 from ..passes.inductor import install
-from ..schemes import LLMInt8, Rotated, Scheme, llm_int8
+from ..schemes import Scheme, llm_int8
 from ..schemes.calibration import Calibration
 from ..terminal import show_progress
 from . import exported, graph_module, modules
@@ -125,7 +125,7 @@ def convert(
     """
     prepared = prepare(model, scheme, select=select, skip=skip, calibration=calibration, progress=progress)
     kind_of(model, "convert").pack(model, prepared.chosen, prepared.quantizer)
-    pack_foreign(prepared.foreign, scheme if isinstance(scheme, (LLMInt8, Rotated)) else None)
+    pack_foreign(prepared.foreign, scheme if isinstance(scheme, Scheme) else None)
     finish(model, prepared)
     trim_heap()
     return model
@@ -175,7 +175,7 @@ def prepare(
     root = kind.root_of(model)
     check_modules(root)
     foreign = foreign_layers(root, choice)
-    check_scheme(foreign, scheme if isinstance(scheme, (LLMInt8, Rotated)) else None)
+    check_scheme(foreign, scheme if isinstance(scheme, Scheme) else None)
     layers, packed = decide(root, kind.layers_of(model), choice), kind.packed_of(model)
     refuse_converted(packed, choice)
     names = [name for layer in layers for name in (layer.name, *layer.aliases)] + [layer.name for layer in packed]
@@ -226,7 +226,7 @@ def _schemes(scheme: Any) -> Scheme | Mapping[str, Scheme]:
     Raises:
         TypeError: ``scheme`` is neither.
     """
-    if isinstance(scheme, (LLMInt8, Rotated)):
+    if isinstance(scheme, Scheme):
         return scheme
     schemes = getattr(scheme, "schemes", None)
     if not isinstance(schemes, Mapping) or not hasattr(scheme, "calibration"):
@@ -235,7 +235,7 @@ def _schemes(scheme: Any) -> Scheme | Mapping[str, Scheme]:
             "int8fx.plan(...)"
         )
     for name, value in schemes.items():
-        if not isinstance(value, (LLMInt8, Rotated)):
+        if not isinstance(value, Scheme):
             raise TypeError(f"int8fx.convert: the plan has {value!r} for layer {name!r}; legal: a scheme")
     return schemes
 

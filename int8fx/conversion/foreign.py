@@ -75,11 +75,16 @@ def pack_foreign(layers: list[ForeignLayer], scheme: Scheme | None) -> None:
 
 def check_scheme(layers: list[ForeignLayer], scheme: Scheme | None) -> None:
     """Raises ValueError if the codes of ``layers`` are not those of ``scheme``, which the user asked for."""
-    if layers and scheme is not None and (not isinstance(scheme, LLMInt8) or scheme.columns):
+    if layers and scheme is not None and not takes_int8_codes(scheme):
         raise ValueError(
             f"int8fx.convert: layer {layers[0].name!r} is quantised already, which {scheme} cannot take over; legal: "
             "llm_int8(threshold=...), weight_only(), plain(), or a float model"
         )
+
+
+def takes_int8_codes(scheme: Scheme) -> bool:
+    """Whether the tensors of ``scheme`` are int8 codes of whole rows and their scales, as other packages have them."""
+    return scheme.grouping.is_plain and scheme.rotation == 1 and not scheme.needs_columns
 
 
 def _as_linear(module: nn.Module) -> None:

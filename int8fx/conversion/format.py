@@ -51,8 +51,8 @@ def read_scheme(tensor: Tensor) -> Scheme:
 
 
 def same_arithmetic(one: Scheme, other: Scheme) -> bool:
-    """Whether the same packed tensors mean the same under both: equal threshold and rotation.
+    """Whether the same packed tensors mean the same under both: equal threshold, rotation and grouping.
 
     Which columns are unquantised is in the tensors, and how codes were rounded does not matter later.
     """
-    return (one.threshold, one.rotation) == (other.threshold, other.rotation)
+    return (one.threshold, one.rotation, one.grouping) == (other.threshold, other.rotation, other.grouping)

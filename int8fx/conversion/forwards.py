@@ -32,8 +32,7 @@ def convolution_forward(self, x: Tensor) -> Tensor:
 def embedding_forward(self, ids: Tensor) -> Tensor:
     """Rows of the table. Not an ``int8fx::dequantize``: they are activations, not the weight of a matmul."""
     table = self.packed("weight")
-    columns_weight = None if table.columns_weight is None else table.columns_weight[ids]
-    rows = table._replace(codes=table.codes[ids], scale=table.scale[ids], columns_weight=columns_weight)
+    rows = table.of_channels(lambda tensor: tensor[ids])
     return dequantize(rows, self.packed_weights["weight"].dtype)
 
 

@@ -145,11 +145,9 @@ def _rows(graph: Graph, ids: Node, packed: Int8Weight, dtype: torch.dtype) -> No
     def take(tensor: Any) -> Any:
         return call(graph, aten.index.Tensor, tensor, [ids])
 
-    codes, scale = take(packed.codes), take(packed.scale)
-    if packed.block == 1 and packed.columns is None:
-        scale = call(graph, aten._to_copy.default, call(graph, aten.unsqueeze.default, scale, -1), dtype=dtype)
-        return call(graph, aten.mul.Tensor, call(graph, aten._to_copy.default, codes, dtype=dtype), scale)
-    columns_weight = None if packed.columns_weight is None else take(packed.columns_weight)
-    packed = packed._replace(codes=codes, scale=scale, columns_weight=columns_weight)
+    packed = packed.of_channels(take)
+    if packed.block == 1 and packed.columns is None and packed.is_plain:
+        scale = call(graph, aten._to_copy.default, call(graph, aten.unsqueeze.default, packed.scale, -1), dtype=dtype)
+        return call(graph, aten.mul.Tensor, call(graph, aten._to_copy.default, packed.codes, dtype=dtype), scale)
     rows = call_int8(graph, torch.ops.int8fx.dequantize.default, *packed, dtype=dtype)
     return call(graph, aten.mul.Tensor, rows, 1)  # `lower` must not take rows for a weight: it follows no mul

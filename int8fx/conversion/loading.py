@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +19,18 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import is_tensor_like
 
 from ..schemes import Scheme
+from ..schemes.formats import FORMATS, Grouping
 from ..schemes.quantize import INT8_MAX
-from ..schemes.weight import CODES, COLUMNS, COLUMNS_WEIGHT, SCALE, PackedTensors
+from ..schemes.weight import CODES, COLUMNS, COLUMNS_WEIGHT, SCALE, SCALE_RANGE, ZERO_POINT, PackedTensors
 from .format import FORMAT, read_scheme, same_arithmetic
 
-_LARGEST_SCALE = torch.finfo(torch.float32).max / INT8_MAX
+OPTIONAL = {
+    COLUMNS: "all columns of this layer are quantised",
+    COLUMNS_WEIGHT: "all columns of this layer are quantised",
+    ZERO_POINT: "the codes of this layer are symmetric",
+    SCALE_RANGE: "the scales of this layer are not quantised",
+}
+"""Tensors that only some packed weights have: suffix -> what is said of a weight that has none."""
 _COLUMNS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -125,9 +132,11 @@ def _unfit(place: Place, state_dict: Mapping[str, Any], loaded: set[int] | None,
         if (found := _no_dense_tensor(tensor)) is not None:
             yield f'"{k}" is {found}; legal: a dense tensor'
             return
-    codes, scale, columns, columns_weight = PackedTensors.of(given, key)
-    if codes is not None and codes.dtype != torch.int8:
-        yield f'"{key}" is packed and takes int8 codes, found {codes.dtype}; load float weights before int8fx.convert'
+    tensors = PackedTensors.of(given, key)
+    codes, columns, columns_weight = tensors.codes, tensors.columns, tensors.columns_weight
+    if codes is not None and codes.dtype != (legal := present[key + CODES].dtype):
+        kind = str(legal).removeprefix("torch.")
+        yield f'"{key}" is packed and takes {kind} codes, found {codes.dtype}; load float weights before int8fx.convert'
         return
     if key in state_dict and key + CODES in state_dict and not _is_guard(state_dict[key]):
         yield f'"{key}" and "{key + CODES}" are both there; legal: one of them'
@@ -140,10 +149,8 @@ def _unfit(place: Place, state_dict: Mapping[str, Any], loaded: set[int] | None,
     if given and absent:
         yield f'"{key}" is packed, and a part of it is missing: {", ".join(absent)}'
         return
-    if extra := next(
-        (k for k in (key + COLUMNS, key + COLUMNS_WEIGHT) if k in state_dict.keys() - present.keys()), None
-    ):
-        yield f'"{extra}" is there, and all columns of this layer are quantised; convert the model by its scheme first'
+    if extra := next((suffix for suffix in OPTIONAL if key + suffix in state_dict.keys() - present.keys()), None):
+        yield f'"{key + extra}" is there, and {OPTIONAL[extra]}; convert the model by its scheme first'
         return
     for k, tensor in given.items():
         if k != key + FORMAT and tensor.shape != present[k].shape:
@@ -170,16 +177,15 @@ def _unfit(place: Place, state_dict: Mapping[str, Any], loaded: set[int] | None,
             f'"{key}" is of format version 1, which has no regular Hadamard matrices, and this layer has: it is '
             f"{place.scheme}; legal: rotated(block, hadamard='sylvester')"
         )
-    if codes is not None and is_readable(codes) and codes.numel() and int(codes.min()) < -INT8_MAX:
+    is_symmetric = key + ZERO_POINT not in present
+    if codes is not None and codes.dtype == torch.int8 and is_symmetric and _extreme(codes, min) < -INT8_MAX:
         yield f'"{key + CODES}" has a code of {int(codes.min())}; legal: {-INT8_MAX} to {INT8_MAX}'
-    if scale is not None:
-        if scale.dtype != torch.float32:
-            yield f'"{key + SCALE}" has dtype {scale.dtype}; legal: torch.float32'
-        elif is_readable(scale) and not bool(((scale > 0) & (scale <= _LARGEST_SCALE)).all()):
-            yield (
-                f'"{key + SCALE}" has a scale that is NaN, inf, zero or negative, or above {_LARGEST_SCALE:.4g}; '
-                "legal: finite and above 0"
-            )
+    for suffix in (SCALE, ZERO_POINT, SCALE_RANGE):
+        tensor = given.get(key + suffix)
+        if tensor is not None and tensor.dtype != (legal := present[key + suffix].dtype):
+            yield f'"{key + suffix}" has dtype {tensor.dtype}; legal: {legal}'
+            return
+    yield from _unfit_scales(key, given, place.scheme)
     if columns is not None:
         yield from _unfit_columns(key, columns, present[key + CODES].shape[-1])
     if columns_weight is not None:
@@ -187,6 +193,35 @@ def _unfit(place: Place, state_dict: Mapping[str, Any], loaded: set[int] | None,
             yield f'"{key + COLUMNS_WEIGHT}" has dtype {columns_weight.dtype}; legal: a float dtype of 16 bits or more'
         elif is_readable(columns_weight) and not bool(columns_weight.isfinite().all()):
             yield f'"{key + COLUMNS_WEIGHT}" has NaN or inf; legal: finite weights'
+
+
+def _unfit_scales(key: str, given: Mapping[str, Tensor], scheme: Scheme | None) -> Iterator[str]:
+    """Problems of scales, zero points and the ranges of scales."""
+    grouping = Grouping() if scheme is None else scheme.grouping
+    scale, zero_point, scale_range = (given.get(key + suffix) for suffix in (SCALE, ZERO_POINT, SCALE_RANGE))
+    if scale is not None and scale.is_floating_point() and is_readable(scale):
+        largest = torch.finfo(torch.float32).max / FORMATS[grouping.format].largest_step(grouping.asymmetric)
+        signed = grouping.format == "int4_fullrange"
+        size = scale.float().abs() if signed else scale.float()
+        if not bool(((size > 0) & (size <= largest)).all()):
+            found, legal = ("zero", "other than 0") if signed else ("zero or negative", "above 0")
+            yield (
+                f'"{key + SCALE}" has a scale that is NaN, inf, {found}, or above {largest:.4g}; legal: finite and '
+                f"{legal}"
+            )
+    if zero_point is not None and zero_point.dtype == torch.uint8 and _extreme(zero_point, max) > 15:
+        yield f'"{key + ZERO_POINT}" has a zero point of {int(zero_point.max())}; legal: 0 to 15'
+    if scale_range is not None and is_readable(scale_range):
+        is_legal = scale_range.isfinite().all() & (scale_range[..., 1] >= 0).all()
+        if not bool(is_legal):
+            yield f'"{key + SCALE_RANGE}" has a range that is not finite, or a negative step; legal: lowest, step >= 0'
+
+
+def _extreme(integers: Tensor, of: Callable[[Any], Any]) -> int:
+    """The smallest (``min``) or largest (``max``) of integers; 0 if there are none to be read."""
+    if not is_readable(integers) or not integers.numel():
+        return 0
+    return int(integers.min() if of is min else integers.max())
 
 
 def unfit_count(label: str, scheme: Scheme, K: int, found: int) -> str:

@@ -8,10 +8,13 @@ and two buffers:
     weight_scale   [..., N]    float32  absmax / 127 per output channel
     weight_format  [L]         uint8    which scheme this is (`format`)
 
-It has two more buffers if some input columns are not quantised:
+Codes of 4 bits are ``[..., N, ceil(K / 2)]`` uint8, and G groups of columns have scales ``[..., N, G]`` (`formats`).
+There are two more buffers if some input columns are not quantised, and others for some formats:
 
     weight_columns         [C]         int64   which columns they are
     weight_columns_weight  [..., N, C]         their weights, in the dtype of the float weight
+    weight_zero_point      like weight_scale, int8 or uint8: of asymmetric codes
+    weight_scale_range     [..., N, 2] float32: of scales that are quantised themselves
 
 ``state_dict`` holds exactly these. There is no tensor called ``weight``: who expects a float weight finds it missing.
 The attribute ``module.weight`` is a view of the packed tensors as a float weight (`view.PackedWeight`); in a graph that
@@ -35,8 +38,20 @@ from torch.fx import GraphModule
 from .. import ops  # noqa: F401  registers torch.ops.int8fx
 from ..graph.count import count_ops
 from ..schemes import Scheme
-from ..schemes.quantize import quantize_weight
-from ..schemes.weight import CODES, COLUMNS, COLUMNS_WEIGHT, SCALE, SUFFIXES, Int8Weight, PackedTensors
+from ..schemes.formats import FORMATS
+from ..schemes.quantize import pack_weight
+from ..schemes.weight import (
+    CODES,
+    COLUMNS,
+    COLUMNS_WEIGHT,
+    PER_CHANNEL,
+    SCALE,
+    SCALE_RANGE,
+    SUFFIXES,
+    ZERO_POINT,
+    Int8Weight,
+    PackedTensors,
+)
 from .accelerate import OFFLOADED, refuse_partial_offload
 from .format import FORMAT, format_tensor, read_scheme, same_arithmetic
 from .loading import (
@@ -67,6 +82,7 @@ class Reading:
     scheme: the scheme that the weight was quantised with.
     kernel_dims: how many dimensions of size 1 follow (2 for a 1x1 ``Conv2d``).
     layer: the name that the layer had when it was converted, for messages.
+    K: how many input channels the weight has, if it is known.
     """
 
     layout: str
@@ -74,11 +90,29 @@ class Reading:
     scheme: Scheme
     kernel_dims: int = 0
     layer: str = ""
+    K: int | None = None
 
     def weight(self, tensors: PackedTensors) -> Int8Weight:
         """The packed weight as the ops take it."""
-        codes, scale, *columns = tensors
-        return Int8Weight(codes, scale, self.scheme.threshold, self.scheme.rotation, *columns)
+        codes, scale, columns, columns_weight, *of_groups = tensors
+        return Int8Weight(
+            codes, scale, self.scheme.threshold, self.scheme.rotation, columns, columns_weight, *self.format, *of_groups
+        )
+
+    @property
+    def format(self) -> tuple[str | None, int | None, int | None]:
+        """Format, group size and in_features of the `Int8Weight`."""
+        grouping = self.scheme.grouping
+        if grouping.is_plain:
+            return None, None, None
+        has_fours = FORMATS[grouping.format].bits == 4
+        return None if grouping.format == "int8" else grouping.format, grouping.size, self.K if has_fours else None
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of the scales that are stored."""
+        grouping = self.scheme.grouping
+        return torch.uint8 if grouping.double_quant else grouping.scale_dtype
 
     def oriented(self, w: Tensor) -> Tensor:
         """``w [..., N, K]`` as a view in the shape that the module expects."""
@@ -96,8 +130,8 @@ def tensors_of(owner: nn.Module, name: str) -> PackedTensors:
     Replicas hold their codes as plain attributes. Under FSDP1 codes are buffers.
     """
     codes, buffers = owner._parameters.get(name + CODES), owner._buffers
-    scale, *columns = (buffers.get(name + suffix) for suffix in SUFFIXES[1:])
-    return PackedTensors(getattr(owner, name + CODES) if codes is None else codes, scale, *columns)  # type: ignore[arg-type]
+    scale, *others = (buffers.get(name + suffix) for suffix in SUFFIXES[1:])
+    return PackedTensors(getattr(owner, name + CODES) if codes is None else codes, scale, *others)  # type: ignore[arg-type]
 
 
 def frozen(codes: Tensor) -> nn.Parameter:
@@ -319,22 +353,26 @@ class PackedModule(PackedState):
         buffers = self._buffers  # few calls: every forward comes here
         if torch.compiler.is_compiling() or buffers[name + FORMAT] is not self._read_formats.get(name):
             self._read_format(name)
-        scheme = self.packed_weights[name].scheme
+        reading = self.packed_weights[name]
         codes, scale = self._parameters.get(name + CODES), buffers[name + SCALE]
-        if scale.dtype is not torch.float32:  # type: ignore[union-attr]  # it is there
+        legal = reading.scale_dtype
+        if scale.dtype is not legal:  # type: ignore[union-attr]  # it is there
             self._undo_cast()
             scale = buffers[name + SCALE]
-        if scale.dtype is not torch.float32:  # type: ignore[union-attr]
+        if scale.dtype is not legal:  # type: ignore[union-attr]
             raise TypeError(
-                f"int8fx: {name + SCALE} of layer {self.label(name)} was cast to {scale.dtype}; legal: torch.float32"  # type: ignore[union-attr]
+                f"int8fx: {name + SCALE} of layer {self.label(name)} was cast to {scale.dtype}; legal: {legal}"  # type: ignore[union-attr]
             )
         return Int8Weight(
             getattr(self, name + CODES) if codes is None else codes,
             scale,  # type: ignore[arg-type]
-            scheme.threshold,
-            scheme.rotation,
+            reading.scheme.threshold,
+            reading.scheme.rotation,
             buffers.get(name + COLUMNS),
             buffers.get(name + COLUMNS_WEIGHT),
+            *reading.format,
+            buffers.get(name + ZERO_POINT),
+            buffers.get(name + SCALE_RANGE),
         )
 
     def packed_linear(self, x: Tensor, name: str = "weight", bias: Tensor | None = None) -> Tensor:
@@ -378,12 +416,16 @@ class PackedModule(PackedState):
             raise ValueError(
                 f"int8fx: a write of NaN or inf into the packed weight {self.label(name)}; legal: finite values"
             )
-        codes, scale = quantize_weight(weight, reading.scheme.rotation, tensors.columns)
-        parts = [(tensors.codes, codes), (tensors.scale.unsqueeze(-1), scale.unsqueeze(-1))]
-        if tensors.columns is not None and tensors.columns_weight is not None:
-            parts.append((tensors.columns_weight, weight.index_select(-1, tensors.columns)))
-        for tensor, value in parts:
-            flat = tensor.flatten(0, -2)
+        try:
+            packed = pack_weight(weight, reading.scheme.grouping, reading.scheme.rotation, tensors.columns)
+        except ValueError as error:
+            raise ValueError(f"int8fx: a write into the packed weight {self.label(name)}: {error}") from None
+        channels = tensors.codes.shape[:-1]
+        for field in PER_CHANNEL:
+            tensor, value = getattr(tensors, field), getattr(packed, field)
+            if tensor is None:
+                continue
+            flat = tensor.reshape(-1, *tensor.shape[len(channels) :])
             flat[rows] = value.to(tensor.dtype)
             if not tensor.is_contiguous():  # then ``flat`` is a copy
                 tensor.copy_(flat.view(tensor.shape))
@@ -478,13 +520,13 @@ class PackedModule(PackedState):
 
         Tools that set tensors one by one, such as accelerate and ``torch.func.functional_call``, set formats too.
         """
-        form, (codes, _, columns, _) = self._buffers[name + FORMAT], tensors_of(self, name)
+        form, (codes, _, columns, *_) = self._buffers[name + FORMAT], tensors_of(self, name)
         values = None if form is None else unwrapped(form)
         if type(values) is not Tensor or not is_readable(values) or values.dim() != 1 or is_traced():
             return False
         self._check_format(name, values)
         scheme, found = self.packed_weights[name].scheme, 0 if columns is None else columns.numel()
-        if found != scheme.static_columns(codes.shape[-1]):
+        if found != scheme.static_columns(codes.shape[-1]):  # a scheme with codes of 4 bits has none for any K
             raise ValueError(f"int8fx: {unfit_count(self.label(name), scheme, codes.shape[-1], found)}")
         if values is form:
             self._read_formats = {**self._read_formats, name: form}
@@ -558,8 +600,8 @@ class PackedModule(PackedState):
         return (_new_packed, (float_class(self), names, forward), *reduced[2:])
 
     def extra_repr(self) -> str:
-        shapes = {name: tuple(self.packed(name).codes.shape) for name in self.packed_weights}
-        packed = ", ".join(f"{name}: int8 {shape}" for name, shape in shapes.items())
+        weights = {name: self.packed(name) for name in self.packed_weights}
+        packed = ", ".join(f"{name}: {w.format or 'int8'} {(*w.codes.shape[:-1], w.K)}" for name, w in weights.items())
         return ", ".join(part for part in (super().extra_repr(), packed) if part)
 
 
@@ -656,7 +698,7 @@ def unpack(module: PackedModule, dtype: torch.dtype | None = None) -> None:
 
 def is_codes(name: str, tensor: Tensor | None) -> bool:
     """Whether a Parameter is the codes of a packed weight."""
-    return name.endswith(CODES) and tensor is not None and tensor.dtype == torch.int8
+    return name.endswith(CODES) and tensor is not None and tensor.dtype in (torch.int8, torch.uint8)
 
 
 # ---- queries --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch._guards import detect_fake_mode
 from ..schemes import Scheme
 from ..schemes.calibration import Calibration
 from ..schemes.gptq import round_weight
-from ..schemes.quantize import quantize_weight
+from ..schemes.quantize import pack_weight
 from ..schemes.weight import PackedTensors
 from .layers import Layer
 from .packed import Reading, frozen
@@ -112,8 +112,10 @@ class Quantizer:
             if scheme.rounding == "gptq" and fake is None and not weight.is_meta:
                 tensors = round_weight(weight, self.calibration.moments[tied[0].name], scheme.rotation, columns)
             else:
-                columns_weight = None if columns is None else weight.index_select(-1, columns).clone()
-                tensors = PackedTensors(*quantize_weight(weight, scheme.rotation, columns), columns, columns_weight)
+                try:
+                    tensors = pack_weight(weight, scheme.grouping, scheme.rotation, columns)
+                except ValueError as error:
+                    raise ValueError(f"int8fx.convert: layer {tied[0].name!r}: {error}") from None
             tensors = tensors._replace(codes=frozen(tensors.codes))
         self._done += 1
         if self.progress is not None:
@@ -123,4 +125,5 @@ class Quantizer:
     def reading(self, layer: Layer) -> Reading:
         """How the module of ``layer`` uses its packed weight."""
         assert layer.layout is not None
-        return Reading(layer.layout, layer.weight.dtype, self.scheme_of(layer), layer.recipe.kernel_dims, layer.name)
+        K = layer.oriented().shape[-1]
+        return Reading(layer.layout, layer.weight.dtype, self.scheme_of(layer), layer.recipe.kernel_dims, layer.name, K)

@@ -6,6 +6,7 @@ run on the int8 codes, other reads dequantise the rows that they need, and write
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, lru_cache
@@ -101,7 +102,7 @@ class PackedWeight(Tensor):
         ``copied``: the values of a copy."""
         reading, codes = module.packed_weights[name], getattr(module, name + CODES)
         if view is None:
-            shape, stride, offset = *_whole_geometry(reading, codes.shape), 0
+            shape, stride, offset = *_whole_geometry(reading, _shape(reading, codes)), 0
         else:
             shape, stride, offset = view.shape, view.stride(), int(view.storage_offset())
         self = Tensor._make_wrapper_subclass(
@@ -117,15 +118,19 @@ class PackedWeight(Tensor):
     @property
     def geometry(self) -> Tensor:
         """A meta tensor: a view of a contiguous ``[..., N, K]`` weight that has the values of this one."""
-        size = getattr(self.module, self.weight_name + CODES).numel()
+        size = math.prod(_shape(self.module.packed_weights[self.weight_name], self._codes))
         return torch.empty(size, device="meta").as_strided(self.shape, self.stride(), self.storage_offset())
 
     @property
     def is_whole(self) -> bool:
         """Whether this is the weight as the module uses it, not a part or a copy of it."""
-        codes = getattr(self.module, self.weight_name + CODES)
-        shape, stride = _whole_geometry(self.module.packed_weights[self.weight_name], codes.shape)
+        reading = self.module.packed_weights[self.weight_name]
+        shape, stride = _whole_geometry(reading, _shape(reading, self._codes))
         return self.copied is None and _places(self) == (shape, stride, 0)
+
+    @property
+    def _codes(self) -> Tensor:
+        return getattr(self.module, self.weight_name + CODES)
 
     @property
     def packed(self) -> Int8Weight:
@@ -271,9 +276,14 @@ class _Copy:
                 copy.packed = copy.packed._replace(**tensors)
 
 
+def _shape(reading: Any, codes: Tensor) -> torch.Size:
+    """``[..., N, K]`` of the weight that has these codes."""
+    return codes.shape if reading.K is None else torch.Size((*codes.shape[:-1], reading.K))
+
+
 @lru_cache(maxsize=4096)
 def _whole_geometry(reading: Any, shape: torch.Size) -> tuple[torch.Size, tuple[int, ...]]:
-    """Shape and strides of a weight as its module uses it; ``shape`` is that of its codes."""
+    """Shape and strides of a weight as its module uses it; ``shape`` is ``[..., N, K]``."""
     whole = reading.oriented(torch.empty(shape, device="meta"))
     return whole.shape, whole.stride()
 
@@ -294,15 +304,14 @@ def dense(w: PackedWeight) -> Tensor:
 def _dequantize_rows(w: PackedWeight, rows: slice, dtype: torch.dtype) -> Tensor:
     """``[R, K]``: rows of the weight that ``w`` is a view of, counted through all experts."""
     packed = w.packed
-    part = packed._replace(codes=packed.codes.flatten(0, -2)[rows], scale=packed.scale.flatten()[rows])
-    if packed.columns_weight is not None:
-        part = part._replace(columns_weight=packed.columns_weight.flatten(0, -2)[rows])
+    lead = packed.codes.dim() - 1
+    part = packed.of_channels(lambda tensor: tensor.reshape(-1, *tensor.shape[lead:])[rows])
     return int8fx.dequantize.default(*part, dtype=dtype)
 
 
 def _rows_reached(views: list[PackedWeight]) -> slice:
     """From the first to the last row that one of ``views``, which are views of one weight, has a value of."""
-    K = views[0].packed.codes.shape[-1]
+    K = views[0].packed.K
     reached = [_reach(w) for w in views if w.numel()]
     return slice(min(r[0] for r in reached) // K, max(r[1] for r in reached) // K + 1) if reached else slice(0, 0)
 
@@ -408,7 +417,7 @@ class _Target:
     def __init__(self, views: list[PackedWeight]) -> None:
         self.weight = w = views[0]
         if w.copied is not None:
-            self.rows = slice(0, w.packed.scale.numel())
+            self.rows = slice(0, math.prod(w.packed.codes.shape[:-1]))
             self.values = _dequantize_rows(w, self.rows, w.dtype) if w.copied.dense is None else w.copied.dense
         else:
             self.rows = _rows_reached(views)
@@ -448,7 +457,7 @@ def _rows(w: Any) -> Int8Weight | None:
     if w.copied is not None and w.copied.dense is not None:
         return None
     packed = w.packed
-    N, K = packed.codes.shape[-2:]
+    N, K = packed.codes.shape[-2], packed.K
     (rows, width), (step, inner) = map(int, w.shape), w.stride()
     if width != K or (inner != 1 and K > 1) or w.storage_offset() % K or (rows > 1 and (step % K or not step)):
         return None
@@ -461,10 +470,7 @@ def _rows(w: Any) -> Int8Weight | None:
         packed = packed.of_expert(e)
     if rows == N:
         return packed
-    part = slice(first, end, by)
-    columns_weight = None if packed.columns_weight is None else packed.columns_weight[part]
-    codes = packed.codes[part] if by == 1 else packed.codes[part].contiguous()
-    return packed._replace(codes=codes, scale=packed.scale[part].contiguous(), columns_weight=columns_weight)
+    return packed.of_channels(lambda tensor: tensor[first:end:by].contiguous())
 
 
 class _Stack(NamedTuple):
@@ -480,17 +486,13 @@ def _stack(w: Any) -> _Stack | None:
         one = _rows(w.select(0, 0))
         return None if one is None else _Stack(one, shared=True)
     packed = w.packed
-    N, K = packed.codes.shape[-2:]
+    N, K = packed.codes.shape[-2], packed.K
     if (w.copied is not None and w.copied.dense is not None) or packed.codes.dim() != 3 or w.shape[1:] != (N, K):
         return None
     if w.stride() != (N * K, K, 1) or w.storage_offset() % (N * K):
         return None
     first = w.storage_offset() // (N * K)
-    part = slice(first, first + w.shape[0])
-    columns_weight = None if packed.columns_weight is None else packed.columns_weight[part]
-    return _Stack(
-        packed._replace(codes=packed.codes[part], scale=packed.scale[part], columns_weight=columns_weight), False
-    )
+    return _Stack(packed.of_channels(lambda tensor: tensor[first : first + w.shape[0]]), False)
 
 
 def _linear(x: Any, w: Any, bias: Any = None) -> Tensor | None:
@@ -579,9 +581,7 @@ def _embedding(table: Any, ids: Tensor, *_: Any) -> Tensor | None:
     rows = _rows(table)
     if rows is None:
         return None
-    columns_weight = None if rows.columns_weight is None else rows.columns_weight[ids]
-    rows = rows._replace(codes=rows.codes[ids], scale=rows.scale[ids], columns_weight=columns_weight)
-    return int8fx.dequantize.default(*rows, dtype=table.dtype)
+    return int8fx.dequantize.default(*rows.of_channels(lambda tensor: tensor[ids]), dtype=table.dtype)
 
 
 def _to(w: Any, *, dtype: torch.dtype | None = None, device: Any = None, **layout: Any) -> Tensor | None:

@@ -49,8 +49,8 @@ def _arguments(node: Node) -> dict[str, Any]:
 def read_weight(node: Node) -> Int8Weight:
     """The packed weight that a call of an int8fx op takes; Nodes stand for its tensors."""
     arguments = _arguments(node)
-    names = ("weight", "weight_scale", "threshold", "block", "columns", "columns_weight")
-    return Int8Weight(*(arguments[name] for name in names))
+    names = {"codes": "weight", "scale": "weight_scale"}
+    return Int8Weight(*(arguments[names.get(field, field)] for field in Int8Weight._fields))
 
 
 def read_epilogue(node: Node) -> Epilogue:
@@ -80,12 +80,7 @@ def _selected(graph: Graph, product: Product) -> Int8Weight:
     weight = read_weight(product.w.source)
     for op, dim, *args in product.w.selections:
         selection = args if op is aten.index.Tensor else (dim, *args)
-        selected: dict[str, Any] = {
-            field: call(graph, op, tensor, *selection)
-            for field in ("codes", "scale", "columns_weight")
-            if (tensor := getattr(weight, field)) is not None
-        }
-        weight = weight._replace(**selected)
+        weight = weight.of_channels(lambda tensor, op=op, by=selection: call(graph, op, tensor, *by))  # type: ignore[misc]
     return weight
 
 

@@ -12,15 +12,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..conversion.foreign import takes_int8_codes
 from ..conversion.format import FORMAT, format_tensor, read_scheme
-from ..schemes import LLMInt8, llm_int8
+from ..schemes import Scheme, llm_int8
 from ..schemes.quantize import INT8_MAX
 from ..schemes.weight import CODES, COLUMNS, SCALE
 
 _SCB, _ROW_MAJOR = ".SCB", 0
 
 
-def from_bitsandbytes(state_dict: Mapping[str, Tensor], scheme: LLMInt8 | None = None) -> dict[str, Tensor]:
+def from_bitsandbytes(state_dict: Mapping[str, Tensor], scheme: Scheme | None = None) -> dict[str, Tensor]:
     """A state dict of bitsandbytes' int8 layers as int8fx has it; other tensors stay as they are.
 
     Args:
@@ -30,7 +31,7 @@ def from_bitsandbytes(state_dict: Mapping[str, Tensor], scheme: LLMInt8 | None =
         ValueError: a layer lacks a part, has another format than row-major, or ``scheme`` has columns.
     """
     scheme = llm_int8() if scheme is None else scheme
-    if not isinstance(scheme, LLMInt8) or scheme.columns:
+    if not takes_int8_codes(scheme):
         raise ValueError(
             f"int8fx: codes of bitsandbytes cannot become {scheme}; legal: llm_int8(threshold=...), plain()"
         )

@@ -22,13 +22,13 @@ from ..conversion.layers import layer_name, packed_layers
 from ..conversion.packed import PackedModule, is_packed, join
 from ..schemes import Scheme
 from ..schemes.calibration import Calibration
-from ..schemes.weight import CODES, COLUMNS, COLUMNS_WEIGHT, SCALE
+from ..schemes.weight import CODES, SUFFIXES
 from .checksums import check_file
 
 METHOD = "int8fx"
 """The ``quant_method`` in ``config.json``."""
 
-PARTS = (CODES, SCALE, FORMAT, COLUMNS, COLUMNS_WEIGHT)
+PARTS = (CODES, FORMAT, *SUFFIXES[1:])
 """The endings of the tensors of a packed weight."""
 
 

@@ -19,9 +19,9 @@ from ..conversion.foreign import pack_foreign
 from ..conversion.layers import packed_layers
 from ..conversion.modules import leave_fast_paths, pack_layers
 from ..conversion.packed import PackedModule
-from ..schemes import LLMInt8, Rotated, Scheme, llm_int8, parse_scheme
+from ..schemes import LLMInt8, Rotated, Scheme, WeightOnly, llm_int8, parse_scheme  # noqa: F401  found by name
 
-ALLOWED_AO_MODULES.add(__name__)  # where `config_from_dict` finds the classes below, and LLMInt8 and Rotated
+ALLOWED_AO_MODULES.add(__name__)  # where `config_from_dict` finds the classes below, and those of schemes
 
 
 @dataclass
@@ -49,7 +49,7 @@ class LLMInt8Config(AOBaseConfig):
     def __post_init__(self) -> None:
         if isinstance(self.scheme, str):
             self.scheme = parse_scheme(self.scheme)
-        if not isinstance(self.scheme, (LLMInt8, Rotated)):
+        if not isinstance(self.scheme, Scheme):
             raise TypeError(
                 f"LLMInt8Config: scheme is {self.scheme!r}; legal: int8fx.llm_int8(...), int8fx.rotated(...)"
             )
@@ -70,7 +70,7 @@ def _quantize(module: nn.Module, config: LLMInt8Config) -> nn.Module:
         ValueError: a weight is unsuitable as `int8fx.convert` defines it, or packed by another scheme.
     """
     scheme = config.scheme
-    assert isinstance(scheme, (LLMInt8, Rotated))
+    assert isinstance(scheme, Scheme)
     if isinstance(module, GraphModule):
         raise ValueError("LLMInt8Config: filter_fn chose a GraphModule; legal: int8fx.convert of it")
     packed = list(packed_layers(module))

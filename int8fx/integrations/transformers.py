@@ -37,7 +37,7 @@ from ..conversion.format import FORMAT, VERSION
 from ..conversion.layers import Layer, check_weight, grouped, layer_name, quantised_by
 from ..conversion.modules import check_what_is_loaded, leave_fast_paths, pack_layers
 from ..conversion.packed import PackedModule, is_packed, join, refuse_unfit, tensors_of, tie_equal_columns
-from ..schemes import LLMInt8, Rotated, Scheme, llm_int8, parse_scheme, stored_text
+from ..schemes import Scheme, llm_int8, parse_scheme, stored_text
 from ..schemes.weight import CODES
 from .checksums import WANTED, adds_checksums
 from .stored import (
@@ -106,7 +106,7 @@ class Int8FxConfig(QuantizationConfigMixin):
             scheme = llm_int8(llm_int8_threshold or None)
         if isinstance(scheme, str):
             scheme = parse_scheme(scheme, stored=version is not None)
-        elif not isinstance(scheme, (LLMInt8, Rotated, type(None))):
+        elif not isinstance(scheme, Scheme | None):
             raise TypeError(f"Int8FxConfig: scheme is {scheme!r}; legal: int8fx.llm_int8(...), int8fx.rotated(...)")
         self.quant_method: Any = METHOD
         self.version = VERSION if version is None else version

@@ -62,6 +62,10 @@ def _grouped_linear_arguments(
     return x, offsets, Int8Weight(*args[:_WEIGHT_FIELDS]), bias
 
 
+def _weight_in(arguments: tuple) -> Int8Weight:
+    return next(a for a in arguments if isinstance(a, Int8Weight))
+
+
 # ---- kernels and fakes -----------------------------------------------------------------------------------------------
 
 
@@ -131,7 +135,8 @@ def _dequantize_kernel(*weight: Any, dtype: torch.dtype) -> Tensor:
 def _dequantize_fake(*weight: Any, dtype: torch.dtype) -> Tensor:
     int8_weight = Int8Weight(*weight)
     check_dequantize(int8_weight, dtype)
-    return torch.empty(int8_weight.codes.shape, dtype=dtype, device=int8_weight.codes.device)
+    codes = int8_weight.codes
+    return torch.empty((*codes.shape[:-1], int8_weight.K), dtype=dtype, device=codes.device)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
@@ -147,14 +152,20 @@ def _save_for_backward(ctx, op: str, output: Tensor, weight: Int8Weight, epilogu
         )
         if not isinstance(output, FakeTensor):  # AOTInductor calls folded matmuls on fakes, with gradients enabled
             raise ctx.refused
-    ctx.save_for_backward(weight.codes, weight.scale, weight.columns, weight.columns_weight)
-    ctx.block = weight.block
+    _save_weight(ctx, weight)
     ctx.bias = None if epilogue.bias is None else (epilogue.bias.shape, epilogue.bias.dtype)
 
 
-def _saved_weight(ctx, tensors: Sequence[Any]) -> Int8Weight:
-    codes, scale, columns, columns_weight = tensors
-    return Int8Weight(codes, scale, None, ctx.block, columns, columns_weight)
+def _save_weight(ctx, weight: Int8Weight, *others: Tensor) -> None:
+    """Saves ``others`` and the tensors of ``weight``, in this order. Its threshold does not matter later."""
+    tensors = {name: value for name, value in weight._asdict().items() if isinstance(value, Tensor)}
+    ctx.save_for_backward(*others, *tensors.values())
+    ctx.weight = weight._replace(threshold=None, **dict.fromkeys(tensors))  # type: ignore[arg-type]
+    ctx.saved = tuple(tensors)
+
+
+def _saved_weight(ctx, tensors: Sequence[Tensor]) -> Int8Weight:
+    return ctx.weight._replace(**dict(zip(ctx.saved, tensors, strict=True)))
 
 
 def _times_dequantized(grad: Tensor, weight: Int8Weight) -> Tensor:
@@ -218,15 +229,14 @@ def _quantize_rowwise_backward(ctx, *grads):
 
 def _grouped_linear_setup_context(ctx, inputs, output):
     _, offsets, weight, bias = _grouped_linear_arguments(*inputs)
-    ctx.save_for_backward(offsets, weight.codes, weight.scale, weight.columns, weight.columns_weight)
-    ctx.block = weight.block
+    _save_weight(ctx, weight, offsets)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _grouped_linear_backward(ctx, grad):
     offsets, *tensors = ctx.saved_tensors
     weight = _saved_weight(ctx, tensors)
-    E, N, K = weight.codes.shape
+    E, N, K = *weight.codes.shape[:2], weight.K
     rows = torch.arange(grad.shape[0], device=grad.device)
     group = torch.searchsorted(offsets.to(rows.dtype), rows, right=True)  # E for rows after the last group
     grad = grad.masked_fill((group == E)[:, None], 0)
@@ -247,12 +257,15 @@ def _grouped_linear_backward(ctx, grad):
 def kernel_on(kernels: ModuleType, name: str) -> Callable:
     """The op ``name`` on the kernels of one module, `fallback` or `gpu`, with its checks.
 
-    On a GPU, float64 runs `fallback`: no Triton kernel takes it.
+    On a GPU, float64 and other weights than int8 with one scale per output channel run `fallback`: no Triton kernel
+    takes them.
     """
-    checked = _CHECKED[name]
+    checked, typed = _CHECKED[name], _MATMULS.get(name)
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        serving = fallback if kernels is gpu and x.dtype == torch.float64 else kernels
+        serving = kernels
+        if kernels is gpu and (x.dtype == torch.float64 or (typed and not _weight_in(typed[0](x, *args)).is_plain)):
+            serving = fallback
         return checked(serving, x, *args, **kwargs)
 
     return run

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..schemes import reference
+from ..schemes.formats import FORMATS, Format, count_groups, format_of
 from ..schemes.quantize import MAX_K, MAX_THRESHOLD, compute_dtype
 from ..schemes.weight import Epilogue, Int8Weight
 
@@ -71,15 +72,20 @@ def check_columns(columns: Tensor | None, K: int) -> None:
 
 
 def _check_weight(op: str, weight: Int8Weight, dims: Shape | None = None) -> None:
-    codes, scale, threshold, block, columns, columns_weight = weight
-    if codes.dtype != torch.int8:
-        _refuse(op, f"weight has dtype {codes.dtype}", "int8 codes")
+    codes, _, threshold, block, columns, columns_weight, *_ = weight
+    if weight.format is not None and weight.format not in FORMATS:
+        _refuse(op, f"format {weight.format!r}", f"None, {', '.join(FORMATS)}")
+    spec = format_of(weight.format)
+    dtype = torch.int8 if spec.bits == 8 else torch.uint8
+    if codes.dtype != dtype:
+        _refuse(op, f"weight has dtype {codes.dtype}", f"{dtype} codes of {spec.bits} bits")
     if codes.dim() not in dims if dims is not None else codes.dim() == 0:
         _refuse(op, f"weight has {codes.dim()} dimensions", "[..., K]" if dims is None else " or ".join(map(str, dims)))
-    if not _is_float(scale) or scale.shape != codes.shape[:-1]:
-        problem = f"weight_scale has {_described(scale)} for a weight {tuple(codes.shape)}"
-        _refuse(op, problem, "one float scale per output channel")
-    K = codes.shape[-1]
+    K = weight.K
+    if (weight.in_features is not None) != (spec.bits == 4) or codes.shape[-1] != spec.code_columns(K):
+        problem = f"in_features {weight.in_features} for codes {tuple(codes.shape)} of {spec.bits} bits"
+        _refuse(op, problem, "K of codes of 4 bits, of which two are in a byte; None for those of 8 bits")
+    _check_groups(op, weight, spec)
     if K > MAX_K:
         _refuse(op, f"K = {K}", f"K <= {MAX_K}, or int32 sums could overflow")
     _check_quantisation(op, K, threshold, block, columns)
@@ -93,13 +99,35 @@ def _check_weight(op: str, weight: Int8Weight, dims: Shape | None = None) -> Non
             _refuse(op, problem, f"the float weights of those columns, {shape}")
 
 
+def _check_groups(op: str, weight: Int8Weight, spec: Format) -> None:
+    size, channels = weight.group_size, weight.codes.shape[:-1]
+    if size is not None and not 1 <= size <= MAX_K:
+        _refuse(op, f"group_size {size}", f"None, or 1 to {MAX_K}")
+    shape = channels if size is None else (*channels, count_groups(weight.K, size))
+    scale, zero_point, scale_range = weight.scale, weight.zero_point, weight.scale_range
+    is_scale = _is_float(scale) if scale_range is None else scale.dtype == torch.uint8
+    if not is_scale or scale.shape != shape:
+        problem = f"weight_scale has {_described(scale)} for a weight {tuple(weight.codes.shape)}"
+        legal = "one float scale per output channel"
+        if not weight.is_plain:
+            legal = f"{tuple(shape)}, of a float dtype, or uint8 with scale_range"
+        _refuse(op, problem, legal)
+    if zero_point is not None:
+        dtype = torch.int8 if spec.bits == 8 else torch.uint8
+        if not spec.is_integer or zero_point.dtype != dtype or zero_point.shape != shape:
+            problem = f"zero_point has {_described(zero_point)}"
+            _refuse(op, problem, f"{tuple(shape)}, {dtype}" if spec.is_integer else f"None for {weight.format}")
+    if scale_range is not None and (scale_range.dtype != torch.float32 or scale_range.shape != (*channels, 2)):
+        _refuse(op, f"scale_range has {_described(scale_range)}", f"{(*channels, 2)}, torch.float32")
+
+
 def _check_matmul(op: str, x: Tensor, weight: Int8Weight, bias: Tensor | None, dims: Shape) -> None:
     _check_x(op, x)
     _check_weight(op, weight, dims)
     for name, tensor in (("weight", weight.codes), ("weight_scale", weight.scale)):
         if tensor.device.type != x.device.type:  # one on meta would select the fake, whose result is undefined
             _refuse(op, f"x is on {x.device} and {name} on {tensor.device}", "one device")
-    *channels, K = weight.codes.shape
+    channels, K = weight.codes.shape[:-1], weight.K
     if x.shape[-1] != K:
         _refuse(op, f"x has shape {tuple(x.shape)}", f"[..., {K}] for K = {K}")
     if bias is not None and (not _is_float(bias) or bias.shape != weight.codes.shape[:-1]):

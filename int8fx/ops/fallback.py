@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..schemes.quantize import INT8_MAX, compute_dtype, outlier_mask
+from ..schemes.quantize import INT8_MAX, compute_dtype, dequantize, outlier_mask
 from ..schemes.quantize import quantize_rowwise as quantize_rows
 from ..schemes.rotate import rotate
 from ..schemes.weight import Epilogue, Int8Weight
@@ -105,6 +105,8 @@ def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Tensor:
         for e in range(weight.codes.shape[0]):
             y[e] = linear(x[e], weight.of_expert(e), epilogue.of_expert(e))
         return y
+    if not weight.is_plain:
+        return _linear_in_groups(x, weight, epilogue)
     if _form(x, weight) is not Form.WEIGHT_ONLY:
         quantized = quantize_rowwise(x, weight.threshold, weight.block, weight.columns)
         return _multiply_codes(x, *quantized, weight, epilogue)
@@ -117,10 +119,29 @@ def linear_quantized(
     x: Tensor, codes: Tensor, x_scale: Tensor, mask: Tensor, weight: Int8Weight, epilogue: Epilogue
 ) -> Tensor:
     """`linear` of x, given what `quantize_rowwise` returned for it. Only the form QUANTIZED reads that."""
-    if _form(x, weight) is not Form.QUANTIZED:
+    if _form(x, weight) is not Form.QUANTIZED or not weight.is_plain:
         return linear(x, weight, epilogue)
     check_columns(weight.columns, x.shape[-1])
     return _multiply_codes(x, codes, x_scale, mask, weight, epilogue)
+
+
+def _linear_in_groups(x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Tensor:
+    """`reference.linear` with a weight of any format: blocks of channels are dequantised and multiplied in floats."""
+    check_columns(weight.columns, x.shape[-1])
+    ct = compute_dtype(x.dtype)
+    x2d = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(ct)
+    if _form(x, weight) is Form.WEIGHT_ONLY or weight.threshold == 0:
+        rounded = _without_columns(x2d, weight.columns)
+    else:
+        codes, x_scale, mask = quantize_rowwise(x2d, weight.threshold, weight.block, weight.columns)
+        rounded = torch.where(mask, x2d, codes.to(ct) * x_scale[:, None])
+    stored = weight._replace(block=1, columns=None, columns_weight=None)
+    N = weight.codes.shape[0]
+    y = x2d.new_empty(len(x2d), N)
+    for n in range(0, N, step := max(1, _BLOCK // max(weight.K, 1))):
+        channels = slice(n, n + step)
+        torch.mm(rounded, dequantize(stored.of_channels(lambda t, c=channels: t[c]), ct).t(), out=y[:, channels])  # type: ignore[misc]
+    return _finish(y, x, x2d, weight, epilogue)
 
 
 def _multiply_codes(

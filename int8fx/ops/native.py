@@ -30,6 +30,7 @@ from typing import TypeVar
 
 import torch
 
+from ..schemes.formats import FORMATS, Format
 from .rows import WEIGHT_ONLY_ROWS_CPU
 from .schemas import NAMESPACE, SCHEMAS
 
@@ -93,8 +94,19 @@ def _tiles_permitted() -> bool:
 def _options(library: Library) -> list[str]:
     """The compiler's options but for paths."""
     schemas = ", ".join(f'"{schema}"' for schema in SCHEMAS)
-    definitions = [f"-DINT8FX_WEIGHT_ONLY_ROWS={WEIGHT_ONLY_ROWS_CPU}", f"-DINT8FX_SCHEMAS={schemas}"]
+    levels = ", ".join(f'{{"{name}", {{{_floats(spec)}}}}}' for name, spec in FORMATS.items() if spec.bits == 4)
+    definitions = [
+        f"-DINT8FX_WEIGHT_ONLY_ROWS={WEIGHT_ONLY_ROWS_CPU}",
+        f"-DINT8FX_SCHEMAS={schemas}",
+        f"-DINT8FX_LEVELS={levels}",
+    ]
     return [*_COMMON, *library.flags, *definitions]
+
+
+def _floats(spec: Format) -> str:
+    """The levels of the codes of 4 bits in C++, less the zero point of symmetric integers."""
+    levels = spec.levels or [code - spec.zero_point for code in range(16)]
+    return ", ".join(f"{float(level)!r}f" for level in levels)
 
 
 def command(library: Library, output: Path) -> list[str]:

@@ -11,7 +11,8 @@ import torch
 NAMESPACE = "int8fx"
 _WEIGHT = (
     "Tensor weight, Tensor weight_scale, float? threshold=None, int block=1, Tensor? columns=None, "
-    "Tensor? columns_weight=None"
+    "Tensor? columns_weight=None, str? format=None, int? group_size=None, int? in_features=None, "
+    "Tensor? zero_point=None, Tensor? scale_range=None"
 )
 _EPILOGUE = "Tensor? bias=None, str activation='none', Tensor? other=None, str binary='none'"
 SCHEMAS = (

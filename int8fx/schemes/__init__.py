@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .formats import FORMATS, SCALE_DTYPES, Grouping
 from .quantize import DEFAULT_THRESHOLD, MAX_K, MAX_THRESHOLD
 
 
@@ -29,7 +30,7 @@ def _count_columns(share: float, K: int) -> int:
 
 @dataclass(frozen=True)
 class LLMInt8:
-    """LLM.int8(). `llm_int8`, `weight_only` and `plain` return it."""
+    """LLM.int8(). `llm_int8` and `plain` return it."""
 
     threshold: float | None = DEFAULT_THRESHOLD
     columns: float = 0.0
@@ -45,7 +46,7 @@ class LLMInt8:
         object.__setattr__(self, "threshold", threshold)
         object.__setattr__(self, "columns", _share_of_columns(self.columns))
 
-    rotation, rounding, needs_moments = 1, "nearest", False
+    rotation, rounding, needs_moments, grouping = 1, "nearest", False, Grouping()
 
     def static_columns(self, K: int) -> int:
         """How many of K input columns are not quantised, chosen when the model is converted."""
@@ -57,9 +58,8 @@ class LLMInt8:
         return self.columns > 0
 
     def __str__(self) -> str:
-        for name, maker in (("weight_only", weight_only), ("plain", plain)):
-            if self == maker():
-                return name
+        if self == plain():
+            return "plain"
         return _text("llm_int8", self, LLMInt8())
 
 
@@ -82,7 +82,7 @@ class Rotated:
             raise ValueError(f"hadamard must be 'regular' or 'sylvester', found {self.hadamard!r}")
         object.__setattr__(self, "columns", _share_of_columns(self.columns))
 
-    threshold = None
+    threshold, grouping = None, Grouping()
 
     @property
     def rotation(self) -> int:
@@ -107,7 +107,67 @@ class Rotated:
         return _text("rotated", self, Rotated())
 
 
-Scheme = LLMInt8 | Rotated
+@dataclass(frozen=True)
+class WeightOnly:
+    """Weight-only quantisation. `weight_only` returns it."""
+
+    dtype: str = "int8"
+    group_size: int = -1
+    asymmetric: bool = False
+    scale_dtype: str = "float32"
+    double_quant: bool = False
+    compute: str = "fp32"
+
+    def __post_init__(self) -> None:
+        _choose("dtype", self.dtype, FORMATS)
+        _choose("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        _choose("compute", self.compute, _COMPUTE)
+        size = self.group_size
+        if not isinstance(size, int) or isinstance(size, bool) or not (size == -1 or 1 <= size <= MAX_K):
+            raise ValueError(f"group_size must be -1 or 1 to {MAX_K:,}, found {size!r}")
+        for name in ("asymmetric", "double_quant"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, found {getattr(self, name)!r}")
+        if self.asymmetric and self.dtype not in ("int8", "int4_clip"):
+            raise ValueError(f"asymmetric weights are int8 or int4_clip, found dtype {self.dtype!r}")
+        if self.double_quant and self.group_size == -1:
+            raise ValueError("double_quant quantises the scales of groups; group_size is -1, legal: 1 and more")
+        if self.double_quant and self.scale_dtype != "float32":
+            raise ValueError(f"double_quant stores scales in 8 bits, found scale_dtype {self.scale_dtype!r} beside it")
+        if self.compute == "int8" and not FORMATS[self.dtype].is_integer:
+            raise ValueError(f"dtype {self.dtype!r} is a table of floats; compute must be 'fp32', found 'int8'")
+
+    rotation, rounding, needs_moments, needs_columns = 1, "nearest", False, False
+
+    @property
+    def threshold(self) -> float | None:
+        """0, so that all columns of x stay in floating point, or None, so that all are quantised."""
+        return 0.0 if self.compute == "fp32" else None
+
+    @property
+    def grouping(self) -> Grouping:
+        """As `quantize.pack_weight` takes it."""
+        dtype = SCALE_DTYPES[self.scale_dtype]
+        size = None if self.group_size == -1 else self.group_size
+        return Grouping(self.dtype, size, self.asymmetric, dtype, self.double_quant)
+
+    def static_columns(self, K: int) -> int:
+        """How many of K input columns are not quantised: none."""
+        return 0
+
+    def __str__(self) -> str:
+        return _text("weight_only", self, WeightOnly())
+
+
+_COMPUTE = ("fp32", "int8")
+
+
+def _choose(name: str, value: object, legal: Iterable[str]) -> None:
+    if value not in tuple(legal):
+        raise ValueError(f"{name} must be one of {', '.join(legal)}, found {value!r}")
+
+
+Scheme = LLMInt8 | Rotated | WeightOnly
 
 
 def _text(maker: str, scheme: Scheme, default: Scheme) -> str:
@@ -135,9 +195,34 @@ def llm_int8(threshold: float | None = DEFAULT_THRESHOLD, columns: float = 0.0) 
     return LLMInt8(threshold, columns)
 
 
-def weight_only() -> LLMInt8:
-    """int8 weights, with activations that are not quantised: ``llm_int8(threshold=0)``."""
-    return LLMInt8(threshold=0.0)
+def weight_only(
+    dtype: str = "int8",
+    group_size: int = -1,
+    asymmetric: bool = False,
+    scale_dtype: str = "float32",
+    double_quant: bool = False,
+    compute: str = "fp32",
+) -> WeightOnly:
+    """Weights of 8 or 4 bits, in groups along the input channels, with activations that are not stored quantised.
+
+    ``w = (level - zero_point) * scale`` (`formats.FORMATS`, `formats.quantize_groups`). By default int8 with one scale
+    per output channel, the arithmetic of ``llm_int8(threshold=0)``.
+
+    Args:
+        dtype: ``int8``, ``int4_clip``, ``int4_fullrange``, ``nf4``, ``fp4_e2m1`` (OCP), ``fp4_e2m1_itrex`` or
+            ``fp4_e2m1_bnb``.
+        group_size: how many input channels have one scale. The last group of a row may be shorter. -1: all channels.
+        asymmetric: int8 and int4_clip only. Each group has a zero point too.
+        scale_dtype: ``float32``, ``bfloat16`` or ``float16``.
+        double_quant: scales are quantised to 8 bits themselves, with a range of two float32 numbers per output channel.
+            (bitsandbytes does it with the scales of 256 groups.)
+        compute: ``fp32`` multiplies x as it is, and sums in float32. ``int8`` quantises each row of x to int8 first,
+            except where few rows are multiplied without (`ops.rows`); integer formats only.
+
+    Raises:
+        ValueError: an argument is illegal, or two do not fit each other.
+    """
+    return WeightOnly(dtype, group_size, asymmetric, scale_dtype, double_quant, compute)
 
 
 def plain() -> LLMInt8:

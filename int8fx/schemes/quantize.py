@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .formats import GroupCodes, Grouping, format_of, per_column, quantize_groups, read_levels, read_scale
 from .rotate import rotate
-from .weight import Int8Weight
+from .weight import Int8Weight, PackedTensors
 
 INT8_MAX = 127
 
@@ -106,16 +110,60 @@ def quantize_weight(weight: Tensor, block: int = 1, columns: Tensor | None = Non
     return codes, scale
 
 
-def dequantize(weight: Int8Weight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``rotate(codes[..., n, k] * scale[..., n], block)``, with ``columns_weight`` in its ``columns``.
+def pack_weight(weight: Tensor, grouping: Grouping, block: int = 1, columns: Tensor | None = None) -> PackedTensors:
+    """The packed tensors of ``rotate(weight without columns, block)``, rounded to nearest.
 
-    Computed in float32 (float64 for float64) and rounded once.
+    `quantize_weight` for int8 with one scale per output channel, else `formats.quantize_groups`.
+
+    Args:
+        weight: ``[N, K]`` or ``[E, N, K]``, finite, any float dtype, any strides, on any device.
+        block: of the rotation (`rotate`); 1 for none.
+        columns: ``[C]`` int64, the columns that are not quantised. Their weights keep their dtype.
+
+    Raises:
+        ValueError: the dtype of the scales cannot hold one.
+    """
+    columns_weight = None if columns is None else weight.index_select(-1, columns).clone()
+    if grouping.is_plain:
+        return PackedTensors(*quantize_weight(weight, block, columns), columns, columns_weight)
+    *lead, K = weight.shape
+    step = max(1, _CHUNK // max(K, 1))
+    rows = weight.reshape(math.prod(lead), K)
+    parts: list[GroupCodes] = []
+    for i in range(0, max(1, len(rows)), step):
+        part = rows[i : i + step]
+        if columns is not None:
+            part = part.index_fill(-1, columns, 0)
+        parts.append(quantize_groups(rotate(part.to(compute_dtype(part.dtype)), block), grouping))
+
+    def joined(tensors: tuple) -> Any:
+        return None if tensors[0] is None else (t := torch.cat(tensors)).view(*lead, *t.shape[1:])
+
+    codes, scale, zero_point, scale_range = map(joined, zip(*parts, strict=True))
+    return PackedTensors(codes, scale, columns, columns_weight, zero_point, scale_range)
+
+
+def dequantize(weight: Int8Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``rotate(v, block)`` with ``columns_weight`` in its ``columns``; ``v[..., n, k] = (level - zero_point) * scale``.
+
+    The level of an int8 code is the code, that of a 4-bit one `formats.FORMATS` says. Scale and zero point are those of
+    the group that column k is in. Computed in float32 (float64 for float64) and rounded once.
 
     Returns:
         ``[..., N, K]`` of ``dtype``.
     """
     ct = compute_dtype(dtype)
-    w = rotate(weight.codes.to(ct) * weight.scale.to(ct).unsqueeze(-1), weight.block)
+    w = rotate(_dequantize_codes(weight, ct), weight.block)
     if weight.columns is not None and weight.columns_weight is not None:
         w = w.index_copy(-1, weight.columns, weight.columns_weight.to(ct))
     return w.to(dtype)
+
+
+def _dequantize_codes(weight: Int8Weight, ct: torch.dtype) -> Tensor:
+    K, spec = weight.K, format_of(weight.format)
+    levels = read_levels(weight.codes, spec, K, ct)
+    if weight.zero_point is not None:
+        levels = levels - per_column(weight.zero_point.to(ct), K, weight.group_size)
+    elif spec.zero_point:
+        levels = levels - spec.zero_point
+    return levels * per_column(read_scale(weight.scale, weight.scale_range, ct), K, weight.group_size)

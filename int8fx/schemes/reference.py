@@ -63,6 +63,9 @@ def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue = NO_EPILOGUE) -> T
 
         D = 2**-126 * (sum_k(abs(w[n, k]) + weight_scale[n]) + sum_columns(abs(x[m, k]) + abs(w[n, k]) + 1))
 
+    A weight of another format, or with groups, has ``w = (level - zero_point) * scale`` (`quantize.dequantize`) in
+    place of ``codes * scale``. Its sums run in floating point, so ``outliers`` is K in S.
+
     With a rotation, ``y = x @ w.T + bias`` has ``w = R(codes * scale)`` with ``columns_weight`` in its columns. In Q
     and in ``sum_in`` of S, w is ``v = codes * scale`` as it is rotated, and ``sum_in`` is over all k. A term T is added
     for the rounding errors of R(x)::
@@ -91,9 +94,13 @@ def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue = NO_EPILOGUE) -> T
     quantised = x2d if weight.columns is None else x2d.index_fill(1, weight.columns, 0)
     mask = outlier_mask(quantised, weight.threshold, weight.columns)
     codes, x_scale = quantize_rowwise(rotate(quantised.masked_fill(mask, 0), weight.block))
-    y = (codes.double() @ weight.codes.double().T).to(ct)  # exact: every partial sum is below 2**53
-    y = y * x_scale[:, None] * weight.scale.to(ct)
-    y = y + x2d[:, mask] @ dequantize(Int8Weight(weight.codes, weight.scale), ct)[:, mask].T
+    stored = weight._replace(block=1, columns=None, columns_weight=None)
+    if weight.is_plain:
+        y = (codes.double() @ weight.codes.double().T).to(ct)  # exact: every partial sum is below 2**53
+        y = y * x_scale[:, None] * weight.scale.to(ct)
+    else:
+        y = (codes.double() @ dequantize(stored, torch.float64).T).to(ct) * x_scale[:, None]
+    y = y + x2d[:, mask] @ dequantize(stored, ct)[:, mask].T
     if weight.columns is not None and weight.columns_weight is not None:
         y = y + x2d[:, weight.columns] @ weight.columns_weight.to(ct).T
     if epilogue.bias is not None:

@@ -15,6 +15,8 @@ namespace {
 
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+using MaybeWord = std::optional<std::string_view>;
+using MaybeInt = std::optional<int64_t>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
@@ -33,24 +35,28 @@ bool has_fast_matmul(at::ScalarType dtype) {
 Tensor times_dequantized(const Tensor& grad, const Tensor& codes, const Tensor& scale, int64_t block,
                          const MaybeTensor& columns, const MaybeTensor& columns_weight) {
   using Dequantize = Tensor(const Tensor&, const Tensor&, std::optional<double>, int64_t, const MaybeTensor&,
+                            const MaybeTensor&, MaybeWord, MaybeInt, MaybeInt, const MaybeTensor&,
                             const MaybeTensor&, at::ScalarType);
   static const auto dequantize =
       c10::Dispatcher::singleton().findSchemaOrThrow("int8fx::dequantize", "").typed<Dequantize>();
-  const Tensor w = dequantize.call(codes, scale, std::nullopt, block, columns, columns_weight, grad.scalar_type());
+  const Tensor w = dequantize.call(codes, scale, std::nullopt, block, columns, columns_weight, {}, {}, {}, {}, {},
+                                   grad.scalar_type());
   if (has_fast_matmul(grad.scalar_type())) return grad.matmul(w);
   return grad.to(at::kFloat).matmul(w.to(at::kFloat)).to(grad.scalar_type());
 }
 
-// `linear` without activation and other: x gets a gradient through the dequantised weight, and the bias gets one.
+// `linear` of an int8 weight with one scale per output channel, without activation and other: x gets a gradient through the dequantised weight, and the bias gets one.
 struct Linear : torch::autograd::Function<Linear> {
   static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& codes, const Tensor& scale,
                         std::optional<double> threshold, int64_t block, const MaybeTensor& columns,
                         const MaybeTensor& columns_weight, const MaybeTensor& bias) {
     using Op = Tensor(const Tensor&, const Tensor&, const Tensor&, std::optional<double>, int64_t, const MaybeTensor&,
-                      const MaybeTensor&, const MaybeTensor&, std::string_view, const MaybeTensor&, std::string_view);
+                      const MaybeTensor&, MaybeWord, MaybeInt, MaybeInt, const MaybeTensor&, const MaybeTensor&,
+                      const MaybeTensor&, std::string_view, const MaybeTensor&, std::string_view);
     static const auto linear = c10::Dispatcher::singleton().findSchemaOrThrow("int8fx::linear", "").typed<Op>();
     const at::AutoDispatchBelowAutograd guard;
-    const Tensor y = linear.call(x, codes, scale, threshold, block, columns, columns_weight, bias, "none", {}, "none");
+    const Tensor y = linear.call(x, codes, scale, threshold, block, columns, columns_weight, {}, {}, {}, {}, {}, bias, "none",
+                                 {}, "none");
     context->save_for_backward(
         {codes, scale, columns.value_or(Tensor()), columns_weight.value_or(Tensor())});
     context->saved_data["block"] = block;
@@ -99,14 +105,15 @@ void run(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::St
   const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
   if (at::GradMode::is_enabled() && std::any_of(arguments.begin(), arguments.end(), requires_grad)) {
     static const c10::OperatorName LINEAR("int8fx::linear", "");
-    const bool is_here = op.operator_name() == LINEAR && arguments[8].toStringRef() == "none" &&
-        arguments[9].isNone() && !keys.has(c10::DispatchKey::Python) &&
+    const auto is_none = [](const c10::IValue& argument) { return argument.isNone(); };
+    const bool is_here = op.operator_name() == LINEAR && arguments[13].toStringRef() == "none" &&
+        arguments[14].isNone() && std::all_of(&arguments[7], &arguments[12], is_none) && !keys.has(c10::DispatchKey::Python) &&
         std::all_of(arguments.begin(), arguments.end(), is_ordinary);
     if (!is_here) return op.redispatchBoxed(below.add(c10::DispatchKey::AutogradOther), stack);  // to the Python formula
     const Tensor y = Linear::apply(
         arguments[0].toTensor(), arguments[1].toTensor(), arguments[2].toTensor(), arguments[3].toOptional<double>(),
         arguments[4].toInt(), arguments[5].toOptional<Tensor>(), arguments[6].toOptional<Tensor>(),
-        arguments[7].toOptional<Tensor>());
+        arguments[12].toOptional<Tensor>());
     torch::jit::drop(*stack, op.schema().arguments().size());
     stack->emplace_back(y);
     return;

@@ -14,6 +14,7 @@
 #include <string>
 #include <string_view>
 
+#include "groups.h"
 #include "product.h"
 
 namespace int8fx {
@@ -31,7 +32,7 @@ constexpr char LINEAR[] = "int8fx::linear", LINEAR_QUANTIZED[] = "int8fx::linear
 // torch's codes of dtypes. Tensor::scalar_type() is much slower: it asks for one code after the other.
 const int32_t BFLOAT16 = aoti_torch_dtype_bfloat16(), HALF = aoti_torch_dtype_float16(),
               FLOAT = aoti_torch_dtype_float32(), DOUBLE = aoti_torch_dtype_float64(), INT8 = aoti_torch_dtype_int8(),
-              INT32 = aoti_torch_dtype_int32(), INT64 = aoti_torch_dtype_int64(), BOOL = aoti_torch_dtype_bool();
+              UINT8 = aoti_torch_dtype_uint8(), INT32 = aoti_torch_dtype_int32(), INT64 = aoti_torch_dtype_int64(), BOOL = aoti_torch_dtype_bool();
 
 int32_t dtype(const Tensor& t) {
   int32_t code;
@@ -49,6 +50,12 @@ bool is_float(const Tensor& t) { return is_float(dtype(t)); }
 
 int32_t compute_dtype(const Tensor& t) { return dtype(t) == DOUBLE ? DOUBLE : FLOAT; }
 
+// Whether the levels of a format of 4 bits are its codes.
+bool is_integer_format(std::string_view format) {
+  const float* levels = levels_of(format);
+  return levels != nullptr && levels[1] - levels[0] == 1 && levels[15] - levels[0] == 15;
+}
+
 bool is_integer(const Tensor& t) { return dtype(t) == INT32 || dtype(t) == INT64; }
 
 constexpr int64_t MAX_K = std::numeric_limits<int32_t>::max() / (INT8_MAX_CODE * INT8_MAX_CODE);
@@ -57,6 +64,7 @@ constexpr int64_t MAX_K = std::numeric_limits<int32_t>::max() / (INT8_MAX_CODE *
 struct Word {
   std::string text;
 };
+using MaybeWord = std::optional<Word>;
 
 // A packed weight as the ops take it; schemes/weight.py describes the fields.
 struct Int8Weight {
@@ -64,9 +72,16 @@ struct Int8Weight {
   std::optional<double> threshold;
   int64_t block;
   const MaybeTensor &columns, &columns_weight;
+  const MaybeWord& format;
+  std::optional<int64_t> group_size, in_features;
+  const MaybeTensor &zero_point, &scale_range;
 
   int64_t N() const { return codes.size(-2); }
-  int64_t K() const { return codes.size(-1); }
+  int64_t K() const { return in_features.value_or(codes.size(-1)); }
+  int64_t groups() const { return group_size ? std::max<int64_t>(1, (K() + *group_size - 1) / *group_size) : 1; }
+  bool is_plain() const {
+    return !format && !group_size && !in_features && !zero_point.has_value() && !scale_range.has_value();
+  }
 };
 
 int64_t multiply(Sizes sizes) {
@@ -120,10 +135,35 @@ bool has_sizes(const Tensor& t, Sizes leading, int64_t last) {
   return sizes.size() == leading.size() + 1 && sizes.slice(0, leading.size()).equals(leading) && sizes.back() == last;
 }
 
+// Whether format, group size, in_features, scale, zero point and scale range fit the codes and each other.
+bool groups_are_legal(const Int8Weight& weight) {
+  const Tensor& codes = weight.codes;
+  const bool has_fours = weight.format && weight.format->text != "int8";
+  if (has_fours ? levels_of(weight.format->text) == nullptr || dtype(codes) != UINT8 : dtype(codes) != INT8) return false;
+  if (has_fours != weight.in_features.has_value() || weight.K() < 0 ||
+      codes.size(-1) != (has_fours ? (weight.K() + 1) / 2 : weight.K()))
+    return false;
+  if (weight.group_size && (*weight.group_size < 1 || *weight.group_size > MAX_K)) return false;
+  const Sizes channels = channels_of(codes);
+  const auto has_shape = [&](const Tensor& t) {
+    return weight.group_size ? has_sizes(t, channels, weight.groups()) : t.sizes().equals(channels);
+  };
+  if (!has_shape(weight.scale)) return false;
+  if (weight.zero_point.has_value() &&
+      !(has_shape(*weight.zero_point) && dtype(*weight.zero_point) == dtype(codes) &&
+        (!has_fours || is_integer_format(weight.format->text))))
+    return false;
+  if (!weight.scale_range.has_value()) return is_float(weight.scale);
+  return dtype(weight.scale) == UINT8 && dtype(*weight.scale_range) == FLOAT &&
+      has_sizes(*weight.scale_range, channels, 2);
+}
+
 bool weight_is_legal(const Int8Weight& weight) {
   const Tensor& codes = weight.codes;
-  if (!(dtype(codes) == INT8 && codes.dim() >= 1 && is_float(weight.scale) &&
-        weight.scale.sizes().equals(channels_of(codes)) && weight.K() <= MAX_K))
+  if (codes.dim() < 1 || weight.K() > MAX_K) return false;
+  if (weight.is_plain() ? !(dtype(codes) == INT8 && is_float(weight.scale) &&
+                            weight.scale.sizes().equals(channels_of(codes)))
+                        : !groups_are_legal(weight))
     return false;
   if (!quantisation_is_legal(weight.threshold, weight.block, weight.columns, weight.K()) ||
       weight.columns.has_value() != weight.columns_weight.has_value())
@@ -172,6 +212,7 @@ std::string described(const Tensor& t) {
   return text.str();
 }
 
+std::string described(const MaybeWord& word) { return word ? word->text : "None"; }
 std::string described(const Word& word) { return word.text; }
 std::string described(ScalarType dtype) { return torch::headeronly::toString(dtype); }
 template <typename T>
@@ -189,6 +230,9 @@ Tensor for_fake(const Tensor& t) {
 }
 MaybeTensor for_fake(const MaybeTensor& t) { return t.has_value() ? MaybeTensor(for_fake(*t)) : std::nullopt; }
 std::string for_fake(const Word& word) { return word.text; }
+std::optional<std::string> for_fake(const MaybeWord& word) {
+  return word ? std::optional(word->text) : std::nullopt;
+}
 template <typename T>
 T for_fake(const T& value) { return value; }
 
@@ -263,6 +307,34 @@ void quantize(const scalar_t* x, int64_t M, int64_t K, std::optional<double> thr
   quantize_rows(x, M, K, any ? excluded : nullptr, block, q.codes, q.scale);
 }
 
+// The weight in groups of expert e. The tensors, which are dense, outlive it.
+struct Groups {
+  Tensor codes, scale;
+  MaybeTensor zero_point, scale_range;
+  const float* levels;
+  int64_t N, K, group_size, G;
+
+  explicit Groups(const Int8Weight& weight)
+      : codes(dense(weight.codes)), scale(dense(weight.scale)),
+        zero_point(weight.zero_point.has_value() ? MaybeTensor(dense(*weight.zero_point)) : std::nullopt),
+        scale_range(weight.scale_range.has_value() ? MaybeTensor(dense(*weight.scale_range)) : std::nullopt),
+        levels(weight.in_features ? levels_of(weight.format->text) : nullptr), N(weight.N()), K(weight.K()),
+        group_size(weight.group_size.value_or(std::max<int64_t>(1, weight.K()))), G(weight.groups()) {}
+
+  GroupWeight of_expert(int64_t e) const {
+    GroupWeight w{static_cast<const uint8_t*>(codes.const_data_ptr()), levels};
+    w.N = N, w.K = K, w.group_size = group_size, w.G = G;
+    w.codes += e * N * w.row_bytes();
+    if (scale_range.has_value()) {
+      w.scale_codes = static_cast<const uint8_t*>(scale.const_data_ptr()) + e * N * G;
+      w.scale_range = static_cast<const float*>(scale_range->const_data_ptr()) + e * N * 2;
+    } else
+      w.scale = floats_of(scale) + e * N * G;
+    if (zero_point.has_value()) w.zero_point = static_cast<const uint8_t*>(zero_point->const_data_ptr()) + e * N * G;
+    return w;
+  }
+};
+
 // What the products of one call share, and the tensors that own it.
 struct Weight {
   Tensor codes, scale;
@@ -270,6 +342,7 @@ struct Weight {
   int64_t block, N, K;
   std::vector<int64_t> columns;
   MaybeTensor columns_weight, bias;
+  std::optional<Groups> groups;  // of weights of other formats
   Activation activation = Activation::none;
 
   Weight(const Int8Weight& weight, const MaybeTensor& bias)
@@ -280,12 +353,14 @@ struct Weight {
       columns_weight = dense(*weight.columns_weight);
     }
     if (bias.has_value()) this->bias = dense(*bias);
+    if (!weight.is_plain()) groups.emplace(weight);
   }
 
   // y [M, N] of expert e, from x [M, K] and what was quantised of it, or of x only.
   template <typename scalar_t>
   void multiply(int64_t e, const scalar_t* x, int64_t M, const Quantized<compute_t<scalar_t>>* quantized,
                 Floats other, Binary binary, scalar_t* y) const {
+    if (groups) return multiply_groups(e, x, M, quantized, other, binary, y);
     Product<scalar_t> p{};
     p.M = M, p.N = N, p.K = K;
     p.x = x;
@@ -321,6 +396,40 @@ struct Weight {
     p.y = y;
     p.run();
   }
+
+ private:
+  template <typename scalar_t>
+  void multiply_groups(int64_t e, const scalar_t* x, int64_t M, const Quantized<compute_t<scalar_t>>* quantized,
+                       Floats other, Binary binary, scalar_t* y) const {
+    using T = compute_t<scalar_t>;
+    const int64_t C = columns.size();
+    std::vector<T> rows(M * K), unquantised(M * C);
+    load(x, rows.data(), M * K);
+    for (int64_t m = 0; m < M; ++m)
+      for (int64_t c = 0; c < C; ++c) unquantised[m * C + c] = std::exchange(rows[m * K + columns[c]], T(0));
+    if (!weight_only(M, block) && threshold != 0.) {
+      std::vector<int8_t> x_codes(M * K);
+      std::vector<T> x_scale(M);
+      std::unique_ptr<bool[]> mask(new bool[K]);
+      Quantized<T> q{x_codes.data(), x_scale.data(), mask.get()};
+      if (quantized != nullptr)
+        q = *quantized;
+      else
+        quantize(x, M, K, threshold, block, columns, q);
+      for (int64_t m = 0; m < M; ++m)
+        for (int64_t k = 0; k < K; ++k)
+          if (!q.mask[k]) rows[m * K + k] = T(q.codes[m * K + k]) * q.scale[m];
+    }
+    GroupProduct<scalar_t> p{rows.data(), unquantised.data(), groups->of_expert(e), C};
+    if (C > 0) p.columns_weight = floats_of(*columns_weight) + e * N * C;
+    if (bias.has_value()) p.epilogue.bias = floats_of(*bias) + e * N;
+    p.epilogue.activation = activation;
+    p.epilogue.other = other;
+    p.epilogue.binary = binary;
+    p.y = y;
+    p.M = M;
+    p.run();
+  }
 };
 
 template <typename T>
@@ -334,15 +443,20 @@ std::vector<int64_t> sizes_of_y(const Tensor& x, const Int8Weight& weight) {
 
 Tensor linear(
     const Tensor& x, const Tensor& codes, const Tensor& scale, std::optional<double> threshold, int64_t block,
-    const MaybeTensor& columns, const MaybeTensor& columns_weight, const MaybeTensor& bias, const Word& activation,
+    const MaybeTensor& columns, const MaybeTensor& columns_weight, const MaybeWord& format,
+    std::optional<int64_t> group_size, std::optional<int64_t> in_features, const MaybeTensor& zero_point,
+    const MaybeTensor& scale_range, const MaybeTensor& bias, const Word& activation,
     const MaybeTensor& other, const Word& binary) {
-  const Int8Weight weight{codes, scale, threshold, block, columns, columns_weight};
+  const Int8Weight weight{codes, scale, threshold, block, columns, columns_weight,
+                          format, group_size, in_features, zero_point, scale_range};
   if (!(product_is_legal(x, weight, bias) &&
         (codes.dim() == 2 || (codes.dim() == 3 && x.dim() == 3 && x.size(0) == codes.size(0))) &&
         epilogue_is_legal(x, weight, activation, other, binary)))
-    refuse(LINEAR, {"x", "weight", "weight_scale", "threshold", "block", "columns", "columns_weight", "bias",
+    refuse(LINEAR, {"x", "weight", "weight_scale", "threshold", "block", "columns", "columns_weight", "format", "group_size", "in_features",
+                    "zero_point", "scale_range", "bias",
                     "activation", "other", "binary"},
-           x, codes, scale, threshold, block, columns, columns_weight, bias, activation, other, binary);
+           x, codes, scale, threshold, block, columns, columns_weight, format, group_size, in_features, zero_point,
+           scale_range, bias, activation, other, binary);
   const Tensor y = empty(sizes_of_y(x, weight), dtype(x)), rows = dense(x);
   const MaybeTensor operand = other.has_value() ? MaybeTensor(dense(*other)) : std::nullopt;
   Weight packed(weight, bias);
@@ -380,10 +494,12 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rowwise(
 
 Tensor linear_quantized(
     const Tensor& x, const Tensor& x_codes, const Tensor& x_scale, const Tensor& outlier_mask, const Tensor& codes,
-    const Tensor& scale, std::optional<double> threshold, int64_t block, const MaybeTensor& columns,
-    const MaybeTensor& columns_weight, const MaybeTensor& bias, const Word& activation, const MaybeTensor& other,
+    const Tensor& scale, std::optional<double> threshold, int64_t block, const MaybeTensor& columns, const MaybeTensor& columns_weight, const MaybeWord& format,
+    std::optional<int64_t> group_size, std::optional<int64_t> in_features, const MaybeTensor& zero_point,
+    const MaybeTensor& scale_range, const MaybeTensor& bias, const Word& activation, const MaybeTensor& other,
     const Word& binary) {
-  const Int8Weight weight{codes, scale, threshold, block, columns, columns_weight};
+  const Int8Weight weight{codes, scale, threshold, block, columns, columns_weight,
+                          format, group_size, in_features, zero_point, scale_range};
   bool legal = product_is_legal(x, weight, bias) && codes.dim() == 2 &&
       epilogue_is_legal(x, weight, activation, other, binary);
   const int64_t M = legal ? count_rows(x) : 0;
@@ -393,8 +509,10 @@ Tensor linear_quantized(
         dtype(outlier_mask) == BOOL && outlier_mask.sizes().equals({weight.K()});
   if (!legal)
     refuse(LINEAR_QUANTIZED, {"x", "codes", "x_scale", "outlier_mask", "weight", "weight_scale", "threshold", "block",
-                              "columns", "columns_weight", "bias", "activation", "other", "binary"},
-           x, x_codes, x_scale, outlier_mask, codes, scale, threshold, block, columns, columns_weight, bias, activation,
+                              "columns", "columns_weight", "format", "group_size", "in_features",
+                    "zero_point", "scale_range", "bias", "activation", "other", "binary"},
+           x, x_codes, x_scale, outlier_mask, codes, scale, threshold, block, columns, columns_weight, format, group_size, in_features, zero_point,
+           scale_range, bias, activation,
            other, binary);
   const Tensor y = empty(sizes_of_y(x, weight), dtype(x)), rows = dense(x), q_codes = dense(x_codes),
                q_scale = dense(x_scale), q_mask = dense(outlier_mask);
@@ -414,13 +532,18 @@ Tensor linear_quantized(
 
 Tensor grouped_linear(
     const Tensor& x, const Tensor& offsets, const Tensor& codes, const Tensor& scale, std::optional<double> threshold,
-    int64_t block, const MaybeTensor& columns, const MaybeTensor& columns_weight, const MaybeTensor& bias) {
-  const Int8Weight weight{codes, scale, threshold, block, columns, columns_weight};
+    int64_t block, const MaybeTensor& columns, const MaybeTensor& columns_weight, const MaybeWord& format,
+    std::optional<int64_t> group_size, std::optional<int64_t> in_features, const MaybeTensor& zero_point,
+    const MaybeTensor& scale_range, const MaybeTensor& bias) {
+  const Int8Weight weight{codes, scale, threshold, block, columns, columns_weight,
+                          format, group_size, in_features, zero_point, scale_range};
   if (!(product_is_legal(x, weight, bias) && codes.dim() == 3 && x.dim() == 2 && offsets.dim() == 1 &&
         offsets.size(0) == codes.size(0) && is_integer(offsets)))
     refuse(GROUPED_LINEAR, {"x", "offsets", "weight", "weight_scale", "threshold", "block", "columns",
-                            "columns_weight", "bias"},
-           x, offsets, codes, scale, threshold, block, columns, columns_weight, bias);
+                            "columns_weight", "format", "group_size", "in_features",
+                    "zero_point", "scale_range", "bias"},
+           x, offsets, codes, scale, threshold, block, columns, columns_weight, format, group_size, in_features,
+           zero_point, scale_range, bias);
   const Tensor y = empty(sizes_of_y(x, weight), dtype(x)), rows = dense(x);
   const Weight packed(weight, bias);
   const std::vector<int64_t> ends = values_of(offsets);
@@ -444,27 +567,33 @@ Tensor grouped_linear(
 // schemes/quantize.py's `dequantize`, bit for bit.
 Tensor dequantize(
     const Tensor& codes, const Tensor& scale, std::optional<double> threshold, int64_t block,
-    const MaybeTensor& columns, const MaybeTensor& columns_weight, ScalarType scalar_type) {
+    const MaybeTensor& columns, const MaybeTensor& columns_weight, const MaybeWord& format,
+    std::optional<int64_t> group_size, std::optional<int64_t> in_features, const MaybeTensor& zero_point,
+    const MaybeTensor& scale_range, ScalarType scalar_type) {
   const int32_t dtype = code_of(scalar_type);
-  if (!is_float(dtype) || !weight_is_legal({codes, scale, threshold, block, columns, columns_weight}))
-    refuse(DEQUANTIZE, {"weight", "weight_scale", "threshold", "block", "columns", "columns_weight", "dtype"}, codes,
-           scale, threshold, block, columns, columns_weight, scalar_type);
-  const Tensor w = empty({codes.sizes().begin(), codes.sizes().end()}, dtype), rows = dense(codes),
-               scales = dense(scale);
+  const Int8Weight weight{codes, scale, threshold, block, columns, columns_weight,
+                          format, group_size, in_features, zero_point, scale_range};
+  if (!is_float(dtype) || !weight_is_legal(weight))
+    refuse(DEQUANTIZE, {"weight", "weight_scale", "threshold", "block", "columns", "columns_weight", "format",
+                        "group_size", "in_features", "zero_point", "scale_range", "dtype"}, codes,
+           scale, threshold, block, columns, columns_weight, format, group_size, in_features, zero_point,
+           scale_range, scalar_type);
+  std::vector<int64_t> sizes(codes.sizes().begin(), codes.sizes().end());
+  sizes.back() = weight.K();
+  const Tensor w = empty(sizes, dtype);
+  const Groups groups(weight);
   const MaybeTensor floats = columns.has_value() ? MaybeTensor(dense(*columns_weight)) : std::nullopt;
   const std::vector<int64_t> indices = columns.has_value() ? values_of(*columns) : std::vector<int64_t>();
-  const int64_t N = scales.numel(), K = codes.size(-1), C = indices.size();
+  const int64_t N = multiply(channels_of(codes)), K = weight.K(), C = indices.size();
   dispatch(dtype, [&](auto of) {
     using scalar_t = decltype(of);
     using T = compute_t<scalar_t>;
-    const auto* from = data_of<int8_t>(rows);
+    const GroupWeight all = groups.of_expert(0);  // its rows are those of all experts
     auto* to = static_cast<scalar_t*>(w.mutable_data_ptr());
     parallel_for(N, std::max<int64_t>(1, 32768 / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
-      std::vector<T> row(K), kept(C);
-      T row_scale;
+      std::vector<T> row(K), kept(C), scales(groups.G);
       for (int64_t n = begin; n < end; ++n) {
-        load_any(floats_of(scales), n, 1, 1, &row_scale);
-        for (int64_t k = 0; k < K; ++k) row[k] = static_cast<T>(from[n * K + k]) * row_scale;
+        all.decode(n, scales.data(), row.data());
         if (block != 1) rotate_row(row.data(), K, block);
         if (C > 0) load_any(floats_of(*floats), n * C, C, C, kept.data());
         for (int64_t c = 0; c < C; ++c) row[indices[c]] = kept[c];
