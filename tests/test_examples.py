@@ -20,7 +20,8 @@ def run(path: Path, *arguments: str) -> str:
 
 
 def test_there_are_examples():
-    assert {path.stem for path in EXAMPLES} == {"quickstart", "show_rewrite", "on_gpu", "inspect_outliers", "lora"}
+    names = {"quickstart", "show_rewrite", "on_gpu", "inspect_outliers", "lora", "weight_only"}
+    assert {path.stem for path in EXAMPLES} == names
 
 
 @pytest.mark.parametrize("name", ["quickstart", "on_gpu"])
@@ -44,6 +45,14 @@ def test_lora_trains_over_each_base(tmp_path):
     for _, before, after, ratio, *_ in rows:
         assert float(after) < float(before)
         assert 0.98 < float(ratio) < 1.02
+
+
+def test_text_is_generated_from_each_format(tmp_path):
+    model = str(save_lm(tmp_path))
+    printed = run(ROOT / "examples" / "weight_only.py", "--model", model, "--tokens", "5")
+    uses = [line for line in printed.split("\n") if " -> " in line]
+    assert len(uses) == 5
+    assert all(use in printed for use in ("load_in_4bit", "load_in_8bit", "beam search", "nf4"))
 
 
 def test_the_docs_show_the_rewrite_as_it_is_printed():

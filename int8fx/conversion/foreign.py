@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..schemes import LLMInt8, Scheme
+from ..schemes import LLMInt8, Scheme, plain, weight_only
 from ..schemes.quantize import INT8_MAX, quantize_weight
 from ..schemes.weight import PackedTensors
 from .forwards import linear_forward
@@ -32,7 +32,7 @@ class ForeignLayer:
     name: str
     module: nn.Module
     tensors: PackedTensors
-    scheme: LLMInt8
+    scheme: Scheme
     dtype: torch.dtype
 
 
@@ -128,7 +128,7 @@ def _torchao(name: str, module: nn.Module) -> ForeignLayer:
         raise ValueError(f"its scales have shape {tuple(weight.scale.shape)}")
     if (zero is not None and bool(zero.any())) or getattr(weight, "act_quant_scale", None) is not None:
         raise ValueError("it is asymmetric or static")
-    scheme = LLMInt8(0.0 if weight.act_quant_kwargs is None else None)
+    scheme = weight_only() if weight.act_quant_kwargs is None else plain()
     scale = weight.scale.reshape(N).float()
     codes = weight.qdata
     if codes.numel() and int(codes.min()) < -INT8_MAX:  # int8fx's codes are symmetric: such rows are rounded again

@@ -108,6 +108,10 @@ class Reading:
         has_fours = FORMATS[grouping.format].bits == 4
         return None if grouping.format == "int8" else grouping.format, grouping.size, self.K if has_fours else None
 
+    def shape(self, codes: Tensor) -> torch.Size:
+        """``[..., N, K]`` of the weight that has these codes."""
+        return codes.shape if self.K is None else torch.Size((*codes.shape[:-1], self.K))
+
     @property
     def scale_dtype(self) -> torch.dtype:
         """Of the scales that are stored."""

@@ -22,7 +22,7 @@ from .selection import Choice
 class Row:
     """One weight.
 
-    shape: as stored.
+    shape: ``[..., N, K]``.
     scheme: the scheme it was quantised with; empty if it was not converted.
     reason: why it was not converted; empty if it was.
     """
@@ -45,7 +45,7 @@ class Summary:
     """What `summary` returns; prints as a table.
 
     parameters: how many the model had before it was converted, including biases and norms.
-    int8_parameters: how many of them are int8 codes now.
+    int8_parameters: how many of them are codes now, of 8 or 4 bits.
     """
 
     rows: tuple[Row, ...]
@@ -90,7 +90,7 @@ def summary(model: Any) -> Summary:
         model: what `convert` takes; also a model that is quantised already, or on meta.
 
     Returns:
-        A `Summary`: ``print`` gives a table; ``rows`` has the numbers (bytes, shapes as stored).
+        A `Summary`: ``print`` gives a table; ``rows`` has the numbers (bytes, shapes).
 
     Raises:
         TypeError: ``model`` is none of these.
@@ -102,13 +102,19 @@ def summary(model: Any) -> Summary:
     seen: set[int] = set()
     rows = [_converted(layer, seen) for layer in packed]
     rows += [_left(layer, reasons.get(layer.name) or layer.reason, bool(packed), seen) for layer in layers]
-    codes = {id(t): t.numel() for t in (_tensors(layer).codes for layer in packed)}
-    parameters = codes | {id(p): p.numel() for p in model.parameters() if not _shapeless(p)}
+    codes = {id(_tensors(layer).codes): _shape(layer).numel() for layer in packed}
+    parameters = {id(p): p.numel() for p in model.parameters() if not _shapeless(p)} | codes
     return Summary(tuple(rows), sum(parameters.values()), sum(codes.values()))
 
 
 def _tensors(layer: PackedLayer) -> PackedTensors:
     return tensors_of(layer.module, layer.parameter)
+
+
+def _shape(layer: PackedLayer) -> torch.Size:
+    """``[..., N, K]``"""
+    codes = _tensors(layer).codes
+    return codes.shape if layer.reading is None else layer.reading.shape(codes)
 
 
 def _shapeless(p: Tensor) -> bool:
@@ -119,12 +125,12 @@ def _converted(layer: PackedLayer, seen: set[int]) -> Row:
     tensors, module, reading = _tensors(layer), layer.module, layer.reading
     kind = float_class(module).__name__ if isinstance(module, PackedModule) else "graph"
     dtype, scheme = (torch.float32, "int8") if reading is None else (reading.dtype, str(reading.scheme))
-    before = tensors.codes.numel() * dtype.itemsize
+    before = _shape(layer).numel() * dtype.itemsize
     after = sum(t.nbytes for t in tensors if t is not None)
     if id(tensors.codes) in seen:
         before = after = 0
     seen.add(id(tensors.codes))
-    return Row(layer.name, kind, tuple(tensors.codes.shape), scheme, "", before, after)
+    return Row(layer.name, kind, tuple(_shape(layer)), scheme, "", before, after)
 
 
 def _left(layer: Layer, reason: str | None, is_converted: bool, seen: set[int]) -> Row:

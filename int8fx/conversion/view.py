@@ -102,7 +102,7 @@ class PackedWeight(Tensor):
         ``copied``: the values of a copy."""
         reading, codes = module.packed_weights[name], getattr(module, name + CODES)
         if view is None:
-            shape, stride, offset = *_whole_geometry(reading, _shape(reading, codes)), 0
+            shape, stride, offset = *_whole_geometry(reading, reading.shape(codes)), 0
         else:
             shape, stride, offset = view.shape, view.stride(), int(view.storage_offset())
         self = Tensor._make_wrapper_subclass(
@@ -118,14 +118,14 @@ class PackedWeight(Tensor):
     @property
     def geometry(self) -> Tensor:
         """A meta tensor: a view of a contiguous ``[..., N, K]`` weight that has the values of this one."""
-        size = math.prod(_shape(self.module.packed_weights[self.weight_name], self._codes))
+        size = math.prod(self.module.packed_weights[self.weight_name].shape(self._codes))
         return torch.empty(size, device="meta").as_strided(self.shape, self.stride(), self.storage_offset())
 
     @property
     def is_whole(self) -> bool:
         """Whether this is the weight as the module uses it, not a part or a copy of it."""
         reading = self.module.packed_weights[self.weight_name]
-        shape, stride = _whole_geometry(reading, _shape(reading, self._codes))
+        shape, stride = _whole_geometry(reading, reading.shape(self._codes))
         return self.copied is None and _places(self) == (shape, stride, 0)
 
     @property
@@ -274,11 +274,6 @@ class _Copy:
                     k: t.clone() for k, t in copy.packed._asdict().items() if isinstance(t, Tensor)
                 }
                 copy.packed = copy.packed._replace(**tensors)
-
-
-def _shape(reading: Any, codes: Tensor) -> torch.Size:
-    """``[..., N, K]`` of the weight that has these codes."""
-    return codes.shape if reading.K is None else torch.Size((*codes.shape[:-1], reading.K))
 
 
 @lru_cache(maxsize=4096)

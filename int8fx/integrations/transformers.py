@@ -37,7 +37,7 @@ from ..conversion.format import FORMAT, VERSION
 from ..conversion.layers import Layer, check_weight, grouped, layer_name, quantised_by
 from ..conversion.modules import check_what_is_loaded, leave_fast_paths, pack_layers
 from ..conversion.packed import PackedModule, is_packed, join, refuse_unfit, tensors_of, tie_equal_columns
-from ..schemes import Scheme, llm_int8, parse_scheme, stored_text
+from ..schemes import Scheme, llm_int8, of_bits, parse_scheme, stored_text
 from ..schemes.weight import CODES
 from .checksums import WANTED, adds_checksums
 from .stored import (
@@ -63,6 +63,7 @@ class Int8FxConfig(QuantizationConfigMixin):
 
     Args:
         scheme: as `int8fx.convert` takes it, or its text: ``"rotated(columns=0)"``.
+        bits: 8 or 4, in place of a scheme: `schemes.of_bits`.
         skip: names and patterns of layers that stay in 16 bits, as in `int8fx.convert`.
         select: names and patterns of the layers to convert; by default as in `int8fx.convert`.
         modules_to_not_convert: the same as ``skip``, under transformers' name.
@@ -82,6 +83,7 @@ class Int8FxConfig(QuantizationConfigMixin):
         skip: list[str] | str | None = None,
         select: list[str] | str | None = None,
         *,
+        bits: int | None = None,
         modules_to_not_convert: list[str] | None = None,
         version: int | None = None,
         llm_int8_threshold: float | None = None,
@@ -94,16 +96,18 @@ class Int8FxConfig(QuantizationConfigMixin):
             raise ValueError(f"Int8FxConfig: format version {version}; this int8fx reads up to {VERSION}: update it")
         unknown.pop("quant_method", None)
         if unknown:
-            raise TypeError(f"Int8FxConfig: unknown arguments {sorted(unknown)}; legal: scheme, skip, select")
+            raise TypeError(f"Int8FxConfig: unknown arguments {sorted(unknown)}; legal: scheme, bits, skip, select")
         if llm_int8_has_fp16_weight:
             raise ValueError(
                 "Int8FxConfig: llm_int8_has_fp16_weight=True trains 16-bit weights; int8fx has none: train adapters "
                 "(LoRA) on the int8 model, or leave layers out with skip=[...]"
             )
+        if sum(given is not None for given in (scheme, bits, llm_int8_threshold)) > 1:
+            raise ValueError("Int8FxConfig: more than one of scheme, bits and llm_int8_threshold; legal: one of them")
         if llm_int8_threshold is not None:
-            if scheme is not None:
-                raise ValueError("Int8FxConfig: scheme and llm_int8_threshold; legal: one of them")
             scheme = llm_int8(llm_int8_threshold or None)
+        if bits is not None:
+            scheme = of_bits(bits)
         if isinstance(scheme, str):
             scheme = parse_scheme(scheme, stored=version is not None)
         elif not isinstance(scheme, Scheme | None):

@@ -258,6 +258,17 @@ def rotated(block: int = 256, columns: float = 0.01, rounding: str = "nearest", 
     return Rotated(block, columns, rounding, hadamard)
 
 
+def of_bits(bits: int) -> LLMInt8 | WeightOnly:
+    """A scheme for weights of ``bits``: 8 is `llm_int8`, 4 is int4 in groups of 32, as GGUF's Q4_0 has it.
+
+    Raises:
+        ValueError: bits is neither.
+    """
+    if bits not in (4, 8) or isinstance(bits, bool):
+        raise ValueError(f"bits must be 4 or 8, found {bits!r}")
+    return llm_int8() if bits == 8 else weight_only("int4_fullrange", 32, scale_dtype="float16", compute="int8")
+
+
 _MAKERS: dict[str, Callable[..., Scheme]] = {
     "llm_int8": llm_int8,
     "rotated": rotated,
@@ -267,6 +278,7 @@ _MAKERS: dict[str, Callable[..., Scheme]] = {
 
 
 _SHOWN = 200  # characters of a text that is no scheme, in messages
+_NAME = re.compile(r"'\w*'")
 _WARNED = re.compile(r"\\|[\d.](?![eE][+-]?\d)[A-Za-z]")  # Python's parser may warn of it: "\d", 1if, 0x1for
 
 
@@ -288,7 +300,7 @@ def parse_scheme(text: str, stored: bool = False) -> Scheme:
         ValueError: ``text`` is not such an expression.
     """
     try:
-        if odd := _WARNED.search(text):
+        if odd := _WARNED.search(_NAME.sub("''", text)):
             raise SyntaxError(f"invalid syntax: {odd[0]!r}")
         tree = ast.parse(text.strip(), mode="eval").body
         call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
@@ -301,7 +313,7 @@ def parse_scheme(text: str, stored: bool = False) -> Scheme:
     except (SyntaxError, KeyError, AttributeError, TypeError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(
             f"scheme {repr(text)[:_SHOWN]}: {str(error)[:_SHOWN]}; legal: llm_int8(threshold=6, columns=0), "
-            "rotated(...), weight_only, plain"
+            "rotated(...), weight_only(dtype='int4_clip', group_size=32), plain"
         ) from error
 
 

@@ -170,7 +170,7 @@ def quantize_groups(weight: Tensor, grouping: Grouping) -> GroupCodes:
         codes = (steps.round() + zero).clamp(*_code_range(spec, zero_point is not None))
     else:
         codes = _nearest_level(steps, spec)
-    codes = codes.view(R, -1)[:, :K]
+    codes = codes.flatten(1)[:, :K]
     one = grouping.size is None
     return GroupCodes(
         codes.to(torch.int8) if spec.bits == 8 else _pack(codes.to(torch.uint8)),
@@ -209,7 +209,8 @@ def _zero_points(groups: Tensor, scale: Tensor, spec: Format) -> Tensor:
 def _rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``scale`` rounded to ``dtype``, and at least as large as its smallest positive value, with the sign it had."""
     rounded = scale.to(dtype).to(scale.dtype)
-    if not bool(rounded.isfinite().all()):
+    has_values = type(rounded) is Tensor and not rounded.is_meta  # fake tensors have none
+    if has_values and not bool(rounded.isfinite().all()):
         raise ValueError(
             f"a group has the scale {scale.abs().max().item():.4g}, which {dtype} does not hold; legal: another "
             "scale_dtype"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__, llm_int8
-from ..schemes import Scheme, parse_scheme
+from ..schemes import Scheme, of_bits, parse_scheme
 from ..schemes.quantize import DEFAULT_THRESHOLD
 from .bench.settings import Settings
 from .bench.suites import SUITES
@@ -125,7 +125,9 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("source", metavar="SRC", type=Path, help="the folder of a float model")
     parser.add_argument("target", metavar="DST", type=Path, help="the folder to write")
-    parser.add_argument("--scheme", default="llm_int8", help="as in Python: rotated, llm_int8(threshold=5)")
+    scheme = parser.add_mutually_exclusive_group()
+    scheme.add_argument("--scheme", default="llm_int8", help="as in Python: rotated, llm_int8(threshold=5)")
+    scheme.add_argument("--bits", type=int, choices=(4, 8), help="of the weights, in place of a scheme")
     parser.add_argument("--skip", nargs="+", default=[], metavar="PATTERN", help="layers that stay in 16 bits")
     parser.add_argument("--select", nargs="+", metavar="PATTERN", help="the layers to convert")
     parser.add_argument("--max-shard-size", default="5GB", help="the largest file")
@@ -136,7 +138,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 def _convert(args: argparse.Namespace) -> int:
     try:
-        parse_scheme(args.scheme)
+        scheme = parse_scheme(args.scheme) if args.bits is None else of_bits(args.bits)
     except ValueError as error:
         args.error(str(error))
     if _lacks("convert", "transformers", CONVERT_NEEDS):
@@ -145,7 +147,7 @@ def _convert(args: argparse.Namespace) -> int:
     from .checkpoint import CheckpointError, convert_checkpoint, read_contents
 
     try:
-        config = Int8FxConfig(args.scheme, args.skip, args.select)
+        config = Int8FxConfig(scheme, args.skip, args.select)
         shard = args.max_shard_size
         convert_checkpoint(args.source, args.target, config, max_shard_size=shard, overwrite=args.overwrite)
         contents = read_contents(args.target)

@@ -52,7 +52,7 @@ def ties(model: nn.Module) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "transformer", "bare_products", "tied_lm"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("where", ["quantizer.quantize_weight", "packed.packed_class"])
+@pytest.mark.parametrize("where", ["quantizer.pack_weight", "packed.packed_class"])
 def test_an_interrupted_convert_leaves_a_model_that_runs(name, error, where, monkeypatch):
     path, function = where.split(".")
     module = importlib.import_module(f"int8fx.conversion.{path}")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import int8fx
 from int8fx.conversion.format import FORMAT
 from int8fx.conversion.packed import PackedModule
+from int8fx.schemes.formats import FORMATS
 from int8fx.schemes.weight import CODES, Epilogue
 
 EXPECTED = {
@@ -70,7 +71,8 @@ def test_whole_models_are_as_good_as_the_reference(name, scheme):
     assert names
     assert {r.scheme for module in packed_modules(model) for r in module.packed_weights.values()} == {scheme}
     y_reference = outputs(as_reference(twin, model, scheme), inputs)
-    assert_as_good_as_the_reference(outputs(model, inputs), y_reference, y_float)
+    coarsest = 0.25 if FORMATS[scheme.grouping.format].bits == 8 else 1.0  # random weights, not trained ones
+    assert_as_good_as_the_reference(outputs(model, inputs), y_reference, y_float, coarsest)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "t5"])

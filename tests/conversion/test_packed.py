@@ -21,7 +21,7 @@ import int8fx
 from int8fx.conversion.forwards import linear_forward
 from int8fx.conversion.packed import PackedModule, Reading, float_class, pack_modules, packed_class, tensors_of
 from int8fx.schemes.quantize import dequantize, quantize_weight
-from int8fx.schemes.weight import COLUMNS, Epilogue, Int8Weight, PackedTensors
+from int8fx.schemes.weight import CODES, COLUMNS, Epilogue, Int8Weight, PackedTensors
 
 LLM_INT8 = int8fx.llm_int8()
 
@@ -201,7 +201,7 @@ def test_state_dict_round_trip(name, scheme, assign):
     other, _ = converted(name, scheme, seed=9)
     assert not torch.equal(run(other, inputs), y)
     state = saved(model.state_dict())
-    assert any(v.dtype == torch.int8 for v in state.values())
+    assert any(v.dtype == torch.int8 or k.endswith(CODES) for k, v in state.items())
     result = other.load_state_dict(state, assign=assign)
     assert not result.missing_keys
     assert not result.unexpected_keys

@@ -11,11 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.conversion import SCHEMES
+from support.helpers import largest_scale
 from torch import Tensor, nn
 from torch.utils.dlpack import to_dlpack
 
 import int8fx
 from int8fx.conversion.view import PackedWeight, dense
+from int8fx.schemes.formats import FORMATS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -118,7 +120,8 @@ def test_a_write_lands_within_half_a_step_and_other_rows_keep_their_bits(data):
     was, now = before.dequantize(), module.dequantize()
     assert torch.equal(now[~reached], was[~reached])
     spread = abs(scheme.rotation) ** 0.5  # one rounding of a rotated weight moves the values of its block
-    half = 0.5 * module.weight_scale[:, None] * spread * (1 + 1e-5) + 1e-6
+    steps = 0.5 if FORMATS[scheme.grouping.format].bits == 8 else 1.0  # of 4 bits: full range ends at 7, nf4 is uneven
+    half = steps * largest_scale(module.packed()) * spread * (1 + 1e-5) + 1e-6
     assert ((now - expected).abs() <= half)[reached].all()
 
 

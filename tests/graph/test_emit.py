@@ -69,7 +69,7 @@ def call_of_linear(graph: Graph, *args: object, **kwargs: object) -> torch.fx.No
 
 def test_arguments_that_are_defaults_are_left_out():
     graph = Graph()
-    node = call_of_linear(graph, 6.0, 1, None, None, None, "none", None, "none")
+    node = call_of_linear(graph, 6.0, 1, *[None] * 8, "none", None, "none")
     assert node.args[3:] == (6.0,)
     assert node.meta["val"].shape == (5, 6)
 

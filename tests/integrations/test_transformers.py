@@ -368,6 +368,17 @@ def test_a_configuration_of_a_file_keeps_its_meaning():
         assert config.to_dict()["scheme"] == "rotated(block=256, hadamard='regular')"
 
 
+def test_bits_choose_a_scheme():
+    assert int8fx.Int8FxConfig(bits=8).scheme == int8fx.llm_int8()
+    scheme = int8fx.Int8FxConfig(bits=4).scheme
+    assert (scheme.dtype, scheme.group_size, scheme.compute) == ("int4_fullrange", 32, "int8")
+    for bits in (3, 16, True, "4"):
+        with pytest.raises(ValueError, match="bits must be 4 or 8"):
+            int8fx.Int8FxConfig(bits=bits)
+    with pytest.raises(ValueError, match="legal: one of them"):
+        int8fx.Int8FxConfig("rotated", bits=4)
+
+
 def test_bitsandbytes_names():
     config = int8fx.Int8FxConfig(
         llm_int8_threshold=5.0, llm_int8_skip_modules=["lm_head"], llm_int8_enable_fp32_cpu_offload=True
@@ -376,7 +387,7 @@ def test_bitsandbytes_names():
     assert int8fx.Int8FxConfig(llm_int8_threshold=0.0).scheme == int8fx.plain()
     with pytest.raises(ValueError, match="train adapters"):
         int8fx.Int8FxConfig(llm_int8_has_fp16_weight=True)
-    with pytest.raises(ValueError, match="scheme and llm_int8_threshold"):
+    with pytest.raises(ValueError, match="more than one of scheme, bits and llm_int8_threshold"):
         int8fx.Int8FxConfig("rotated", llm_int8_threshold=6.0)
     with pytest.raises(TypeError, match="unknown arguments"):
         int8fx.Int8FxConfig(threshold=6.0)

@@ -16,6 +16,7 @@ from support.helpers import (
     problems,
     rotation_error,
     seeds,
+    stored_rows,
     unit_roundoff,
     weights,
 )
@@ -77,7 +78,7 @@ def test_gradients_are_those_of_the_dequantised_linear(p, seed):
     smallest = torch.finfo(x.dtype).smallest_normal
     budget = (y.shape[-1] + 3) * (u * terms_x + smallest)
     if weight.block != 1:  # and the weight is rotated in the sums' dtype
-        v = weight.codes.double() * weight.scale.double().unsqueeze(-1)
+        v = stored_rows(weight)
         ct = torch.float64 if x.dtype == torch.float64 else torch.float32
         budget = budget + 2 * grad.double().abs() @ rotation_error(v, weight.block, ct)
     assert (computed[0].dtype, computed[0].shape) == (x.dtype, x.shape)
@@ -207,7 +208,7 @@ def test_grouped_gradients_are_those_of_linear_per_group(data):
     begin = 0
     for e, end in enumerate(offsets.tolist()):
         g, w = grad[begin:end].double(), ops.dequantize(*weight.of_expert(e), dtype=torch.float64)
-        v = weight.codes[e].double() * weight.scale[e].double()[:, None]
+        v = stored_rows(weight.of_expert(e))
         ct = torch.float64 if dtype == torch.float64 else torch.float32
         slack = (channels + 3 + E) * (u * (g.abs() @ w.abs()) + torch.finfo(dtype).smallest_normal)
         slack = slack + 2 * g.abs() @ rotation_error(v, weight.block, ct)

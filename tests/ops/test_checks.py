@@ -22,11 +22,8 @@ EPILOGUE = {"activation": "none", "other": None, "binary": "none"}
 
 def arguments(weight) -> dict:
     """An `Int8Weight` by the names of the ops' arguments."""
-    codes, scale, threshold, block, columns, columns_weight = weight
-    return {
-        "weight": codes, "weight_scale": scale, "threshold": threshold, "block": block, "columns": columns,
-        "columns_weight": columns_weight,
-    }  # fmt: skip
+    names = {"codes": "weight", "scale": "weight_scale"}
+    return {names.get(field, field): value for field, value in weight._asdict().items()}
 
 
 def legal(name: str) -> dict:
@@ -61,8 +58,8 @@ def refused_x():
 def refused_weights():
     for name in (*MATMULS, "dequantize"):
         weight = legal(name)["weight"]
-        yield name, {"weight": weight.float()}, "weight has dtype torch.float32; legal: int8 codes"
-        yield name, {"weight": weight.to(torch.uint8)}, "weight has dtype torch.uint8; legal: int8 codes"
+        for dtype in (torch.float32, torch.uint8):
+            yield name, {"weight": weight.to(dtype)}, f"weight has dtype {dtype}; legal: torch.int8 codes of 8 bits"
         message = f"weight_scale has shape (3,), dtype torch.float32 for a weight {tuple(weight.shape)}"
         yield name, {"weight_scale": torch.ones(3)}, f"{message}; legal: one float scale per output channel"
         for dtype in (torch.int32, torch.float8_e4m3fn):
@@ -86,6 +83,39 @@ def refused_weights():
     ):
         scale = torch.ones(weight.shape[:-1])
         yield name, {"weight": weight, "weight_scale": scale}, f"weight has {weight.dim()} dimensions; legal: {dims}"
+
+
+def refused_formats():
+    for name in (*MATMULS, "dequantize"):
+        weight = legal(name)["weight"]
+        channels = weight.shape[:-1]
+        fours = {"weight": torch.zeros(*channels, -(-K // 2), dtype=torch.uint8), "format": "nf4", "in_features": K}
+        scales, zeros = torch.ones(*channels, 3), torch.zeros(*channels, 3, dtype=torch.uint8)
+        groups = {**fours, "group_size": 8, "weight_scale": torch.ones(*channels, -(-K // 8))}
+        yield name, {"format": "int3"}, "format 'int3'; legal: None, int8, int4_clip"
+        yield name, {"format": "nf4"}, "weight has dtype torch.int8; legal: torch.uint8 codes of 4 bits"
+        yield name, {"in_features": K}, f"in_features {K} for codes {tuple(weight.shape)} of 8 bits; legal: K of codes"
+        for wrong in (None, K + 2, -1):
+            shape = tuple(fours["weight"].shape)
+            yield name, {**fours, "in_features": wrong}, f"in_features {wrong} for codes {shape} of 4 bits; legal: K of"
+        for size in (0, -1, MAX_K + 1):
+            yield name, {"group_size": size}, f"group_size {size}; legal: None, or 1 to {MAX_K}"
+        yield name, {**groups, "weight_scale": scales}, f"weight_scale has shape {(*channels, 3)}, dtype torch.float32"
+        yield name, {**fours, "weight_scale": scales}, f"weight_scale has shape {(*channels, 3)}, dtype torch.float32"
+        yield name, {**groups, "zero_point": zeros}, "zero_point has shape"
+        for format in ("nf4", "int4_clip"):
+            whole = torch.zeros_like(groups["weight_scale"])
+            if format == "nf4":
+                yield name, {**groups, "zero_point": whole.to(torch.uint8)}, "legal: None for nf4"
+            else:
+                wrong = {**groups, "format": format, "zero_point": whole.to(torch.int8)}
+                yield name, wrong, f"legal: {tuple(whole.shape)}, torch.uint8"
+        bytes_ = {**groups, "weight_scale": groups["weight_scale"].to(torch.uint8)}
+        yield name, bytes_, "of a float dtype, or uint8 with scale_range"
+        scale_range = torch.zeros(*channels, 2)
+        yield name, {**groups, "scale_range": scale_range}, "of a float dtype, or uint8 with scale_range"
+        for wrong in (scale_range.double(), scale_range[..., :1]):
+            yield name, {**bytes_, "scale_range": wrong}, f"legal: {(*channels, 2)}, torch.float32"
 
 
 def refused_schemes():
@@ -167,7 +197,15 @@ def refused_groups():
 
 REFUSED = [
     case
-    for cases in (refused_x, refused_weights, refused_schemes, refused_epilogues, refused_quantized, refused_groups)
+    for cases in (
+        refused_x,
+        refused_weights,
+        refused_formats,
+        refused_schemes,
+        refused_epilogues,
+        refused_quantized,
+        refused_groups,
+    )
     for case in cases()
 ]
 

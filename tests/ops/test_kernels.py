@@ -300,7 +300,9 @@ def test_grouped_linear_is_linear_per_group(kernels, data):
     after, K, seed = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 60)), data.draw(seeds)
     dtype, offset_dtype = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from((torch.int32, torch.int64)))
     weight = data.draw(weights(K, len(sizes), dtype=dtype))
-    bias = torch.randn(weight.scale.shape, generator=generator(seed)).to(dtype) if data.draw(st.booleans()) else None
+    bias = (
+        torch.randn(weight.codes.shape[:-1], generator=generator(seed)).to(dtype) if data.draw(st.booleans()) else None
+    )
     x = activation(sum(sizes) + after, K, outliers="some", dtype=dtype, seed=seed)
     offsets = torch.tensor(sizes).cumsum(0).to(offset_dtype)
     y = kernels.grouped_linear(x, offsets, weight, bias)

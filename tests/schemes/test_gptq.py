@@ -122,7 +122,7 @@ def test_experts_are_rounded_by_their_common_moments():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_unquantised_columns_have_the_weights_dtype(dtype):
     x, columns = correlated(300, 60), columns_of(60, 2)
-    codes, scale, _, columns_weight = round_weight(weight_of(8, 60).to(dtype), x.T @ x, 64, columns)
+    codes, scale, _, columns_weight, *_ = round_weight(weight_of(8, 60).to(dtype), x.T @ x, 64, columns)
     assert (codes.dtype, scale.dtype, columns_weight.dtype) == (torch.int8, torch.float32, dtype)
 
 

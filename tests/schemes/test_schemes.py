@@ -9,8 +9,11 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.helpers import groupings
 
+from int8fx.conversion.format import same_arithmetic
 from int8fx.schemes import LLMInt8, Rotated, llm_int8, parse_scheme, plain, rotated, stored_text, weight_only
+from int8fx.schemes.formats import FORMATS
 from int8fx.schemes.quantize import MAX_THRESHOLD
 
 thresholds = st.one_of(st.none(), st.just(math.inf), st.floats(0, MAX_THRESHOLD), st.integers(0, 100))
@@ -26,6 +29,18 @@ schemes = st.one_of(
         st.sampled_from(("regular", "sylvester")),
     ),
     st.sampled_from((llm_int8(), weight_only(), plain(), rotated())),
+    st.builds(
+        lambda grouping, compute: weight_only(
+            grouping.format,
+            -1 if grouping.size is None else grouping.size,
+            grouping.asymmetric,
+            str(grouping.scale_dtype).removeprefix("torch."),
+            grouping.double_quant,
+            compute if FORMATS[grouping.format].is_integer else "fp32",
+        ),
+        groupings(),
+        st.sampled_from(("fp32", "int8")),
+    ),
 )
 
 
@@ -40,8 +55,33 @@ def test_the_default_threshold_is_the_papers():
 def test_plain_and_weight_only_are_llm_int8_at_its_limits():
     assert plain() == llm_int8(None) == llm_int8(math.inf) == LLMInt8(math.inf)
     assert plain().threshold is None
-    assert weight_only() == llm_int8(0) == llm_int8(threshold=0.0)
+    assert same_arithmetic(weight_only(), llm_int8(0))
+    assert not same_arithmetic(weight_only(), weight_only("int4_clip"))
     assert llm_int8(MAX_THRESHOLD).threshold == MAX_THRESHOLD
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "int4"}, "dtype must be one of int8, int4_clip, .*found 'int4'"),
+        ({"dtype": ["int8"]}, "dtype must be one of"),
+        ({"group_size": 0}, "group_size must be -1 or 1 to .*found 0"),
+        ({"group_size": -2}, "group_size must be"),
+        ({"group_size": True}, "group_size must be"),
+        ({"group_size": 32.0}, "group_size must be"),
+        ({"scale_dtype": "float64"}, "scale_dtype must be one of float32, bfloat16, float16"),
+        ({"compute": "bf16"}, "compute must be one of fp32, int8"),
+        ({"dtype": "nf4", "compute": "int8"}, "'nf4' is a table of floats; compute must be 'fp32'"),
+        ({"dtype": "nf4", "asymmetric": True}, "asymmetric weights are int8 or int4_clip"),
+        ({"dtype": "int4_fullrange", "asymmetric": True}, "asymmetric weights are int8 or int4_clip"),
+        ({"asymmetric": 1}, "asymmetric must be True or False"),
+        ({"double_quant": True}, "double_quant quantises the scales of groups; group_size is -1"),
+        ({"double_quant": True, "group_size": 8, "scale_dtype": "float16"}, "found scale_dtype 'float16' beside it"),
+    ],
+)
+def test_illegal_weight_only(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        weight_only(**arguments)
 
 
 def test_the_defaults_of_rotated():
@@ -137,7 +177,12 @@ def test_text_is_read_back(scheme):
         (llm_int8(3), "llm_int8(threshold=3.0)"),
         (llm_int8(columns=0.02), "llm_int8(columns=0.02)"),
         (llm_int8(None, 0.5), "llm_int8(threshold=None, columns=0.5)"),
-        (llm_int8(0), "weight_only"),
+        (llm_int8(0), "llm_int8(threshold=0.0)"),
+        (weight_only(), "weight_only"),
+        (
+            weight_only("fp4_e2m1_bnb", 64, double_quant=True),
+            "weight_only(dtype='fp4_e2m1_bnb', group_size=64, double_quant=True)",
+        ),
         (llm_int8(math.inf), "plain"),
         (rotated(), "rotated"),
         (rotated(columns=0), "rotated(columns=0.0)"),

@@ -9,7 +9,8 @@ from int8fx.schemes.weight import NO_EPILOGUE, SUFFIXES, Epilogue, Int8Weight, P
 
 def test_fields_have_the_order_and_the_defaults_of_the_ops_arguments():
     expected = [("weight", None), ("weight_scale", None), ("threshold", None), ("block", 1)]
-    expected += [("columns", None), ("columns_weight", None)]
+    expected += [("columns", None), ("columns_weight", None), ("format", None), ("group_size", None)]
+    expected += [("in_features", None), ("zero_point", None), ("scale_range", None)]
     expected += [("bias", None), ("activation", "none"), ("other", None), ("binary", "none")]
     arguments = [(a.name, a.default_value) for a in overload("linear")._schema.arguments[1:]]
     assert arguments == expected
@@ -49,7 +50,7 @@ def test_tensors_are_read_back_by_name(columns):
     weight = make_weight(columns=columns)
     packed = PackedTensors(weight.codes, weight.scale, weight.columns, weight.columns_weight)
     named = packed.named("in_proj")
-    assert list(named) == ["in_proj" + suffix for suffix in (SUFFIXES if columns else SUFFIXES[:2])]
+    assert list(named) == ["in_proj" + suffix for suffix in (SUFFIXES[:4] if columns else SUFFIXES[:2])]
     others = {"bias": make_bias(7), "in_proj_other": make_bias(7)}
     again = PackedTensors.of({**others, **named}, "in_proj")
     assert all(a is b for a, b in zip(again, packed, strict=True))

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from int8fx.ops.rows import Form, form
 from int8fx.schemes import reference
-from int8fx.schemes.quantize import compute_dtype, dequantize, outlier_mask, quantize_rowwise, quantize_weight
+from int8fx.schemes.formats import FORMATS, Grouping, read_scale
+from int8fx.schemes.quantize import (
+    compute_dtype,
+    dequantize,
+    outlier_mask,
+    pack_weight,
+    quantize_rowwise,
+    quantize_weight,
+)
 from int8fx.schemes.rotate import rotate, rotation_blocks
 from int8fx.schemes.weight import NO_EPILOGUE, Epilogue, Int8Weight
 
@@ -238,11 +246,25 @@ def kernels_linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue = NO_EPILOG
 def slices_of(x: Tensor, weight: Int8Weight) -> int:
     """Into how many parts a kernel may cut its int8 sum: what each part adds is a rounding.
 
-    torch's operators: float32 sums of 1040 integers. Weight-only kernels: floating point, 16 sums at once at least (8
-    in float64), a remainder of less than two vectors, and the sum of the sums.
+    Groups, and other formats than int8: floating point. torch's operators: float32 sums of 1040 integers. Weight-only
+    kernels: floating point, 16 sums at once at least (8 in float64), a remainder of less than two vectors, and the sum
+    of the sums.
     """
     K = x.shape[-1]
+    if not weight.is_plain:
+        return K + 4
     return math.ceil(K / 8) + 32 if form_of(x, weight) is Form.WEIGHT_ONLY else math.ceil(K / 1040)
+
+
+def stored_rows(weight: Int8Weight) -> Tensor:
+    """The values that the codes of ``weight`` stand for, before the rotation, as float64."""
+    return dequantize(weight._replace(block=1, columns=None, columns_weight=None), torch.float64)
+
+
+def largest_scale(weight: Int8Weight) -> Tensor:
+    """``[N, 1]``: the largest scale of each channel, as float64."""
+    scale = read_scale(weight.scale, weight.scale_range, torch.float64).abs()
+    return (scale if weight.group_size is None else scale.amax(-1)).unsqueeze(-1)
 
 
 def rotation_error(z: Tensor, block: int, ct: torch.dtype) -> Tensor:
@@ -265,7 +287,7 @@ def bound(x: Tensor, weight: Int8Weight, bias: Tensor | None = None, slices: int
             for e in range(weight.codes.shape[0])
         ]
         return Bound(*(torch.stack([getattr(p, name) for p in parts]) for name in ("codes", "sums", "magnitude")))
-    codes, scale, threshold, block, columns, columns_weight = weight
+    codes, _, threshold, block, columns, columns_weight, *_ = weight
     K, ct = x.shape[-1], compute_dtype(x.dtype)
     x2d = x.reshape(math.prod(x.shape[:-1]), K).to(ct)
     quantised = x2d if columns is None else x2d.index_fill(1, columns, 0)
@@ -273,7 +295,7 @@ def bound(x: Tensor, weight: Int8Weight, bias: Tensor | None = None, slices: int
     quantised = quantised.masked_fill(mask, 0)
     x_codes, x_scale = quantize_rowwise(rotate(quantised, block))
     x_scale = x_scale.double().unsqueeze(-1)
-    v = (codes.double() * scale.double().unsqueeze(-1)).abs()
+    v = stored_rows(weight).abs()
     included = ~mask if block == 1 else torch.ones_like(mask)
     rounded = x_scale / 2 * (1 + 2**-16) * v[:, included].sum(-1)
     magnitude = (x_codes.double().abs() * x_scale) @ v.T + x2d[:, mask].double().abs() @ v[:, mask].T
@@ -286,7 +308,7 @@ def bound(x: Tensor, weight: Int8Weight, bias: Tensor | None = None, slices: int
     n = (outliers + slices + 4) * unit_roundoff(ct)
     sums = n / (1 - n) * magnitude + (outliers + 1) * half_subnormal(ct)
     if x.dtype == torch.bfloat16:  # D
-        sums = sums + torch.finfo(x.dtype).tiny * (v + scale.double().unsqueeze(-1)).sum(-1)
+        sums = sums + torch.finfo(x.dtype).tiny * (v + largest_scale(weight)).sum(-1)
         if columns is not None:
             of_x, of_w = x2d[:, columns].double().abs().sum(-1), columns_weight.double().abs().sum(-1)
             sums = sums + torch.finfo(x.dtype).tiny * (of_x.unsqueeze(-1) + of_w + len(columns))
@@ -419,8 +441,9 @@ def activations(draw, lead=None, K=None, dtype=dtypes, values=VALUES, layouts=LA
     return with_layout(x.reshape(*lead, K), draw(st.sampled_from(layouts)))
 
 
-SCHEMES = ("llm_int8", "columns", "rotated", "rotated columns")
-"""What an `Int8Weight` can be: with a threshold (or none), unquantised columns, a rotation, and both of the latter."""
+SCHEMES = ("llm_int8", "columns", "rotated", "rotated columns", "groups")
+"""What an `Int8Weight` can be: with a threshold (or none), unquantised columns, a rotation, both of the latter, or of
+any format of `formats.FORMATS` and any of these too."""
 schemes = st.sampled_from(SCHEMES)
 
 
@@ -428,6 +451,8 @@ schemes = st.sampled_from(SCHEMES)
 def weights(draw, K: int, experts: int | None = None, scheme=schemes, dtype=torch.float32) -> Int8Weight:
     """A packed weight of any scheme; ``experts``: a 3-D weight. ``dtype``: of unquantised columns, or a 16-bit one."""
     N, seed, name = draw(sizes), draw(seeds), draw(scheme)
+    if name == "groups":
+        return draw(weights_in_groups(N, K, experts, seed, dtype))
     zero_row, spread = draw(st.booleans()), draw(st.sampled_from((0.0, 8.0)))
     packed = [packed_weight(N, K, zero_row=zero_row, spread=spread, seed=seed + e) for e in range(experts or 1)]
     codes, scale = (torch.stack(parts) if experts else parts[0] for parts in zip(*packed, strict=True))
@@ -447,6 +472,46 @@ def weights(draw, K: int, experts: int | None = None, scheme=schemes, dtype=torc
 
 
 @st.composite
+def groupings(draw) -> Grouping:
+    """Any grouping that a weight can have."""
+    name, size = draw(st.sampled_from(sorted(FORMATS))), draw(st.sampled_from((None, 1, 7, 16, 32, 64, 200)))
+    double_quant = size is not None and draw(st.booleans())
+    dtype = torch.float32 if double_quant else draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
+    return Grouping(name, size, name in ("int8", "int4_clip") and draw(st.booleans()), dtype, double_quant)
+
+
+@st.composite
+def weights_in_groups(draw, N: int, K: int, experts: int | None, seed: int, dtype: torch.dtype) -> Int8Weight:
+    grouping, block = draw(groupings()), draw(st.sampled_from((1, 1, 1, -16)))
+    w = torch.randn(*(experts or 1,), N, K, generator=generator(seed))
+    w = w * torch.exp2(draw(st.sampled_from((0.0, 8.0))) * torch.rand(N, 1, generator=generator(seed + 1)))
+    columns = None
+    if draw(st.booleans()):
+        columns = torch.randperm(K, generator=generator(seed))[: draw(st.integers(0, 4))].sort().values
+    threshold = draw(thresholds) if block == 1 else None
+    return in_groups(w if experts else w[0], grouping, threshold, block, columns, dtype)
+
+
+def in_groups(
+    weight: Tensor,
+    grouping: Grouping,
+    threshold: float | None = None,
+    block: int = 1,
+    columns: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Int8Weight:
+    """``weight [..., N, K]`` as ``grouping`` has it; ``dtype``: of unquantised columns."""
+    tensors = pack_weight(weight, grouping, block, columns)
+    columns_weight = None if tensors.columns_weight is None else tensors.columns_weight.to(dtype)
+    is_int8 = grouping.format == "int8"
+    name, K = None if is_int8 else grouping.format, None if is_int8 else weight.shape[-1]
+    return Int8Weight(
+        tensors.codes, tensors.scale, threshold, block, columns, columns_weight, name, grouping.size, K,
+        tensors.zero_point, tensors.scale_range,
+    )  # fmt: skip
+
+
+@st.composite
 def problems(
     draw, dtype=dtypes, values=VALUES, layouts=LAYOUTS, batched: bool | None = False, scheme=schemes
 ) -> Problem:
@@ -458,5 +523,5 @@ def problems(
     bias_dtype = draw(st.sampled_from((None, x.dtype, torch.float32, torch.float64)))
     bias = None
     if bias_dtype is not None:
-        bias = torch.randn(weight.scale.shape, generator=generator(draw(seeds))).to(bias_dtype)
+        bias = torch.randn(weight.codes.shape[:-1], generator=generator(draw(seeds))).to(bias_dtype)
     return Problem(x, weight, Epilogue(bias))

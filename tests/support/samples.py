@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from support.helpers import DTYPES, LAYOUTS, activation, generator, packed_weight, with_layout
+from support.helpers import DTYPES, LAYOUTS, activation, generator, in_groups, packed_weight, with_layout
 from torch import Tensor
 
 from int8fx import ops
 from int8fx.ops import rows
 from int8fx.schemes import reference
+from int8fx.schemes.formats import Grouping
 from int8fx.schemes.weight import Epilogue, Int8Weight
 
 LIBRARY = sorted(
@@ -67,6 +68,22 @@ def make_weight(
 # ---- samples ---------------------------------------------------------------------------------------------------------
 
 
+GROUPINGS = (
+    Grouping("int4_fullrange", 16),
+    Grouping("int4_clip", 8, asymmetric=True, scale_dtype=torch.bfloat16),
+    Grouping("int8", 5, asymmetric=True),
+    Grouping("nf4", 8, double_quant=True),
+    Grouping("fp4_e2m1"),
+)
+
+
+def _in_groups(*lead: int) -> Iterator[tuple[str, Int8Weight]]:
+    """Weights ``[*lead, N, K]`` of other formats."""
+    for i, grouping in enumerate(GROUPINGS):
+        weight = torch.randn(*lead, N, K, generator=generator(20 + i))
+        yield f"{grouping}", in_groups(weight, grouping, (None, 0.0, 6.0)[i % 3])
+
+
 def _linears() -> Iterator[tuple[str, Tensor, Int8Weight, Epilogue]]:
     """What ``linear`` and, with a 2-D weight, ``linear_quantized`` are called with."""
     for dtype in DTYPES:
@@ -78,6 +95,8 @@ def _linears() -> Iterator[tuple[str, Tensor, Int8Weight, Epilogue]]:
         yield layout, make_x(6, layout=layout), make_weight(), Epilogue()
     for threshold in (0.0, None):
         yield f"threshold {threshold}", make_x(5, grad=True), make_weight(threshold=threshold), Epilogue()
+    for name, weight in _in_groups():
+        yield name, make_x(5, grad=True), weight, Epilogue(make_bias(N, grad=True))
     yield "only x needs a gradient", make_x(5, grad=True), make_weight(), Epilogue(make_bias(N))
     yield "only the bias needs a gradient", make_x(5), make_weight(), Epilogue(make_bias(N, grad=True))
     x = make_x(5, dtype=torch.bfloat16, grad=True)
@@ -151,6 +170,8 @@ def _grouped_linear() -> Iterator[Sample]:
     for what, fields in (("columns", {}), ("rotated", {"block": 8})):
         weight = make_weight(experts=2, columns=True, **fields)
         yield Sample(what, (make_x(12, grad=True), torch.tensor([3, 11]), *weight))
+    for name, weight in _in_groups(2):
+        yield Sample(name, (make_x(12, grad=True), torch.tensor([3, 11]), *weight))
 
 
 def _dequantize() -> Iterator[Sample]:
@@ -165,6 +186,8 @@ def _dequantize() -> Iterator[Sample]:
     yield Sample("rotated", tuple(make_weight(block=8)), {"dtype": torch.bfloat16})
     yield Sample("rotated by regular blocks", tuple(make_weight(block=-16)), {"dtype": torch.float16})
     yield Sample("rotated, columns", tuple(make_weight(experts=3, block=8, columns=True)), {"dtype": torch.float32})
+    for name, grouped in (*_in_groups(), *_in_groups(3)):
+        yield Sample(f"{name} {grouped.codes.dim()}", tuple(grouped), {"dtype": torch.float32})
 
 
 SAMPLES = {

@@ -318,7 +318,8 @@ struct Groups {
       : codes(dense(weight.codes)), scale(dense(weight.scale)),
         zero_point(weight.zero_point.has_value() ? MaybeTensor(dense(*weight.zero_point)) : std::nullopt),
         scale_range(weight.scale_range.has_value() ? MaybeTensor(dense(*weight.scale_range)) : std::nullopt),
-        levels(weight.in_features ? levels_of(weight.format->text) : nullptr), N(weight.N()), K(weight.K()),
+        levels(weight.in_features ? levels_of(weight.format->text) : nullptr),
+        N(weight.codes.dim() > 1 ? weight.N() : 1), K(weight.K()),
         group_size(weight.group_size.value_or(std::max<int64_t>(1, weight.K()))), G(weight.groups()) {}
 
   GroupWeight of_expert(int64_t e) const {
