@@ -44,27 +44,26 @@ def int8_matmul(codes: Tensor, weight: Tensor, dtype: torch.dtype = torch.float3
     1040 columns. Every partial sum of a slice is an integer below 2**24, and so exact in any order. The slices' sums
     are added one after the other in float32. (An int32 sum is rounded to float32 as well.)
     """
-    M, K = codes.shape
-    N = weight.shape[0]
+    K = codes.shape[1]
     if codes.device.type == "cpu" and K > 1 and has_fast_int_mm():
         return torch._int_mm(codes, weight.t()).to(dtype)
-    y = codes.new_empty(M, N, dtype=dtype)
-    x = codes.to(dtype)
-    exact = _EXACT_K if dtype == torch.float32 else max(K, 1)
-    for n, block in _widened(weight, dtype):
-        out = y if len(block) == N else y[:, n : n + len(block)]
-        torch.mm(x[:, :exact], block[:, :exact].t(), out=out)
-        for k in range(exact, K, exact):  # not addmm_: it may add parts of a slice to y, in an order that depends on M
-            out += torch.mm(x[:, k : k + exact], block[:, k : k + exact].t())
-    return y
+    return _float_matmul(codes.to(dtype), weight, _EXACT_K if dtype == torch.float32 else K)
 
 
-def _float_matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """``x[M, K] @ weight[N, K].T`` with int8 codes widened to x's dtype, a block of channels at a time."""
-    N = weight.shape[0]
-    y = x.new_empty(x.shape[0], N)
+def _float_matmul(x: Tensor, weight: Tensor, step: int) -> Tensor:
+    """``x[M, K] @ weight[N, K].T`` with int8 codes widened to x's dtype, a block of channels at a time.
+
+    Slices of ``step`` columns are multiplied, and their products are added one after the other.
+    """
+    (M, K), N = x.shape, weight.shape[0]
+    if weight.numel() <= _BLOCK and step >= K:
+        return torch.mm(x, weight.to(x.dtype).t())
+    y = x.new_empty(M, N)
     for n, block in _widened(weight, x.dtype):
-        torch.mm(x, block.t(), out=y if len(block) == N else y[:, n : n + len(block)])
+        out = y if len(block) == N else y[:, n : n + len(block)]
+        torch.mm(x[:, :step], block[:, :step].t(), out=out)
+        for k in range(step, K, step):  # not addmm_: it may add parts of a slice to y, in an order that depends on M
+            out += torch.mm(x[:, k : k + step], block[:, k : k + step].t())
     return y
 
 
@@ -84,12 +83,25 @@ def quantize_rowwise(
     x: Tensor, threshold: float | None, block: int = 1, columns: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes ``[M, K]``, scale ``[M]`` and outlier mask ``[K]`` of x, as `reference.linear` computes them."""
-    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
-    x = _without_columns(x, columns)
-    mask = outlier_mask(x, threshold, columns)
-    if block != 1:
-        x = rotate(x.to(compute_dtype(x.dtype)), block)
-    return *quantize_rows(x, mask if threshold is not None else None), mask
+    x = _without_columns(_rows(x), columns)
+    outliers = _find_outliers(x, threshold, columns)
+    if outliers is not None:
+        x = x.index_fill(1, outliers, 0)
+    codes, scale = quantize_rows(rotate(x, block))
+    mask = x.new_zeros(x.shape[1], dtype=torch.bool)
+    return codes, scale, mask if outliers is None else mask.index_fill_(0, outliers, True)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as ``[M, K]``, in the dtype of sums."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(compute_dtype(x.dtype))
+
+
+def _find_outliers(x: Tensor, threshold: float | None, columns: Tensor | None) -> Tensor | None:
+    """The outlier columns of x ``[M, K]``, None if there are none. One comparison suffices for most inputs."""
+    if threshold is None or x.numel() == 0 or bool(x.abs().amax() < threshold):  # NaN is not less
+        return None
+    return outlier_mask(x, threshold, columns).nonzero().squeeze(-1)
 
 
 def _without_columns(x: Tensor, columns: Tensor | None) -> Tensor:
@@ -107,11 +119,13 @@ def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Tensor:
         return y
     if not weight.is_plain:
         return _linear_in_groups(x, weight, epilogue)
+    x2d = _rows(x)
     if _form(x, weight) is not Form.WEIGHT_ONLY:
-        quantized = quantize_rowwise(x, weight.threshold, weight.block, weight.columns)
-        return _multiply_codes(x, *quantized, weight, epilogue)
-    x2d = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(compute_dtype(x.dtype))
-    y = _float_matmul(_without_columns(x2d, weight.columns), weight.codes).mul_(weight.scale.to(x2d.dtype))
+        codes, x_scale, mask = quantize_rowwise(x2d, weight.threshold, weight.block, weight.columns)
+        y = _multiply_codes(x2d, codes, x_scale, mask, weight)
+    else:
+        y = _float_matmul(_without_columns(x2d, weight.columns), weight.codes, x2d.shape[1])
+        y.mul_(weight.scale.to(y.dtype))
     return _finish(y, x, x2d, weight, epilogue)
 
 
@@ -122,14 +136,14 @@ def linear_quantized(
     if _form(x, weight) is not Form.QUANTIZED or not weight.is_plain:
         return linear(x, weight, epilogue)
     check_columns(weight.columns, x.shape[-1])
-    return _multiply_codes(x, codes, x_scale, mask, weight, epilogue)
+    x2d = _rows(x)
+    return _finish(_multiply_codes(x2d, codes, x_scale, mask, weight), x, x2d, weight, epilogue)
 
 
 def _linear_in_groups(x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Tensor:
     """`reference.linear` with a weight of any format: blocks of channels are dequantised and multiplied in floats."""
     check_columns(weight.columns, x.shape[-1])
-    ct = compute_dtype(x.dtype)
-    x2d = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(ct)
+    x2d, ct = _rows(x), compute_dtype(x.dtype)
     if _form(x, weight) is Form.WEIGHT_ONLY or weight.threshold == 0:
         rounded = _without_columns(x2d, weight.columns)
     else:
@@ -144,21 +158,18 @@ def _linear_in_groups(x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Tens
     return _finish(y, x, x2d, weight, epilogue)
 
 
-def _multiply_codes(
-    x: Tensor, codes: Tensor, x_scale: Tensor, mask: Tensor, weight: Int8Weight, epilogue: Epilogue
-) -> Tensor:
-    ct = compute_dtype(x.dtype)
-    weight_scale = weight.scale.to(ct)
-    x2d = x.reshape(codes.shape)
-    y = int8_matmul(codes, weight.codes, ct).mul_(x_scale[:, None]).mul_(weight_scale)
-    outliers = mask.nonzero().squeeze(-1) if weight.threshold is not None else mask.new_empty(0, dtype=torch.int64)
-    if outliers.numel():
-        x_outliers = x2d.index_select(1, outliers).to(ct)
+def _multiply_codes(x2d: Tensor, codes: Tensor, x_scale: Tensor, mask: Tensor, weight: Int8Weight) -> Tensor:
+    """``codes @ weight.codes.T * scales + x_outlier @ (weight.codes * weight.scale)[:, outliers].T`` as ``[M, N]``."""
+    weight_scale = weight.scale.to(x2d.dtype)
+    y = int8_matmul(codes, weight.codes, x2d.dtype).mul_(x_scale.unsqueeze(-1)).mul_(weight_scale)
+    if weight.threshold is not None and bool(mask.any()):
+        outliers = mask.nonzero().squeeze(-1)
+        x_outliers = x2d.index_select(1, outliers)
         for n in range(0, y.shape[1], step := max(1, _BLOCK // outliers.numel())):
             channels = slice(n, n + step)
-            residual_weight = weight.codes[channels].index_select(1, outliers).to(ct)
+            residual_weight = weight.codes[channels].index_select(1, outliers).to(y.dtype)
             y[:, channels].addmm_(x_outliers, residual_weight.mul_(weight_scale[channels, None]).t())
-    return _finish(y, x, x2d, weight, epilogue)
+    return y
 
 
 def grouped_linear(x: Tensor, offsets: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
@@ -173,6 +184,9 @@ def grouped_linear(x: Tensor, offsets: Tensor, weight: Int8Weight, bias: Tensor 
 
 
 def _form(x: Tensor, weight: Int8Weight) -> Form:
+    """What `form` says; not quantised if the threshold makes every column an outlier."""
+    if weight.threshold == 0:
+        return Form.WEIGHT_ONLY
     rows = math.prod(x.shape[:-1])
     return form(rows, x.device.type, weight.threshold, weight.block, weight.columns is not None)
 
@@ -180,7 +194,7 @@ def _form(x: Tensor, weight: Int8Weight) -> Form:
 def _finish(y: Tensor, x: Tensor, x2d: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Tensor:
     """Adds the unquantised columns and the epilogue to ``y [M, N]``, and rounds it to x's shape and dtype."""
     if weight.columns is not None and weight.columns_weight is not None:
-        _add_columns(y, x2d.index_select(1, weight.columns).to(y.dtype), weight.columns_weight.to(y.dtype))
+        _add_columns(y, x2d.index_select(1, weight.columns), weight.columns_weight.to(y.dtype))
     if epilogue.bias is not None:
         y.add_(epilogue.bias)
     if epilogue.activation != "none":
@@ -197,11 +211,11 @@ def _add_columns(y: Tensor, x: Tensor, weight: Tensor) -> None:
     So a row's result depends on that row only. A GEMM would sum in an order that depends on M.
     """
     step = max(1, _TILE // max(y.shape[1], 1))
-    weight = weight.t().contiguous()
-    for m in range(0, y.shape[0], step):
-        rows, product = y[m : m + step], torch.empty_like(y[m : m + step])
-        for c in range(x.shape[1]):
-            rows += torch.mul(x[m : m + step, c : c + 1], weight[c], out=product)
+    channels = weight.t().contiguous().unbind()
+    for rows, x_rows in zip(y.split(step), x.split(step), strict=True):
+        product = torch.empty_like(rows)
+        for x_column, w_column in zip(x_rows.t().unsqueeze(-1), channels, strict=True):
+            rows += torch.mul(x_column, w_column, out=product)
 
 
 def _activate(y: Tensor, function: Callable[[Tensor], Tensor]) -> None:

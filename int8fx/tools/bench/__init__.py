@@ -4,7 +4,7 @@
     limits      int8 peak and bandwidth of this CPU (limits.cpp)
     settings    the command's options
     candidates  linear layers of int8fx and of each other library
-    products    suites of single linear layers: products, outliers, schemes, overhead, scaling
+    products    suites of single linear layers: products, outliers, schemes, overhead, fallback, scaling
     models      suites of models: models (language models, a text encoder); profile (by kind of kernel); memory (a
                 separate process each)
     cuda        the suites on a GPU

@@ -1,4 +1,4 @@
-"""Suites of single linear layers: other libraries, outliers, schemes, overhead of a call, scaling."""
+"""Suites of single linear layers: other libraries, outliers, schemes, overhead of a call, no compiler, scaling."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import int8fx
+from int8fx.ops import native
 
 from ..machine import last_level_cache
 from .candidates import (
     BFLOAT16,
     BFLOAT16_FROZEN,
+    FOR_FALLBACK,
     FOR_LAYERS,
     FOR_OVERHEAD,
     INT8FX,
@@ -29,6 +31,7 @@ from .settings import Settings, Sizes
 from .timing import Case, Measured, Work, interleave
 
 SIZES: Sizes = (((4096, 4096), (11008, 4096), (4864, 896), (576, 576)), (1, 4, 16, 128, 512))
+FALLBACK_SIZES: Sizes = (((4096, 4096), (2048, 2048), (576, 576)), (1, 4, 5, 16, 128, 512))
 QUICK_SIZES: Sizes = (((4864, 896), (576, 576)), (1, 16, 128))
 MAX_FROZEN = 4  # weights of a candidate that compiles each by itself, which takes seconds
 COLD_ROWS = 4  # up to this M, reading the weight takes the time: each call takes another weight, not in the cache
@@ -56,6 +59,18 @@ def overhead(settings: Settings) -> Iterator[Case]:
     settings = replace(settings, rounds=5 * settings.max_rounds)
     for case in compare(settings, "overhead", 64, 64, (1, 16), FOR_OVERHEAD, cold_rows=0):
         yield replace(case, base="F.linear")
+
+
+def fallback(settings: Settings) -> Iterator[Case]:
+    """int8fx in a process without compiled kernels, compared with float32's ``nn.Linear``; weights in the cache."""
+    if native.load():
+        settings.say(
+            "fallback: not run, compiled kernels are loaded; legal: CXX=none TORCH_EXTENSIONS_DIR=/tmp/no-kernels"
+        )
+        return
+    shapes, rows = settings.sizes(FALLBACK_SIZES, QUICK_SIZES)
+    for N, K in shapes:
+        yield from compare(settings, "fallback", N, K, rows, FOR_FALLBACK, cold_rows=0)
 
 
 def outliers(settings: Settings) -> Iterator[Case]:

@@ -50,6 +50,11 @@ SUITES = {
         f"Overhead of a call: us, and difference to F.linear; {_TIMES}",
         products.overhead,
     ),
+    "fallback": Suite(
+        "what a process without compiled kernels runs, compared with float32; needs CXX=none",
+        f"Without compiled kernels: ms, and as multiples of float32's time; {_TIMES}",
+        products.fallback,
+    ),
     "scaling": Suite(
         "time against M, N, K and threads",
         "Scaling of int8fx: best / median ms, shares of this machine's limits",

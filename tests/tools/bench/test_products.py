@@ -1,8 +1,11 @@
 """The suites of single linear layers: their cases and candidates."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from int8fx.ops import native
 from int8fx.tools.bench import products
 from int8fx.tools.bench.candidates import BFLOAT16, FLOAT32, INT8FX, Candidate
 from int8fx.tools.bench.settings import Settings
@@ -49,6 +52,18 @@ def test_suites_run(suite, base, count):
     for case in cases:
         assert (case.suite, case.base) == (suite, base)
         assert len(case.measured) == count
+        assert all(measured.values and not measured.note.startswith("failed") for measured in case.measured.values())
+
+
+def test_the_suite_without_kernels_does_not_run_with_kernels(monkeypatch):
+    lines: list[str] = []
+    settings = replace(SETTINGS, say=lines.append)
+    monkeypatch.setattr(native, "load", lambda: True)
+    assert list(products.fallback(settings)) == []
+    assert "compiled kernels are loaded; legal: CXX=none" in lines[0]
+    monkeypatch.setattr(native, "load", lambda: False)
+    for case in products.fallback(settings):
+        assert (case.suite, case.base, len(case.measured)) == ("fallback", "float32", 3)
         assert all(measured.values and not measured.note.startswith("failed") for measured in case.measured.values())
 
 
