@@ -7,7 +7,7 @@ at who is reading them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -41,11 +41,21 @@ def refused(label: str) -> TypeError:
 
 
 class Parameters(dict[str, nn.Parameter | None]):
-    """``_parameters`` of a packed module, from which ``spectral_norm`` takes the weight. ``labels``: packed weights."""
+    """``_parameters`` of a packed module: holds no float weight. ``spectral_norm`` would take it from here."""
 
-    def __init__(self, items: Iterable[Any], labels: dict[str, str]) -> None:
+    labels: Mapping[str, str] = {}  # packed weight -> its name in messages; set last when a pickle is read
+
+    def __init__(self, items: Iterable[Any], labels: Mapping[str, str]) -> None:
         super().__init__(items)
         self.labels = labels
+
+    def __setitem__(self, name: str, value: nn.Parameter | None) -> None:
+        if name in self.labels:
+            raise TypeError(
+                f"int8fx: the weight {self.labels[name]} is packed, and _parameters[{name!r}] takes no Parameter for "
+                f"it; legal: a write into it (module.{name}.data = w rounds w to int8)"
+            )
+        super().__setitem__(name, value)
 
     def __missing__(self, name: str) -> nn.Parameter:
         raise refused(self.labels[name]) if name in self.labels else KeyError(name)

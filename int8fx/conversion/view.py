@@ -35,7 +35,7 @@ def is_captured(tensor: Tensor) -> bool:
         torch.compiler.is_compiling()
         or isinstance(tensor, FakeTensor)
         or is_traced()
-        or _functorch.peek_interpreter_stack() is not None
+        or is_transformed()
         or forward_ad._current_level >= 0
     )
 
@@ -43,6 +43,11 @@ def is_captured(tensor: Tensor) -> bool:
 def is_traced() -> bool:
     """Whether a graph is being recorded, so that reading values would be recorded too."""
     return _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None or torch._C._get_tracing_state() is not None
+
+
+def is_transformed() -> bool:
+    """Whether ``torch.func`` is transforming (vmap, grad, jvp ...)."""
+    return _functorch.peek_interpreter_stack() is not None
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
@@ -249,6 +254,12 @@ class PackedWeight(Tensor):
         return self.untyped_storage()
 
     storage = _typed_storage = share_memory_ = __dlpack__ = _no_memory
+
+    def _use_count(self) -> int:  # ``torch.utils.swap_tensors`` asks before it swaps
+        raise TypeError(
+            f"int8fx: the packed weight {self.label} cannot be swapped: module.{self.weight_name} is a new view at "
+            f"each read; legal: a write into it (module.{self.weight_name}.data = w rounds w to int8)"
+        )
 
     def is_shared(self) -> bool:
         return False

@@ -142,3 +142,40 @@ def test_a_weight_that_was_pruned_for_good_is_converted():
     packed = int8fx.convert(copy.deepcopy(layer))
     assert int8fx.is_packed(packed)
     assert not packed.weight[layer.weight == 0].any()
+
+
+# ---- a Parameter in place of a packed weight ------------------------------------------------------------------------
+
+
+def swap(module: nn.Module, name: str, p: nn.Parameter) -> None:
+    torch.utils.swap_tensors(getattr(module, name), p)
+
+
+def swap_back(module: nn.Module, name: str, p: nn.Parameter) -> None:
+    torch.utils.swap_tensors(p, getattr(module, name))
+
+
+def set_item(module: nn.Module, name: str, p: nn.Parameter) -> None:
+    module._parameters[name] = p
+
+
+REPLACEMENTS = {"swap": swap, "swap back": swap_back, "item": set_item}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("replace", REPLACEMENTS)
+def test_a_parameter_in_place_of_a_packed_weight_is_refused_by_name(replace, how):
+    model = COPIES[how](int8fx.convert(nn.Sequential(nn.Linear(8, 6))))
+    before, p, x = held(model[0]), nn.Parameter(torch.ones(6, 8)), torch.randn(3, 8)
+    with torch.no_grad():
+        y = model(x)
+    with pytest.raises(TypeError, match=r"int8fx: the (packed )?weight '0'.* legal: a write into it"):
+        REPLACEMENTS[replace](model[0], "weight", p)
+    after = held(model[0])
+    assert all(a is b if isinstance(a, type) else a.keys() == b.keys() for a, b in zip(after, before, strict=True))
+    assert torch.equal(model(x), y)
+    assert type(p) is nn.Parameter
+    assert torch.equal(p, torch.ones(6, 8))
+    product = y - model[0].bias.detach()
+    REPLACEMENTS[replace](model[0], "bias", nn.Parameter(torch.ones(6)))
+    torch.testing.assert_close(model(x), product + 1)
