@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from types import FrameType
+from types import FrameType, ModuleType
+
+from torch._guards import TracingContext
 
 
 def caller(file: str, function: str) -> FrameType | None:
@@ -24,3 +26,8 @@ def above(calls: int) -> FrameType | None:
     for _ in range(calls):
         frame = frame and frame.f_back
     return frame
+
+
+def is_called_in_trace(file: ModuleType, function: str) -> bool:
+    """Whether Dynamo is tracing a call of ``function`` in the module ``file``. It must not trace the one that asks."""
+    return any((f.filename, f.name) == (file.__file__, function) for f in TracingContext.extract_stack())

@@ -182,7 +182,7 @@ def prepare(
     choice.check_all_used(names)
     if isinstance(schemes, Mapping):
         schemes = _assign(schemes, layers, names)
-    chosen = choose(layers)
+    chosen = choose(layers, lambda layer: schemes[layer.name] if isinstance(schemes, Mapping) else schemes)
     quantizer = Quantizer(schemes, calibration, Columns(calibration, chosen), _progress(chosen, progress))
     quantizer.check(chosen)
     taken = {layer.name for layer in foreign}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
+from ..schemes import Scheme
 from ..schemes.quantize import INT8_MAX, MAX_K
 from .packed import PackedModule, Reading, is_codes, join
 from .peft import adapted_parameters
@@ -157,16 +158,17 @@ def refuse_converted(packed: Iterable[PackedLayer], choice: Choice) -> None:
             raise ValueError(f"int8fx.convert: layer {name!r} is already converted by int8fx; legal: float weights")
 
 
-def choose(layers: list[Layer]) -> list[Layer]:
+def choose(layers: list[Layer], scheme_of: Callable[[Layer], Scheme]) -> list[Layer]:
     """The layers to convert. Raises ValueError, naming the layer, unless all of them can be packed."""
     chosen = [layer for layer in layers if layer.reason is None]
     for layer in chosen:
-        check_weight(layer.name, layer.weight, layer.oriented().shape[-1])
+        check_weight(layer, scheme_of(layer))
     return chosen
 
 
-def check_weight(name: str, weight: Tensor, K: int) -> None:
-    """Raises ValueError, naming the layer, unless ``weight`` can be packed."""
+def check_weight(layer: Layer, scheme: Scheme) -> None:
+    """Raises ValueError, naming the layer, unless its weight can be packed."""
+    name, weight, K = layer.name, layer.weight, layer.oriented().shape[-1]
 
     def refuse(problem: str, legal: str) -> None:
         raise ValueError(f"int8fx.convert: layer {name!r} {problem}; legal: {legal}")
@@ -183,5 +185,11 @@ def check_weight(name: str, weight: Tensor, K: int) -> None:
         low, high = weight.detach().aminmax()
         if not (low.isfinite() and high.isfinite()):
             refuse("has NaN or inf in its weight", "finite weights")
-        if max(-low, high) / INT8_MAX > torch.finfo(torch.float32).max:
+        absmax, largest = float(max(-low, high)), torch.finfo(torch.float32).max
+        if absmax / INT8_MAX > largest:
             refuse("has a weight whose scale overflows float32", "weights that float32 can hold")
+        if scheme.rotation != 1 and absmax * abs(scheme.rotation) > largest:  # `rotate` sums a block before it scales
+            refuse(
+                f"has a weight whose rotation overflows float32: {absmax:.3g}",
+                f"up to {largest / abs(scheme.rotation):.3g}",
+            )

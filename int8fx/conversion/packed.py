@@ -27,13 +27,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.nn.utils import stateless
 
 from .. import ops  # noqa: F401  registers torch.ops.int8fx
 from ..graph.count import count_ops
@@ -53,6 +54,8 @@ from ..schemes.weight import (
     PackedTensors,
 )
 from .accelerate import OFFLOADED, refuse_partial_offload
+from .callers import is_called_in_trace
+from .contents import UNCHECKED, Checked, Contents, version
 from .format import FORMAT, format_tensor, read_scheme, same_arithmetic
 from .loading import (
     PLAIN_HOOKS,
@@ -70,7 +73,7 @@ from .loading import (
 )
 from .peft import refuse_targets, refuse_trained_copy
 from .reparametrize import Parameters, is_read_by_torch_utils, parametrized_name, refused
-from .view import PackedWeight, is_captured, is_differentiated, is_traced, unwrapped
+from .view import PackedWeight, is_captured, is_differentiated, is_traced, is_transformed, unwrapped
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,27 @@ class Reading:
     K: how many input channels the weight has, if it is known.
     """
 
+    format: ClassVar[tuple[str | None, int | None, int | None]]
+    codes_dtype: ClassVar[torch.dtype]
+    scale_dtype: ClassVar[torch.dtype]
     layout: str
     dtype: torch.dtype
     scheme: Scheme
     kernel_dims: int = 0
     layer: str = ""
     K: int | None = None
+
+    def __post_init__(self) -> None:
+        """What each call of the module needs: ``format``, group size and in_features of the `Int8Weight`, and dtypes."""
+        grouping = self.scheme.grouping
+        is_int8, has_fours = grouping.format == "int8", FORMATS[grouping.format].bits == 4
+        format = None if is_int8 else grouping.format, grouping.size, self.K if has_fours else None
+        for name, value in (
+            ("format", format),
+            ("codes_dtype", torch.uint8 if has_fours else torch.int8),
+            ("scale_dtype", torch.uint8 if grouping.double_quant else grouping.scale_dtype),
+        ):
+            object.__setattr__(self, name, value)
 
     def weight(self, tensors: PackedTensors) -> Int8Weight:
         """The packed weight as the ops take it."""
@@ -99,24 +117,9 @@ class Reading:
             codes, scale, self.scheme.threshold, self.scheme.rotation, columns, columns_weight, *self.format, *of_groups
         )
 
-    @property
-    def format(self) -> tuple[str | None, int | None, int | None]:
-        """Format, group size and in_features of the `Int8Weight`."""
-        grouping = self.scheme.grouping
-        if grouping.is_plain:
-            return None, None, None
-        has_fours = FORMATS[grouping.format].bits == 4
-        return None if grouping.format == "int8" else grouping.format, grouping.size, self.K if has_fours else None
-
     def shape(self, codes: Tensor) -> torch.Size:
         """``[..., N, K]`` of the weight that has these codes."""
         return codes.shape if self.K is None else torch.Size((*codes.shape[:-1], self.K))
-
-    @property
-    def scale_dtype(self) -> torch.dtype:
-        """Of the scales that are stored."""
-        grouping = self.scheme.grouping
-        return torch.uint8 if grouping.double_quant else grouping.scale_dtype
 
     def oriented(self, w: Tensor) -> Tensor:
         """``w [..., N, K]`` as a view in the shape that the module expects."""
@@ -166,7 +169,7 @@ class PackedState(nn.Module):
 
     def _adopt(self, owner: nn.Module, name: str, form: Tensor) -> None:
         """Called when tensors are loaded whose format tensor is ``form``, of the same arithmetic as the weight's."""
-        present = owner._buffers[name + FORMAT]
+        present = owner._buffers.get(name + FORMAT)
         owner._buffers[name + FORMAT] = form.to(present.device if present is not None else None, copy=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
@@ -260,7 +263,7 @@ def _places(model: nn.Module, prefix: str) -> list[Place]:
         if isinstance(module, PackedState):
             for inner, owner, name, scheme in module._packed_places():
                 key = prefix + join(path, join(inner, name))
-                form = owner._buffers[name + FORMAT]
+                form = owner._buffers.get(name + FORMAT)
                 tensors = tensors_of(owner, name).named(key) | ({} if form is None else {key + FORMAT: form})
                 places.append(Place(key, tensors, scheme))
     return places
@@ -294,6 +297,14 @@ def tie_equal_columns(model: nn.Module, *_: Any) -> None:
                 columns = owner._buffers.get(name + COLUMNS)
                 if columns is not None and is_readable(columns):
                     owner._buffers[name + COLUMNS] = tied.setdefault((columns.device, *columns.tolist()), columns)
+
+
+def take_contents(model: nn.Module) -> None:
+    """Codes and scales of ``model``, which were set one by one, belong together."""
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            for name in module.packed_weights:
+                module.take(name)
 
 
 @contextmanager
@@ -336,7 +347,8 @@ class PackedModule(PackedState):
     """Mixed into the class of a module with packed weights. `packed_weights`: weight name -> how the module uses it."""
 
     packed_weights: dict[str, Reading]
-    _read_formats: Mapping[str, Tensor] = {}  # name -> its format tensor, once `_read_format` has accepted it
+    _contents: Mapping[str, Contents] = {}
+    _checked: Checked
     _before_cast: dict[str, Tensor]  # under FSDP1: name -> the float tensor that it may cast
 
     def dequantize(self, name: str = "weight") -> Tensor:
@@ -354,22 +366,24 @@ class PackedModule(PackedState):
 
     def packed(self, name: str = "weight") -> Int8Weight:
         """The packed weight ``name`` as the ops take it."""
-        buffers = self._buffers  # few calls: every forward comes here
-        if torch.compiler.is_compiling() or buffers[name + FORMAT] is not self._read_formats.get(name):
-            self._read_format(name)
-        reading = self.packed_weights[name]
-        codes, scale = self._parameters.get(name + CODES), buffers[name + SCALE]
-        legal = reading.scale_dtype
-        if scale.dtype is not legal:  # type: ignore[union-attr]  # it is there
-            self._undo_cast()
-            scale = buffers[name + SCALE]
-        if scale.dtype is not legal:  # type: ignore[union-attr]
-            raise TypeError(
-                f"int8fx: {name + SCALE} of layer {self.label(name)} was cast to {scale.dtype}; legal: {legal}"  # type: ignore[union-attr]
-            )
+        buffers, codes = self._buffers, self._parameters.get(name + CODES)  # few calls: every forward comes here
+        if torch.compiler.is_compiling():
+            expected = self._check_tensors(name)
+            if expected is not None:
+                self._assert_format(name, expected)
+        else:
+            form, written = self._checked.get(name, UNCHECKED)
+            if buffers.get(name + FORMAT) is not form or (
+                codes is not None and not codes.is_inference() and codes._version != written
+            ):
+                self._check_tensors(name)
+        reading, scale = self.packed_weights[name], buffers.get(name + SCALE)
+        codes = getattr(self, name + CODES) if codes is None else codes
+        if scale is None or scale.dtype is not reading.scale_dtype or codes.dtype is not reading.codes_dtype:
+            scale = self._uncast_scale(name)
         return Int8Weight(
-            getattr(self, name + CODES) if codes is None else codes,
-            scale,  # type: ignore[arg-type]
+            codes,
+            scale,
             reading.scheme.threshold,
             reading.scheme.rotation,
             buffers.get(name + COLUMNS),
@@ -377,6 +391,32 @@ class PackedModule(PackedState):
             *reading.format,
             buffers.get(name + ZERO_POINT),
             buffers.get(name + SCALE_RANGE),
+        )
+
+    def _uncast_scale(self, name: str) -> Tensor:
+        """The scale of the weight ``name`` from before FSDP1 cast it.
+
+        Raises:
+            TypeError: it or the codes have another dtype than theirs, and nothing to undo.
+            RuntimeError: it is not there.
+        """
+        self._undo_cast()
+        codes, scale, *_ = tensors_of(self, name)
+        if scale is None:
+            raise self._lost(name, SCALE)
+        reading = self.packed_weights[name]
+        for suffix, tensor, dtype in ((CODES, codes, reading.codes_dtype), (SCALE, scale, reading.scale_dtype)):
+            if tensor.dtype is not dtype:
+                raise TypeError(
+                    f"int8fx: {name + suffix} of layer {self.label(name)} is {tensor.dtype} now; legal: {dtype}. Code "
+                    "that replaces Parameters (vector_to_parameters) may get those that require grad"
+                )
+        return scale
+
+    def _lost(self, name: str, suffix: str) -> RuntimeError:
+        return RuntimeError(
+            f"int8fx: layer {self.label(name)} has lost its buffer {name + suffix!r}; legal: the buffers that "
+            "int8fx.convert gave it"
         )
 
     def packed_linear(self, x: Tensor, name: str = "weight", bias: Tensor | None = None) -> Tensor:
@@ -411,30 +451,36 @@ class PackedModule(PackedState):
             rows: which of the rows they are, counted through all experts; by default all.
 
         Raises:
-            ValueError: it is not finite. Nothing is changed.
+            ValueError: it is not finite, or its rotation overflows float32. Nothing is changed.
         """
         reading, tensors = self.packed_weights[name], tensors_of(self, name)
         if tensors.codes.is_meta:
             return
-        if not bool(weight.isfinite().all()):
-            raise ValueError(
-                f"int8fx: a write of NaN or inf into the packed weight {self.label(name)}; legal: finite values"
-            )
         try:
             packed = pack_weight(weight, reading.scheme.grouping, reading.scheme.rotation, tensors.columns)
         except ValueError as error:
             raise ValueError(f"int8fx: a write into the packed weight {self.label(name)}: {error}") from None
-        channels = tensors.codes.shape[:-1]
+        if not bool(weight.isfinite().all() and packed.scale.isfinite().all()):
+            raise ValueError(
+                f"int8fx: a write of NaN, inf or values that overflow float32 into the packed {self.label(name)}; "
+                "legal: finite values"
+            )
+        lead = tensors.codes.dim() - 1
         for field in PER_CHANNEL:
             tensor, value = getattr(tensors, field), getattr(packed, field)
             if tensor is None:
                 continue
-            flat = tensor.reshape(-1, *tensor.shape[len(channels) :])
+            flat = tensor.reshape(-1, *tensor.shape[lead:])
             flat[rows] = value.to(tensor.dtype)
             if not tensor.is_contiguous():  # then ``flat`` is a copy
                 tensor.copy_(flat.view(tensor.shape))
             if not tensor.is_inference():  # `PackedWeight` writes below autograd: a backward of before must notice
                 torch.autograd.graph.increment_version(tensor)
+        channels = tensors.codes.shape[:-1].numel()
+        if len(range(channels)[rows]) == channels:
+            self.take(name)
+        else:  # a digest of all codes for each row would be slow: the next call takes them
+            self._contents[name].digests = None
 
     def label(self, name: str) -> str:
         """The name of the packed weight ``name`` in messages."""
@@ -447,6 +493,10 @@ class PackedModule(PackedState):
     def _load_from_state_dict(self, *args: Any) -> None:
         self._undo_cast()
         super()._load_from_state_dict(*args)
+        state_dict, prefix = args[:2]
+        for name in self.packed_weights:
+            if prefix + name + CODES in state_dict:
+                self.take(name)
         self._keep_uncast()  # ``assign=True`` replaces tensors
 
     def named_parameters(self, *args: Any, **kwargs: Any):
@@ -461,7 +511,9 @@ class PackedModule(PackedState):
 
     def _adopt(self, owner: nn.Module, name: str, form: Tensor) -> None:
         super()._adopt(owner, name, form)
-        self.packed_weights[name] = replace(self.packed_weights[name], scheme=read_scheme(form))
+        scheme = read_scheme(form)
+        if scheme != self.packed_weights[name].scheme:  # graphs guard on the object
+            self.packed_weights[name] = replace(self.packed_weights[name], scheme=scheme)
 
     def __setattr__(self, name: str, value: Any) -> None:
         packed = self.__dict__.get("packed_weights", ())
@@ -502,6 +554,7 @@ class PackedModule(PackedState):
         _holder(self, name + CODES)[name + CODES] = its.pop(name + CODES)
         self._buffers.update(its)
         self._buffers[name + FORMAT] = other._buffers[value.weight_name + FORMAT]
+        self._contents = {**self._contents, name: other._contents[value.weight_name]}
         self.packed_weights[name] = replace(self.packed_weights[name], scheme=reading.scheme, dtype=reading.dtype)
 
     def _check_format(self, name: str, value: Any) -> None:
@@ -519,26 +572,56 @@ class PackedModule(PackedState):
             if scheme != mine:
                 self.packed_weights[name] = replace(self.packed_weights[name], scheme=scheme)
 
-    def _read_format(self, name: str) -> bool:
-        """Raises ValueError if the format of the weight ``name`` says that this module reads its tensors wrongly.
+    def _check_tensors(self, name: str) -> str | None:
+        """Raises ValueError if the format of the weight ``name`` says that this module reads its tensors wrongly, or if
+        its codes were written and its scale was not.
 
         Tools that set tensors one by one, such as accelerate and ``torch.func.functional_call``, set formats too.
+
+        Returns:
+            The text of the format if Dynamo is tracing a ``functional_call``, which may give another one when it runs.
         """
-        form, (codes, _, columns, *_) = self._buffers[name + FORMAT], tensors_of(self, name)
+        for suffix in (SCALE, FORMAT):
+            if name + suffix not in self._buffers:
+                raise self._lost(name, suffix)
+        form, (codes, scale, columns, *_) = self._buffers[name + FORMAT], tensors_of(self, name)
         values = None if form is None else unwrapped(form)
         if type(values) is not Tensor or not is_readable(values) or values.dim() != 1 or is_traced():
-            return False
+            return None
         self._check_format(name, values)
         scheme, found = self.packed_weights[name].scheme, 0 if columns is None else columns.numel()
         if found != scheme.static_columns(codes.shape[-1]):  # a scheme with codes of 4 bits has none for any K
             raise ValueError(f"int8fx: {unfit_count(self.label(name), scheme, codes.shape[-1], found)}")
+        written, contents = version(self._parameters.get(name + CODES)), self._contents[name]
+        changed = contents.digests is None or written != self._checked.get(name, UNCHECKED)[1]
+        if changed and not contents.accepts(codes, scale):
+            raise ValueError(
+                f"int8fx: the codes of {self.label(name)} were written, and its scale was not, so that they do not "
+                "belong together; legal: load_state_dict, a copy of buffers() and parameters(), or a write into "
+                f"module.{name}"
+            )
         if values is form:
-            self._read_formats = {**self._read_formats, name: form}
-        return True
+            self._checked[name] = form, written
+        seen = is_transformed() or not is_called_in_trace(stateless, "_functional_call")  # an assertion has no vmap
+        return None if seen else bytes(values.tolist()).decode()
+
+    def _assert_format(self, name: str, expected: str) -> None:
+        """Makes the graph that is being captured raise RuntimeError if it is given another format than ``expected``."""
+        form = self._buffers[name + FORMAT]
+        own = torch.tensor(list(expected.encode()), dtype=torch.uint8, device=form.device)  # type: ignore[union-attr]
+        same = (form == own).all() if form.shape == own.shape else own.new_zeros((), dtype=torch.bool)  # type: ignore[union-attr]
+        message = f"int8fx: {self.label(name)} was given tensors of another format; legal: {expected}"
+        torch._assert_async(same, message.replace('"', "'"))  # Inductor writes it into C++ as it is
+
+    def take(self, name: str) -> None:
+        """The codes and the scale of the weight ``name`` belong together."""
+        tensors = tensors_of(self, name)
+        self._contents[name].take(tensors.codes, tensors.scale)
+        self._checked[name] = *UNCHECKED[:1], version(self._parameters.get(name + CODES))
 
     # What `torch.compiler.assume_constant_result` sets, which would import the compiler here. A graph that is captured
     # does not hold the format then.
-    _read_format._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _check_tensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _leave_flat_parameter(self) -> None:
         """Makes codes buffers if FSDP1 is about to flatten Parameters: its flat parameter takes no integers.
@@ -580,13 +663,17 @@ class PackedModule(PackedState):
         )
 
     def __delattr__(self, name: str) -> None:
-        if name in self.__dict__.get("packed_weights", ()):
-            raise TypeError(f"int8fx: {self.label(name)} is packed and cannot be deleted; replace the module")
+        for weight in self.__dict__.get("packed_weights", ()):
+            if name == weight or name in (weight + suffix for suffix in (*SUFFIXES, FORMAT)):
+                raise TypeError(f"int8fx: {self.label(weight)} is packed and cannot be deleted; replace the module")
         super().__delattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         self._undo_cast()
+        before = dict(self._parameters)
         super()._apply(fn, recurse)
+        if any(self._parameters[key] is not tensor for key, tensor in before.items()):
+            self._checked.clear()  # versions of other tensors
         self.packed_weights = {
             name: replace(reading, dtype=fn(torch.empty(0, dtype=reading.dtype, device=codes.device)).dtype)
             for name, reading in self.packed_weights.items()
@@ -604,8 +691,11 @@ class PackedModule(PackedState):
         return (_new_packed, (float_class(self), names, forward), *reduced[2:])
 
     def extra_repr(self) -> str:
-        weights = {name: self.packed(name) for name in self.packed_weights}
-        packed = ", ".join(f"{name}: {w.format or 'int8'} {(*w.codes.shape[:-1], w.K)}" for name, w in weights.items())
+        weights = {name: (reading, tensors_of(self, name).codes) for name, reading in self.packed_weights.items()}
+        packed = ", ".join(
+            f"{name}: {reading.scheme.grouping.format} {tuple(reading.shape(codes))}"
+            for name, (reading, codes) in weights.items()
+        )
         return ", ".join(part for part in (super().extra_repr(), packed) if part)
 
 
@@ -660,9 +750,10 @@ def pack_modules(modules: Sequence[tuple[nn.Module, Weights, Callable | None]]) 
             that replaces the one of its class, or None. It must be a module-level function, so that it can be pickled.
     """
     before = [(module, type(module), dict(module.__dict__)) for module, _, _ in modules]
+    contents: dict[int, Contents] = {}
     try:
         for module, weights, forward in modules:
-            _pack(module, weights, forward)
+            _pack(module, weights, forward, contents)
     except BaseException:
         for module, cls, attributes in before:
             object.__setattr__(module, "__class__", cls)
@@ -671,7 +762,8 @@ def pack_modules(modules: Sequence[tuple[nn.Module, Weights, Callable | None]]) 
         raise
 
 
-def _pack(module: nn.Module, weights: Weights, forward: Callable | None) -> None:
+def _pack(module: nn.Module, weights: Weights, forward: Callable | None, contents: dict[int, Contents]) -> None:
+    """``contents``: those of the weights that were packed before, by the id of their codes."""
     cls = packed_class(type(module), tuple(weights), forward)  # type: ignore[arg-type]  # classes are hashable
     module.__dict__.update(
         _parameters=dict(module._parameters),
@@ -683,19 +775,25 @@ def _pack(module: nn.Module, weights: Weights, forward: Callable | None) -> None
     object.__setattr__(module, "__class__", cls)
     labels = {name: module.label(name) for name in weights}  # type: ignore[operator]  # a PackedModule now
     module.__dict__["_parameters"] = Parameters(module._parameters, labels)
+    module.__dict__["_checked"] = Checked()
+    module.__dict__["_contents"] = {
+        name: contents.setdefault(id(tensors.codes), Contents()) for name, (tensors, _) in weights.items()
+    }
+    for name in weights:
+        module.take(name)  # type: ignore[operator]
 
 
 def unpack(module: PackedModule, dtype: torch.dtype | None = None) -> None:
     """Makes ``module`` what it was before: its class, and float Parameters that hold the dequantised weights."""
     floats = {name: module.dequantize(name) for name in module.packed_weights}
     base = float_class(module)
+    module.__dict__["_parameters"] = dict(module._parameters)
     for name, weight in floats.items():
         for suffix in (*SUFFIXES, FORMAT):
             _holder(module, name + suffix).pop(name + suffix, None)
         module._parameters[name] = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
-    module.__dict__["_parameters"] = dict(module._parameters)
     del module.__dict__["packed_weights"]
-    for name in ("_before_cast", "_read_formats"):
+    for name in ("_before_cast", "_checked", "_contents"):
         module.__dict__.pop(name, None)
     object.__setattr__(module, "__class__", base)
 

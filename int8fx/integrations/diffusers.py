@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..conversion import convert as conversion
 from ..conversion.format import FORMAT, VERSION
 from ..conversion.layers import layer_name
-from ..conversion.packed import PackedModule, frozen, refuse_unfit, tie_equal_columns, unpack
+from ..conversion.packed import PackedModule, frozen, refuse_unfit, take_contents, tie_equal_columns, unpack
 from ..schemes import Scheme, parse_scheme, stored_text
 from ..schemes.weight import CODES
 from .checksums import WANTED, adds_checksums
@@ -171,6 +171,7 @@ class Int8FxQuantizer(DiffusersQuantizer):
             )
         refuse_unfit(model, model.state_dict(), "")
         tie_equal_columns(model)
+        take_contents(model)
         conversion.load_kernels(model)
         describe(model)
         return model

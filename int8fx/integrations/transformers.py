@@ -36,7 +36,15 @@ from ..conversion import convert as conversion
 from ..conversion.format import FORMAT, VERSION
 from ..conversion.layers import Layer, check_weight, grouped, layer_name, quantised_by
 from ..conversion.modules import check_what_is_loaded, leave_fast_paths, pack_layers
-from ..conversion.packed import PackedModule, is_packed, join, refuse_unfit, tensors_of, tie_equal_columns
+from ..conversion.packed import (
+    PackedModule,
+    is_packed,
+    join,
+    refuse_unfit,
+    take_contents,
+    tensors_of,
+    tie_equal_columns,
+)
 from ..schemes import Scheme, llm_int8, of_bits, parse_scheme, stored_text
 from ..schemes.weight import CODES
 from .checksums import WANTED, adds_checksums
@@ -259,6 +267,7 @@ class Int8FxQuantizer(HfQuantizer):
 
     def take(self, model: nn.Module, name: str, value: Tensor, missing_keys: set[str] | None) -> None:
         """Puts a float weight into its module, and packs the layers of its group if it is the last one."""
+        assert self.prepared is not None
         group = self.groups[name]
         path, _, parameter = name.rpartition(".")
         meta = model.get_submodule(path)._parameters[parameter]
@@ -271,7 +280,7 @@ class Int8FxQuantizer(HfQuantizer):
                     missing_keys.discard(tied)
         for layer in group:
             if layer.weight is weight:
-                check_weight(layer.name, weight, layer.oriented().shape[-1])
+                check_weight(layer, self.prepared.quantizer.scheme_of(layer))
         if all(not layer.weight.is_meta for layer in group):
             self._pack(group)
 
@@ -295,6 +304,7 @@ class Int8FxQuantizer(HfQuantizer):
             _tie_packed(model)
             refuse_unfit(model, model.state_dict(), "")
             tie_equal_columns(model)
+            take_contents(model)
             conversion.load_kernels(model)
         describe(model, self)
         return model

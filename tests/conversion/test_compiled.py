@@ -138,3 +138,80 @@ def test_architectures_are_calibrated_and_converted(name):
     assert converted_names(model) <= set(calibration.absmax)
     assert 0 < (output(model) - y_float).norm() < (output(plain) - y_float).norm()
     assert 0 < (output(gptq) - y_float).norm() < 1.1 * (output(model) - y_float).norm()  # of the data that it has seen
+
+
+# ---- functional_call ------------------------------------------------------------------------------------------------
+
+THEIRS = {**SCHEMES, "rotated(32)": int8fx.rotated(32, columns=0.0)}  # its text is as long as that of rotated(16)
+
+
+def two_layers(scheme: str, seed: int) -> nn.Sequential:
+    layers = nn.Sequential(nn.Linear(K, 48), nn.ReLU(), nn.Linear(48, K))
+    with torch.no_grad():
+        for p in layers.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator(seed)))
+    return int8fx.convert(layers, THEIRS[scheme])
+
+
+def cloned(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("ours", ["llm_int8", "rotated", "rotated columns"])
+def test_functional_call_takes_tensors_of_the_scheme_and_raises_for_others(ours, backend):
+    torch._dynamo.reset()
+    model, x, graphs = two_layers(ours, 0), batch(3), []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return torch._inductor.compile(graph, inputs) if backend == "inductor" else graph
+
+    run = torch.compile(
+        lambda tensors, x: torch.func.functional_call(model, tensors, (x,)), backend=counted, fullgraph=True
+    )
+    for seed in (0, 1, 2):
+        other = two_layers(ours, seed)
+        torch.testing.assert_close(run(cloned(other), x), other(x))
+    assert len(graphs) == 1
+    for theirs in THEIRS.keys() - {ours}:
+        with pytest.raises(RuntimeError, match="int8fx: '0' was given tensors of another format"):
+            run(cloned(two_layers(theirs, 1)), x)
+    other = two_layers(ours, 3)
+    torch.testing.assert_close(run(cloned(other), x), other(x))
+    torch.testing.assert_close(
+        run({"0.bias": torch.ones(48)}, x), torch.func.functional_call(model, {"0.bias": torch.ones(48)}, (x,))
+    )
+
+
+def test_functional_call_is_checked_with_gradients_too():
+    torch._dynamo.reset()
+    model, x = two_layers("rotated", 0), batch(3).requires_grad_()
+    run = torch.compile(lambda tensors, x: torch.func.functional_call(model, tensors, (x,)), fullgraph=True)
+    run(cloned(two_layers("rotated", 1)), x).sum().backward()
+    (expected,) = torch.autograd.grad(two_layers("rotated", 1)(x).sum(), x)
+    torch.testing.assert_close(x.grad, expected)
+    with pytest.raises(RuntimeError, match="int8fx: '0' was given tensors of another format"):
+        run(cloned(two_layers("rotated(32)", 1)), x)
+
+
+def test_functional_call_over_a_stack_of_models():
+    torch._dynamo.reset()
+    models, x = [two_layers("rotated", seed) for seed in range(3)], batch(3)
+    stack = {name: torch.stack([m.state_dict()[name] for m in models]) for name in models[0].state_dict()}
+    run = torch.vmap(lambda tensors: torch.func.functional_call(models[0], tensors, (x,)))
+    y = torch.compile(run, fullgraph=True)(stack)
+    torch.testing.assert_close(y, torch.stack([m(x) for m in models]))
+
+
+def test_a_plain_graph_holds_no_format():
+    torch._dynamo.reset()
+    model, x, graphs = two_layers("rotated columns", 0), batch(3), []
+    torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)(x)
+    (graph,) = graphs
+    names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
+    assert len(names) == 1 + 2 * 5  # x; of each layer codes, scale, columns, their weights, and the bias
+    assert not any("format" in name for name in names)
+    calls = [n.target for n in graph.graph.nodes if n.op == "call_function"]
+    assert calls.count(torch.ops.int8fx.linear.default) == 2
+    assert len(calls) == 2 + sum("relu" in str(t) for t in calls)

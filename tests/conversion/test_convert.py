@@ -8,11 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support import models
 from support.conversion import (
     EVERYTHING,
     NAMED,
     PROGRAMS,
+    SCHEMES,
     assert_left_as_it_was,
     converted_names,
     equal,
@@ -260,6 +263,11 @@ REFUSED = {
         lambda: _with(lambda: torch.full((8, 8), 1e45, dtype=torch.float64)),
         "has a weight whose scale overflows float32",
     ),
+    "huge and rotated": (
+        lambda: _with(lambda: torch.full((8, 8), 3e38)),
+        "has a weight whose rotation overflows float32: 3e[+]38",
+        int8fx.rotated(),
+    ),
     "long": (lambda: _with(lambda: torch.zeros(1, MAX_K + 1)), f"has K = {MAX_K + 1} input channels"),
     "sparse": (lambda: _with(lambda: torch.eye(8).to_sparse()), "has a sparse_coo weight"),
     "bitsandbytes 4 bit": (_bitsandbytes_4bit, "is already quantised by bitsandbytes"),
@@ -270,15 +278,28 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_refused_by_name_and_the_model_is_left_as_it_was(what):
-    make, message = REFUSED[what]
+    make, message, *scheme = REFUSED[what]
     model = make()
     before = snapshot(model)
     with pytest.raises(ValueError, match=f"int8fx.convert: layer 'bad' {message}.*; legal: "):
-        int8fx.convert(model)
+        int8fx.convert(model, *scheme)
     assert_left_as_it_was(model, before)
     if "quantised" not in message:
-        int8fx.convert(model, skip="bad")
+        int8fx.convert(model, *scheme, skip="bad")
         assert converted_names(model) == {"first", "last"}
+
+
+@given(st.sampled_from(sorted(SCHEMES)), st.floats(0.5, 1), st.integers(1, 70), st.integers(0, 99))
+def test_the_largest_weights_are_converted_rightly(scheme, part, K, seed):
+    """Those of a block are summed before they are scaled: `absmax` times the block must fit float32."""
+    scheme, layer = SCHEMES[scheme], nn.Linear(K, 5, bias=False)
+    limit = torch.finfo(torch.float32).max / abs(scheme.rotation)
+    signs = torch.randint(2, (5, K), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
+    with torch.no_grad():
+        layer.weight.copy_(signs * (part * limit))
+    weight = layer.weight.detach().double()
+    values = int8fx.convert(layer, scheme).dequantize().double()
+    assert (values - weight).norm() <= 0.01 * weight.norm()
 
 
 @pytest.mark.parametrize("kind", NAMED)

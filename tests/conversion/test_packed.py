@@ -181,13 +181,41 @@ def test_assigning_a_packed_weight_ties_it(scheme):
     assert torch.equal(copied(module, "pickle")(x), other(x))
 
 
-def test_a_packed_weight_cannot_be_deleted():
-    module = packed()
+@pytest.mark.parametrize("suffix", ["", "_codes", "_scale", "_format", "_columns", "_columns_weight"])
+def test_a_packed_weight_cannot_be_deleted(suffix):
+    module = packed("rotated columns")
     x = torch.randn(2, 40)
     y = module(x)
     with pytest.raises(TypeError, match="'weight' is packed and cannot be deleted"):
-        del module.weight
+        delattr(module, f"weight{suffix}")
     assert torch.equal(module(x), y)
+    del module.bias
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("key", ["weight_scale", "weight_format"])
+def test_a_lost_buffer_is_named_with_its_layer(key, called):
+    module, x = packed(), torch.randn(2, 40)
+    if called:
+        module(x)
+    del module._buffers[key]
+    for use in (lambda: module(x), module.dequantize, lambda: module.weight + 1):
+        with pytest.raises(RuntimeError, match=f"int8fx: layer 'weight' has lost its buffer '{key}'"):
+            use()
+    assert "int8 (24, 40)" in repr(module)
+
+
+def test_floats_in_place_of_codes_are_an_error_that_names_the_layer():
+    module, x = packed(), torch.randn(2, 40)
+    module(x)
+    vector = nn.utils.parameters_to_vector(module.parameters())
+    nn.utils.vector_to_parameters(vector, module.parameters())
+    with pytest.raises(TypeError, match=r"weight_codes of layer 'weight' is torch.float32 now; legal: torch.int8"):
+        module(x)
+    module = packed()
+    trained = [p for p in module.parameters() if p.requires_grad]
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(trained) + 1, trained)
+    torch.testing.assert_close(module(x), packed()(x) + 1)
 
 
 # ---- state dicts ----------------------------------------------------------------------------------------------------

@@ -130,9 +130,21 @@ def test_a_write_lands_within_half_a_step_and_other_rows_keep_their_bits(data):
 def test_nan_and_inf_are_refused_and_nothing_is_written(scheme, value):
     module = layer(scheme)
     before = {k: t.clone() for k, t in module.state_dict().items()}
-    with pytest.raises(ValueError, match="NaN or inf"), torch.no_grad():
+    with pytest.raises(ValueError, match="NaN, inf or values that overflow"), torch.no_grad():
         module.weight[2, 3] = value
     assert all(torch.equal(t, before[k]) for k, t in module.state_dict().items())
+
+
+@pytest.mark.parametrize("scheme", ["rotated", "rotated columns"])
+def test_values_whose_rotation_overflows_are_refused_and_nothing_is_written(scheme):
+    module = layer(SCHEMES[scheme])
+    before = {k: t.clone() for k, t in module.state_dict().items()}
+    with pytest.raises(ValueError, match="NaN, inf or values that overflow"), torch.no_grad():
+        module.weight.fill_(3e38)
+    assert all(torch.equal(t, before[k]) for k, t in module.state_dict().items())
+    with torch.no_grad():
+        module.weight.fill_(3e36)
+    assert module.dequantize().isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,286 @@
+"""Codes that are copied without their scales: the next call of the layer says so, and says nothing else."""
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import models
+from support.conversion import SCHEMES, outputs
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.optim.swa_utils import AveragedModel
+
+import int8fx
+from int8fx.conversion import contents
+from int8fx.conversion.contents import digest
+
+WRITTEN = r"int8fx: the codes of {} were written, and its scale was not.*legal: load_state_dict"
+
+
+def converted(seed: int, scheme: str = "llm_int8", N: int = 24, K: int = 40) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return int8fx.convert(nn.Sequential(nn.Linear(K, N), nn.Linear(N, K)), SCHEMES[scheme])
+
+
+@torch.no_grad()
+def copy_parameters(model: nn.Module, other: nn.Module) -> None:
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        p.copy_(q)
+
+
+@torch.no_grad()
+def copy_all(model: nn.Module, other: nn.Module) -> None:
+    copy_parameters(model, other)
+    theirs = dict(other.named_buffers(remove_duplicate=False))
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        buffer.copy_(theirs[name])
+
+
+# ---- digests ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 9000), st.integers(0, 2**31), st.data())
+def test_a_digest_depends_on_every_byte_and_on_nothing_else(size, seed, data):
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.randint(-128, 128, (size,), dtype=torch.int8, generator=generator)
+    shift = data.draw(st.integers(1, 8))
+    assert digest(torch.cat([t.new_ones(shift), t])[shift:]) == digest(t)
+    assert digest(torch.stack([t, t], 1)[:, 0]) == digest(t)
+    if size:
+        other = t.clone()
+        other[data.draw(st.integers(0, size - 1))] += data.draw(st.integers(1, 255))
+        assert digest(other) != digest(t)
+
+
+def test_a_digest_tells_the_order_of_rows_of_4096_bytes():
+    t = torch.randint(-128, 128, (3, 4096), dtype=torch.int8)
+    assert len({digest(t[list(order)]) for order in ([0, 1, 2], [1, 0, 2], [0, 2, 1], [2, 1, 0])}) == 4
+
+
+# ---- codes without scales --------------------------------------------------------------------------------------------
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "itself": lambda m: m,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "meta and back": lambda m: loaded(copy.deepcopy(m).to("meta").to_empty(device="cpu"), m),
+    "loaded": lambda m: loaded(converted(7, "llm_int8"), m),
+    "bfloat16": lambda m: copy.deepcopy(m).bfloat16().float(),
+    "AveragedModel": lambda m: AveragedModel(m).module,
+}
+
+
+def loaded(model: nn.Module, other: nn.Module) -> nn.Module:
+    model.load_state_dict(other.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_parameters_alone_is_an_error_that_names_the_layer(how, called):
+    model, other, x = COPIES[how](converted(0)), converted(1), torch.randn(3, 40)
+    if called:
+        model(x)
+    copy_parameters(model, other)
+    for _ in range(2):  # it stays one
+        with pytest.raises(ValueError, match=WRITTEN.format("'0'")):
+            model(x)
+    with pytest.raises(ValueError, match=WRITTEN.format("'0'")):
+        model[0].dequantize()
+    with pytest.raises(ValueError, match=WRITTEN.format("'0'")), torch.no_grad():
+        model[0].weight[0] = 0
+    copy_all(model, other)
+    assert torch.equal(model(x), other(x))
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_everything_is_none(how, called):
+    model, other, x = COPIES[how](converted(0)), converted(1), torch.randn(3, 40)
+    if called:
+        model(x)
+    copy_all(model, other)
+    assert torch.equal(model(x), other(x))
+    copy_parameters(model, other)  # equal ones
+    assert torch.equal(model(x), other(x))
+
+
+@given(st.sampled_from(sorted(SCHEMES)), st.integers(1, 9), st.integers(2, 70), st.data())
+def test_every_way_to_write_both_is_accepted(scheme, N, K, data):
+    model, other = (converted(seed, scheme, N, K) for seed in (0, 1))
+    x, ways = torch.randn(2, K), ["copy", "load", "assign", "average", "data", "row", "call", "move"]
+    for way in data.draw(st.lists(st.sampled_from(ways), max_size=4)):
+        if way == "copy":
+            copy_all(model, other)
+        elif way in ("load", "assign"):
+            model.load_state_dict(other.state_dict(), assign=way == "assign")
+        elif way == "average":
+            AveragedModel(model).update_parameters(other)
+        elif way == "data":
+            model[0].weight.data = torch.randn(N, K)
+        elif way == "row":
+            model[1].weight.data[0, 0] = 0
+        elif way == "move":
+            model.double().float()
+        else:
+            model(x)
+    expected = x @ model[0].weight.T + model[0].bias
+    assert model(x).isfinite().all()
+    assert (model[0](x) - expected).norm() <= 0.1 * expected.norm() + 1e-6
+    copy_parameters(model, copy.deepcopy(model))
+    model(x)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "transformer", "tied_lm"])
+def test_weights_of_every_kind_of_module(name):
+    (model, inputs), (other, _) = models.ALL[name](seed=0), models.ALL[name](seed=1)
+    for m in (model, other):
+        int8fx.convert(m, select=lambda *_: True)
+    copy_parameters(model, other)
+    with pytest.raises(ValueError, match=WRITTEN.format("'.*'")):
+        outputs(model, inputs)
+    copy_all(model, other)
+    for key, y in outputs(model, inputs).items():
+        assert torch.equal(y, outputs(other, inputs)[key])
+
+
+@pytest.mark.parametrize("first", ["tie", "convert"])
+@pytest.mark.parametrize("how", ["itself", "deepcopy", "pickle"])
+def test_a_write_through_one_tied_weight_is_accepted_by_the_other(how, first):
+    pair, x = nn.ModuleList([nn.Linear(40, 24, bias=False) for _ in range(2)]), torch.randn(3, 40)
+    if first == "convert":
+        int8fx.convert(pair)
+    pair[1].weight = pair[0].weight
+    if first == "tie":
+        int8fx.convert(pair)
+    one, two = COPIES[how](pair)
+    assert torch.equal(one(x), two(x))
+    scale = two.weight_scale.clone()
+    with torch.no_grad():
+        one.weight[0, one.weight[0].abs().argmin()] *= -1
+    assert torch.equal(two.weight_scale, scale)
+    assert torch.equal(two(x), one(x))
+    with torch.no_grad():
+        one.weight_codes.neg_()
+    for module in (one, two):
+        with pytest.raises(ValueError, match=WRITTEN.format(".*")):
+            module(x)
+        assert "int8 (24, 40)" in repr(module)
+
+
+def test_a_model_that_averages_itself_runs():
+    """As with LoRA over a frozen model, at every step."""
+    model, x = converted(0), torch.randn(3, 40)
+    averaged = AveragedModel(model, use_buffers=False)
+    for _ in range(4):
+        averaged.update_parameters(model)
+        assert torch.equal(averaged(x), model(x))
+
+
+# ---- what it costs, and where it cannot look -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def digests(monkeypatch) -> list[Tensor]:
+    """The tensors whose digests are computed."""
+    seen: list[Tensor] = []
+    monkeypatch.setattr(contents, "digest", lambda t: seen.append(t) or digest(t))
+    return seen
+
+
+def test_calls_compute_no_digest_unless_codes_were_written(digests):
+    model, x = converted(0), torch.randn(3, 40)
+    assert len(digests) == 4  # codes and scale of two layers
+    for _ in range(3):
+        model(x)
+    model.eval().bfloat16().float().cpu()(x)
+    model.requires_grad_(False)
+    assert len(digests) == 4
+    copy_parameters(model, copy.deepcopy(model))
+    model(x), model(x)
+    assert len(digests) == 8
+
+
+def test_tensors_that_are_replaced_at_each_call_are_not_read(digests):
+    """As accelerate's hooks do that offload: codes alone, or all."""
+    model, x = converted(0), torch.randn(3, 40)
+    y, layer = model(x), model[0]
+    for _ in range(5):
+        layer._parameters["weight_codes"] = nn.Parameter(layer.weight_codes.clone(), requires_grad=False)
+        assert torch.equal(model(x), y)
+    assert len(digests) <= 6
+
+
+def test_inference_tensors_are_not_counted():
+    """They have no version."""
+    with torch.inference_mode():
+        model, x = loaded_by_assignment(converted(0)), torch.randn(3, 40)
+        assert model[0].weight_codes.is_inference()
+        y = model(x)
+    with torch.no_grad():
+        assert torch.equal(model(x), y)
+
+
+def loaded_by_assignment(model: nn.Module) -> nn.Module:
+    model.load_state_dict({k: t.clone() for k, t in model.state_dict().items()}, assign=True)
+    return model
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
+def test_under_torch_func(transform):
+    model, other, x = converted(0), converted(1), torch.randn(3, 40)
+    run = {
+        "vmap": lambda: torch.vmap(model)(x),
+        "grad": lambda: torch.func.grad(lambda x: model(x).sum())(x),
+        "jvp": lambda: torch.func.jvp(model, (x,), (x,))[0],
+    }[transform]
+    copy_parameters(model, model)
+    run()
+    copy_parameters(model, other)
+    with pytest.raises(ValueError, match=WRITTEN.format("'0'")):
+        run()
+
+
+def test_a_model_is_checked_when_it_is_compiled():
+    model, other, x = converted(0), converted(1), torch.randn(3, 40)
+    copy_parameters(model, model)
+    y = torch.compile(model, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, model(x))
+    copy_parameters(model, other)
+    torch.compiler.reset()
+    with pytest.raises(Exception, match=WRITTEN.format("'0'")):
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+
+
+def test_versions_are_no_guards():
+    """A compiled model does not notice a copy, and is not compiled anew by one."""
+    model, x, counts = converted(0), torch.randn(3, 40), CompileCounter()
+    compiled = torch.compile(model, backend=counts, fullgraph=True)
+    for _ in range(3):
+        compiled(x)
+        copy_parameters(model, model)
+        model.load_state_dict(model.state_dict())
+    assert counts.frame_count == 1
+
+
+def test_a_model_on_meta_and_an_exported_one():
+    model, x = converted(0), torch.randn(3, 40)
+    assert converted(0).to("meta")(x.to("meta")).shape == (3, 40)
+    copy_parameters(model, model)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+    copy_parameters(model, model)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
+def test_checks_wait_while_a_graph_is_recorded():
+    """Not accepted unseen."""
+    model, other, x = converted(0), converted(1), torch.randn(3, 40)
+    model(x)
+    copy_parameters(model, other)
+    torch.jit.trace(model, x, check_trace=False)
+    with pytest.raises(ValueError, match=WRITTEN.format("'0'")):
+        model(x)
