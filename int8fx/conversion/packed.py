@@ -664,7 +664,8 @@ class PackedModule(PackedState):
 
     def __delattr__(self, name: str) -> None:
         for weight in self.__dict__.get("packed_weights", ()):
-            if name == weight or name in (weight + suffix for suffix in (*SUFFIXES, FORMAT)):
+            held = name in self._parameters or name in self._buffers
+            if name == weight or (held and name.removeprefix(weight) in (*SUFFIXES, FORMAT)):
                 raise TypeError(f"int8fx: {self.label(weight)} is packed and cannot be deleted; replace the module")
         super().__delattr__(name)
 

@@ -5,7 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftModel, RandLoraConfig, VeraConfig, get_peft_model
 from support import models
 from torch import Tensor, nn
 
@@ -112,6 +112,23 @@ def test_other_adapters_merge(config):
     assert (y - y0).norm() > 0.02 * y0.norm()  # the adapter does something
     assert (z - y).norm() < 0.05 * y.norm()
     assert not torch.equal(z, y0)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_delta_that_outweighs_the_base_is_merged_to_half_a_step(scheme):
+    """RandLora's, drawn at random, is ten times as large as the weight."""
+    model, _ = packed("llama", SCHEMES[scheme])
+    config = RandLoraConfig(r=4, init_weights=False, randlora_alpha=40, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(model, config).eval()
+    before, added = weights(model), deltas(model)
+    model.merge_adapter()
+    after, modules = weights(model), dict(model.named_modules())
+    assert added
+    for path, delta in added.items():
+        assert delta.norm() > 3 * before[path].norm()
+        module = modules[f"base_model.model.{path}.base_layer"]
+        half_step = step_of(module) / 2 * abs(module.packed_weights["weight"].scheme.rotation) ** 0.5
+        assert ((after[path] - before[path] - delta).abs() <= 1.01 * half_step).all(), path
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "gaussian", "pissa_niter_4"])
