@@ -25,9 +25,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,18 +88,18 @@ class Reading:
     K: how many input channels the weight has, if it is known.
     """
 
-    format: ClassVar[tuple[str | None, int | None, int | None]]
-    codes_dtype: ClassVar[torch.dtype]
-    scale_dtype: ClassVar[torch.dtype]
     layout: str
     dtype: torch.dtype
     scheme: Scheme
     kernel_dims: int = 0
     layer: str = ""
     K: int | None = None
+    # What each call needs: format, group_size and in_features of the `Int8Weight`, and the dtypes that are stored.
+    format: tuple[str | None, int | None, int | None] = field(init=False, repr=False, compare=False)
+    codes_dtype: torch.dtype = field(init=False, repr=False, compare=False)
+    scale_dtype: torch.dtype = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """What each call of the module needs: ``format``, group size and in_features of the `Int8Weight`, and dtypes."""
         grouping = self.scheme.grouping
         is_int8, has_fours = grouping.format == "int8", FORMATS[grouping.format].bits == 4
         format = None if is_int8 else grouping.format, grouping.size, self.K if has_fours else None
@@ -456,18 +456,21 @@ class PackedModule(PackedState):
         reading, tensors = self.packed_weights[name], tensors_of(self, name)
         if tensors.codes.is_meta:
             return
+        refused = ValueError(
+            f"int8fx: a write of NaN, inf or values that overflow float32 into the packed {self.label(name)}; legal: "
+            "finite values"
+        )
+        if not bool(weight.isfinite().all()):
+            raise refused
         try:
             packed = pack_weight(weight, reading.scheme.grouping, reading.scheme.rotation, tensors.columns)
         except ValueError as error:
             raise ValueError(f"int8fx: a write into the packed weight {self.label(name)}: {error}") from None
-        if not bool(weight.isfinite().all() and packed.scale.isfinite().all()):
-            raise ValueError(
-                f"int8fx: a write of NaN, inf or values that overflow float32 into the packed {self.label(name)}; "
-                "legal: finite values"
-            )
+        if not bool(packed.scale.isfinite().all()):
+            raise refused
         lead = tensors.codes.dim() - 1
-        for field in PER_CHANNEL:
-            tensor, value = getattr(tensors, field), getattr(packed, field)
+        for part in PER_CHANNEL:
+            tensor, value = getattr(tensors, part), getattr(packed, part)
             if tensor is None:
                 continue
             flat = tensor.reshape(-1, *tensor.shape[lead:])
