@@ -51,15 +51,12 @@ struct Block {
   bool compacts() const { return kept < depth; }
 
   // Rows of codes, `stride` apart, to the kept ones, then zeros up to a multiple of 64, and to those of the outlier columns,
-  // then up to 63 of any value; either may be null. sums[r] becomes the sum of row r's kept codes, if they are wanted. Only if it
-  // compacts.
+  // then up to 63 of any value; either may be null. Only if it compacts.
   template <int ROWS>
   void split([[maybe_unused]] const int8_t* rows, [[maybe_unused]] int64_t stride, [[maybe_unused]] int8_t* to_kept,
              [[maybe_unused]] int64_t kept_stride, [[maybe_unused]] int8_t* to_outliers,
-             [[maybe_unused]] int64_t outlier_stride, [[maybe_unused]] int32_t* sums) const {
+             [[maybe_unused]] int64_t outlier_stride) const {
 #ifdef INT8FX_COMPACTS
-    __m512i partial[ROWS];
-    for (int r = 0; r < ROWS; ++r) partial[r] = _mm512_setzero_si512();
     int64_t left = (kept + 63) / 64 * 64;
     for (const Chunk& chunk : chunks) {
       const __m512i kept_here = _mm512_load_si512(chunk.kept), outliers_here = _mm512_load_si512(chunk.outliers);
@@ -67,13 +64,15 @@ struct Block {
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) {
         const __m512i codes = _mm512_maskz_loadu_epi8(exists, rows + r * stride);
-        if (to_kept != nullptr) {
-          const __m512i here = _mm512_maskz_permutexvar_epi8(keeps, kept_here, codes);
-          partial[r] = _mm512_dpbusd_epi32(partial[r], _mm512_set1_epi8(1), here);
-          _mm512_storeu_si512(to_kept + r * kept_stride, here);
+        if (to_kept != nullptr)
+          _mm512_storeu_si512(to_kept + r * kept_stride, _mm512_maskz_permutexvar_epi8(keeps, kept_here, codes));
+        if (to_outliers != nullptr && chunk.outlier_count > 0) {
+          const __m512i here = _mm512_permutexvar_epi8(outliers_here, codes);
+          if (chunk.outlier_count <= 16)
+            _mm_storeu_si128((__m128i*)(to_outliers + r * outlier_stride), _mm512_castsi512_si128(here));
+          else
+            _mm512_storeu_si512(to_outliers + r * outlier_stride, here);
         }
-        if (to_outliers != nullptr && chunk.outlier_count > 0)
-          _mm512_storeu_si512(to_outliers + r * outlier_stride, _mm512_permutexvar_epi8(outliers_here, codes));
       }
       rows += 64;
       left -= chunk.kept_count;
@@ -81,10 +80,8 @@ struct Block {
       if (to_outliers != nullptr) to_outliers += chunk.outlier_count;
     }
     if (to_kept == nullptr) return;
-    for (int r = 0; r < ROWS; ++r) {
+    for (int r = 0; r < ROWS; ++r)
       _mm512_mask_storeu_epi8(to_kept + r * kept_stride, low_bits(left), _mm512_setzero_si512());
-      sums[r] = _mm512_reduce_add_epi32(partial[r]);
-    }
 #endif
   }
 

@@ -68,9 +68,49 @@ inline void round(const T* from, scalar_t* to, int64_t n) {
   at::vec::convert(from, to, n);
 }
 
+#ifdef __AVX512BF16__
+constexpr int NAN_OR_SUBNORMAL = 0x01 | 0x20 | 0x80;  // which the instructions round to others than c10
+
+// Rounds lane m of v[n] to y[m * stride + n], for m < rows. False if it has stored nothing, as there is a value that the
+// instructions do not round.
+template <typename V>
+inline bool round_transposed(const V (&v)[16], c10::BFloat16* y, int64_t stride, int64_t rows) {
+  __mmask16 others = 0;
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) others |= _mm512_fpclass_ps_mask((__m512)v[i], NAN_OR_SUBNORMAL);
+  if (others) return false;
+  __m512 fours[16];
+  transpose_fours(v, fours);
+  const __m512i first = _mm512_setr_epi64(0, 4, 8, 12, 1, 5, 9, 13);
+  const __m512i last = _mm512_setr_epi64(2, 6, 10, 14, 3, 7, 11, 15);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i low = (__m512i)_mm512_cvtne2ps_pbh(fours[4 + i], fours[i]);
+    const __m512i high = (__m512i)_mm512_cvtne2ps_pbh(fours[12 + i], fours[8 + i]);
+    const __m512i pairs[2] = {_mm512_permutex2var_epi64(low, first, high), _mm512_permutex2var_epi64(low, last, high)};
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const int64_t m = half * 8 + i;
+      if (m < rows) _mm256_storeu_si256((__m256i*)(y + m * stride), _mm512_castsi512_si256(pairs[half]));
+      if (m + 4 < rows)
+        _mm256_storeu_si256((__m256i*)(y + (m + 4) * stride), _mm512_extracti64x4_epi64(pairs[half], 1));
+    }
+  }
+  return true;
+}
+#endif
+
 // To the nearest, ties to even; NaN as c10 has it.
 inline void round(const float* from, c10::BFloat16* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
+  int64_t i = 0;
+#ifdef __AVX512BF16__
+  for (; i + 16 <= n; i += 16) {
+    const __m512 v = _mm512_loadu_ps(from + i);
+    if (_mm512_fpclass_ps_mask(v, NAN_OR_SUBNORMAL)) break;
+    _mm256_storeu_si256((__m256i*)(to + i), (__m256i)_mm512_cvtneps_pbh(v));
+  }
+#endif
+  for (; i < n; ++i) {
     uint32_t bits;
     std::memcpy(&bits, from + i, sizeof bits);
     const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;

@@ -41,12 +41,12 @@ inline Lanes<float>::V widen<float>(const int8_t* codes) {
 }
 #endif
 
-// Lanes<T>::N int32 minus one, as T.
+// Lanes<T>::N differences of int32, as T.
 template <typename T>
-inline typename Lanes<T>::V convert_difference(const int32_t* values, int32_t excess) {
+inline typename Lanes<T>::V convert_difference(const int32_t* a, const int32_t* b) {
   typedef uint32_t Unsigned __attribute__((vector_size(Lanes<T>::N * 4), aligned(4), may_alias));  // they wrap around
   typedef int32_t Signed __attribute__((vector_size(Lanes<T>::N * 4)));
-  return __builtin_convertvector((Signed)(*(const Unsigned*)values - uint32_t(excess)), typename Lanes<T>::V);
+  return __builtin_convertvector((Signed)(*(const Unsigned*)a - *(const Unsigned*)b), typename Lanes<T>::V);
 }
 
 // The lanes of a and b in turn, from the first half or from the second.
@@ -56,9 +56,48 @@ inline V interleave(const V& a, const V& b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, (FROM + I / 2 + I % 2 * L)...);
 }
 
-// An L x L transpose, L a power of two: rounds that interleave row i with row i + L / 2.
+#ifdef __AVX512F__
+// Lanes 4 * l to 4 * l + 3 of b[4 * g + i] become lane 4 * l + i of rows[4 * g] to rows[4 * g + 3].
+template <typename V>
+inline void transpose_fours(const V (&rows)[16], __m512 (&b)[16]) {
+  __m512 a[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]);
+    a[i + 1] = _mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < 16; g += 4)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      b[g + 2 * i] = (__m512)_mm512_unpacklo_pd((__m512d)a[g + i], (__m512d)a[g + i + 2]);
+      b[g + 2 * i + 1] = (__m512)_mm512_unpackhi_pd((__m512d)a[g + i], (__m512d)a[g + i + 2]);
+    }
+}
+#endif
+
+// An L x L transpose, L a power of two: rounds that interleave row i with row i + L / 2. Of 16 x 16 lanes of four bytes, with
+// AVX512, rounds inside 16 bytes first: those instructions need no indices in registers.
 template <typename V, int L>
 inline void transpose(V (&rows)[L]) {
+#ifdef __AVX512F__
+  if constexpr (L == 16 && sizeof(V) == 64) {
+    __m512 b[16];
+    transpose_fours(rows, b);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512 even0 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88);
+      const __m512 odd0 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+      const __m512 even1 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+      const __m512 odd1 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+      rows[i] = (V)_mm512_shuffle_f32x4(even0, even1, 0x88);
+      rows[i + 4] = (V)_mm512_shuffle_f32x4(odd0, odd1, 0x88);
+      rows[i + 8] = (V)_mm512_shuffle_f32x4(even0, even1, 0xdd);
+      rows[i + 12] = (V)_mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+    }
+    return;
+  }
+#endif
   constexpr std::make_integer_sequence<int, L> lanes;
   V other[L];
   V *from = rows, *to = other;
@@ -90,6 +129,18 @@ inline V sum_lanes(V (&v)[16]) {
       v[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
           __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
   return v[0];
+}
+
+inline int32_t sum_codes(const int8_t* codes, int64_t K) {
+  int32_t sum = 0;
+  int64_t k = 0;
+#ifdef __AVX512VNNI__
+  __m512i sums = _mm512_setzero_si512();
+  for (; k + 64 <= K; k += 64) sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), _mm512_loadu_si512(codes + k));
+  sum = _mm512_reduce_add_epi32(sums);
+#endif
+  for (; k < K; ++k) sum += codes[k];
+  return sum;
 }
 
 // Fetches 2 KiB ahead. Hardware prefetchers stop at the end of a page, and a row of the weight is often one page.

@@ -4,10 +4,10 @@
 //
 // weight-only  M <= INT8FX_WEIGHT_ONLY_ROWS, not rotated. Reading the weight takes the time and arithmetic is free, so x
 //              is not quantised: the weight is widened to floats, and the result is more exact than the scheme requires.
-// few          M <= FEW_ROWS. Sums run along K over the weight as it is stored: packing x would cost more than it saves.
+// few          M <= FEW_ROWS. Sums run along K over the weight as it is stored: a copy of it would serve too few rows.
 // blocked      more rows. x is packed once, so that its rows are in the lanes of vectors, and codes of the weight are
 //              broadcast to them. A task is at most BLOCK_M rows x PANEL channels. It copies its channels' weights,
-//              DEPTH columns at a time, into the first-level cache, and multiplies them by all rows of the task.
+//              DEPTH columns at a time, and multiplies them by all rows of the task.
 //
 // The last two sum in int32, scale, add the 16-bit part in floating point, and store. The order of these sums does not
 // depend on M, so a row's result does not depend on how many other rows there are.
@@ -56,7 +56,7 @@ constexpr bool HAS_BFLOAT16 = false;
 #endif
 
 template <typename AnyTile>
-constexpr bool HAS_FEW = requires { &AnyTile::template few<1>; };  // sums along K by instructions of its own
+constexpr bool HAS_FEW = requires { AnyTile::FEW_AT_ONCE; };  // sums along K by instructions of its own
 constexpr bool TILE_HAS_FEW = HAS_FEW<Tile>;
 constexpr int64_t FEW_ROWS = TILE_HAS_FEW ? 24 : 12;
 
@@ -109,7 +109,8 @@ struct Product {
  private:
   static constexpr int MR = Tile::MR, NR = Tile::NR, PANEL = Tile::PANEL, L = Lanes<T>::N;
   static constexpr int64_t DEPTH = Tile::DEPTH;
-  static_assert(PANEL % NR == 0 && PANEL % L == 0 && MR % L == 0 && Tile::BLOCK_M % MR == 0);
+  static constexpr int UNIT = 16;  // channels that a thread takes at least
+  static_assert(PANEL % NR == 0 && PANEL % UNIT == 0 && UNIT % L == 0 && MR % L == 0 && Tile::BLOCK_M % MR == 0);
 
   using InT = FloatTile<T, MR, PANEL>;
   static constexpr bool MAY_USE_BFLOAT16 = HAS_BFLOAT16 && std::is_same_v<scalar_t, c10::BFloat16>;
@@ -224,21 +225,21 @@ struct Product {
   struct Packed {
     std::vector<Block> blocks;
     int64_t tile_size = 0, float_tile_size = 0, columns_at = 0;  // of a tile's rows: codes; bytes of floats
-    std::unique_ptr<Buffer> x;  // [tiles][blocks][kept / KG][MR][KG] of Tile::X; for few rows [M][K] of int16 or nothing
+    std::unique_ptr<Buffer> x;  // [tiles][blocks][kept / KG][MR][KG] of Tile::X; few rows: [M][K] of int16, or `pack_few`
     std::unique_ptr<Buffer> floats;  // [tiles][blocks][outliers / KG][MR][KG] of OutlierTile::X, and of the columns
     std::vector<T> x_scale;  // 0 where there is no row
-    int32_t x_sums[FEW_ROWS] = {};  // of each of few rows, if the tile has `few`
+    std::vector<int32_t> excess;  // of a row's sums
   };
 
   struct Scratch {
     [[no_unique_address]] typename Tile::Setup setup;
     alignas(64) int32_t sums[Tile::BLOCK_M * PANEL];  // [tiles][PANEL][MR]
-    alignas(64) T values[Tile::BLOCK_M * PANEL];
+    alignas(64) T values[Tile::BLOCK_M * PANEL];  // of outlier columns
+    alignas(64) T unquantised[Tile::BLOCK_M * PANEL];
     alignas(64) typename Tile::W w[PANEL * Tile::STRIDE];
     alignas(64) T float_w[PANEL * InT::STRIDE];  // or, fewer bytes, of Bfloat16Tile::W
     alignas(64) int8_t codes[PANEL][DEPTH + 64];  // of outlier columns
     alignas(64) T scale[PANEL], bias[PANEL];
-    int32_t excess[PANEL];
   };
 
   // Calls f with a value of the tile's type for the unquantised columns.
@@ -249,21 +250,25 @@ struct Product {
     f(InT{});
   }
 
+  // Tasks are of one block's rows and of neighbouring units of channels.
   void multiply_codes() const {
     const bool few = M <= FEW_ROWS;
     const int64_t tiles = (M + MR - 1) / MR, threads = thread_count();
     const Packed p = pack(few);
-    const int64_t panels = (N + PANEL - 1) / PANEL;
+    const int64_t units = (N + UNIT - 1) / UNIT;
     const int64_t tasks = threads > 1 ? 8 * threads : 1;  // at least, so that threads get equal work
-    const int64_t by_size = (tiles * MR + Tile::BLOCK_M - 1) / Tile::BLOCK_M, by_threads = (tasks + panels - 1) / panels;
+    const int64_t by_size = (tiles * MR + Tile::BLOCK_M - 1) / Tile::BLOCK_M, by_threads = (tasks + units - 1) / units;
     const int64_t wanted = std::max(by_size, by_threads);
     const int64_t block_tiles = (tiles + wanted - 1) / wanted;  // blocks of one size
     const int64_t blocks = (tiles + block_tiles - 1) / block_tiles;
-    parallel_for(blocks * panels, few ? grain_of(K * PANEL) : 1, [&](int64_t begin, int64_t end) {
+    const int64_t operations = K * UNIT * std::max<int64_t>(1, std::min(M, block_tiles * MR) / 8);
+    parallel_for(blocks * units, grain_of(operations), [&](int64_t begin, int64_t end) {
       Scratch scratch;
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t first = task / panels * block_tiles, last = std::min(tiles, first + block_tiles);
-        panel(task % panels * PANEL, first, last, few, p, scratch);
+      while (begin < end) {
+        const int64_t first = begin / units * block_tiles, last = std::min(tiles, first + block_tiles);
+        const int64_t unit = begin % units, count = std::min({int64_t(PANEL / UNIT), units - unit, end - begin});
+        panel(unit * UNIT, std::min(count * UNIT, N - unit * UNIT), first, last, few, p, scratch);
+        begin += count;
       }
     });
   }
@@ -277,7 +282,7 @@ struct Product {
       std::sort(excluded.begin(), excluded.end());
     }
     const int64_t count = (K + DEPTH - 1) / DEPTH, depth = count == 0 ? 0 : round_up((K + count - 1) / count, 64);
-    for (int64_t k = 0; k < K; k += depth) {  // blocks of nearly one size
+    for (int64_t k = 0; k < K || p.blocks.empty(); k += depth) {  // at least one block, and all of nearly one size
       Block& block = p.blocks.emplace_back(k, std::min(depth, K - k), outliers, excluded);
       block.x_at = p.tile_size;
       block.floats_at = p.float_tile_size;
@@ -288,12 +293,15 @@ struct Product {
     p.float_tile_size += round_up(columns.size(), 2) * MR * sizeof(T);
     p.x_scale.resize(tiles * MR);
     std::copy(x_scale, x_scale + M, p.x_scale.begin());
+    p.excess.resize(tiles * MR);
     p.floats = std::make_unique<Buffer>(tiles * p.float_tile_size);
-    if (few && TILE_HAS_FEW)
-      for (int64_t m = 0; m < M; ++m) p.x_sums[m] = std::accumulate(codes + m * K, codes + (m + 1) * K, int32_t(0));
-    else if (few) {
-      p.x = std::make_unique<Buffer>(M * K * sizeof(int16_t));
-      for (int64_t i = 0; i < M * K; ++i) p.x->template as<int16_t>()[i] = codes[i];
+    if (few) {
+      if constexpr (TILE_HAS_FEW)
+        pack_few<Tile>(p);
+      else {
+        p.x = std::make_unique<Buffer>(M * K * sizeof(int16_t));
+        for (int64_t i = 0; i < M * K; ++i) p.x->template as<int16_t>()[i] = codes[i];
+      }
     } else
       p.x = std::make_unique<Buffer>(tiles * p.tile_size * sizeof(typename Tile::X));
     parallel_for(tiles, grain_of(K * MR), [&](int64_t begin, int64_t end) {
@@ -301,6 +309,8 @@ struct Product {
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t m0 = tile * MR, rows = std::min<int64_t>(MR, M - m0);
         char* floats = p.floats->template as<char>() + tile * p.float_tile_size;
+        if (Tile::OFFSET != 0 && !few)
+          for (int64_t m = m0; m < m0 + rows; ++m) p.excess[m] = Tile::OFFSET * sum_codes(codes + m * K, K);
         for (const Block& block : p.blocks) {
           if (!few) {
             auto* out = p.x->template as<typename Tile::X>() + tile * p.tile_size + block.x_at;
@@ -318,8 +328,7 @@ struct Product {
     constexpr int64_t WIDTH = DEPTH + 64;
     const int8_t* from = codes + m0 * K + block.k;
     if (!block.compacts()) return Tile::pack_x(from, K, rows, block.kept, out);
-    int32_t sum;
-    for (int64_t m = 0; m < rows; ++m) block.template split<1>(from + m * K, K, buffer + m * WIDTH, WIDTH, nullptr, 0, &sum);
+    for (int64_t m = 0; m < rows; ++m) block.template split<1>(from + m * K, K, buffer + m * WIDTH, WIDTH, nullptr, 0);
     Tile::pack_x(buffer, WIDTH, rows, block.kept, out);
   }
 
@@ -347,63 +356,12 @@ struct Product {
     }
   }
 
-  void panel(int64_t n0, int64_t first, int64_t last, bool few, const Packed& p, Scratch& s) const {
-    const int64_t count = std::min<int64_t>(PANEL, N - n0);
-    const bool half_at_end = M - (last - 1) * MR <= MR / 2;  // in the last tile
-    const auto is_half = [&](int64_t tile) { return tile == last - 1 && half_at_end; };
+  // Channels n0 to n0 + count of tiles first to last - 1.
+  void panel(int64_t n0, int64_t count, int64_t first, int64_t last, bool few, const Packed& p, Scratch& s) const {
     load_any(weight_scale, n0, count, PANEL, s.scale);
     std::fill_n(s.bias, PANEL, T(0));
     if (epilogue.bias.data) load_any(epilogue.bias, n0, count, PANEL, s.bias);
 
-    std::fill_n(s.excess, PANEL, 0);
-    bool no_sums = true, no_values = true;
-    if (few) {
-      multiply_few(n0, count, p, s.sums);
-      no_sums = false;
-    }
-    for (const Block& block : p.blocks) {
-      const int8_t* rows = weight + n0 * K + block.k;
-      if (block.compacts()) {
-        for (int64_t n = 0; n < count;) n += split(block, rows + n * K, n, count - n, few, s);
-      } else {
-        if (!few)
-          for (int64_t n = 0; n < count; ++n) s.excess[n] += Tile::load_w(rows + n * K, block.depth, s.w + n * Tile::STRIDE);
-        if (!block.outliers.empty())
-          for (int64_t n = 0; n < count; ++n) block.gather(rows + n * K, s.codes[n]);
-      }
-      if (!few && block.kept > 0) {
-        const bool is_last = block.k + block.depth == K;
-        const int64_t next = is_last ? (n0 + PANEL) * K : n0 * K + block.k + block.depth;  // is loaded next
-        for (int64_t tile = first; tile < last; ++tile)
-          for (int64_t n = 0; n < count; n += NR) {
-            const bool exists = tile == first && n0 + n + NR + (is_last ? PANEL : 0) <= N;
-            Tile::run(block.kept, p.x->template as<typename Tile::X>() + tile * p.tile_size + block.x_at,
-                      s.w + n * Tile::STRIDE, s.sums + ((tile - first) * PANEL + n) * MR, no_sums,
-                      is_half(tile), Ahead{exists ? weight + next + n * K : nullptr, K});
-          }
-        no_sums = false;
-      }
-      if (block.outliers.empty()) continue;
-      const int64_t outliers_here = block.outliers.size();
-      for (int64_t c = 0; c < outliers_here; c += FLOAT_DEPTH) {
-        using F = OutlierTile;
-        const int64_t depth = std::min(FLOAT_DEPTH, outliers_here - c);
-        auto* w = reinterpret_cast<typename F::W*>(s.float_w);
-        for (int64_t n = 0; n < count; ++n) F::load_codes(s.codes[n] + c, depth, w + n * F::STRIDE);
-        run_floats<F>(depth, count, first, last, half_at_end, p, block.floats_at + c * MR * sizeof(typename F::X),
-                      no_values, s);
-        no_values = false;
-      }
-    }
-
-    if (columns.empty()) {
-      for (int64_t tile = first; tile < last; ++tile) {
-        scale(tile, first, count, no_sums, no_values, p, s);
-        store(n0, count, tile, first, s);
-      }
-      return;
-    }
-    for (int64_t tile = first; tile < last; ++tile) scale(tile, first, count, no_sums, no_values, p, s);
     with_columns_tile([&](auto of) {
       using F = decltype(of);
       const int64_t C = columns.size();
@@ -412,97 +370,148 @@ struct Product {
         const int64_t depth = std::min(FLOAT_DEPTH, C - c);
         for (int64_t n = 0; n < count; ++n)
           F::load_floats(columns_weight, (n0 + n) * C + c, depth, w + n * F::STRIDE);
-        run_floats<F>(depth, count, first, last, half_at_end, p, p.columns_at + c * MR * sizeof(typename F::X), false, s);
+        const int64_t at = p.columns_at + c * MR * sizeof(typename F::X);
+        run_floats<F>(depth, count, first, last, p, at, c == 0, s.unquantised, s);
       }
     });
-    for (int64_t tile = first; tile < last; ++tile) store(n0, count, tile, first, s);
+    bool no_sums = true, no_values = true;
+    if (few) {
+      multiply_few(n0, count, p, s.sums);
+      no_sums = false;
+    }
+    for (const Block& block : p.blocks) {
+      const int8_t* rows = weight + n0 * K + block.k;
+      const int64_t outliers_here = block.outliers.size();
+      if (block.compacts())
+        for (int64_t n = 0; n < count;) n += split(block, rows + n * K, n, count - n, few, s);
+      else if (outliers_here > 0)
+        for (int64_t n = 0; n < count; ++n) block.gather(rows + n * K, s.codes[n]);
+      for (int64_t c = 0; c < outliers_here; c += FLOAT_DEPTH) {
+        using F = OutlierTile;
+        const int64_t depth = std::min(FLOAT_DEPTH, outliers_here - c);
+        auto* w = reinterpret_cast<typename F::W*>(s.float_w);
+        for (int64_t n = 0; n < count; ++n) F::load_codes(s.codes[n] + c, depth, w + n * F::STRIDE);
+        const int64_t at = block.floats_at + c * MR * sizeof(typename F::X);
+        run_floats<F>(depth, count, first, last, p, at, no_values, s.values, s);
+        no_values = false;
+      }
+      const bool is_last = &block == &p.blocks.back(), multiplies = !few && block.kept > 0, is_first = no_sums;
+      Channels channels{count, true, rows, K};
+      if (block.compacts()) channels.rows = reinterpret_cast<const int8_t*>(s.w), channels.stride = Tile::STRIDE;
+      channels.ahead = is_last ? weight + (n0 + PANEL) * K : rows + block.depth;
+      channels.ahead_stride = K, channels.ahead_count = is_last ? N - n0 - PANEL : count;
+      no_sums &= !multiplies;
+      for (int64_t tile = first; tile < last; ++tile) {
+        if (multiplies)
+          Tile::run(block.kept, p.x->template as<typename Tile::X>() + tile * p.tile_size + block.x_at, channels, s.w,
+                    s.sums + (tile - first) * PANEL * MR, is_first, rows_of(tile));
+        channels.load = false;
+        if (is_last) store(n0, count, tile, first, no_sums, no_values, p, s);  // while the next tile is multiplied
+      }
+    }
   }
+
+  int64_t rows_of(int64_t tile) const { return std::min<int64_t>(MR, M - tile * MR); }
 
   // Channels n on, of which `count` exist, of a weight's block that compacts. Returns how many it has done. Few rows need
   // the outlier columns only.
   int64_t split(const Block& block, const int8_t* rows, int64_t n, int64_t count, bool few, Scratch& s) const {
-    int32_t sums[4] = {};
     auto* w = few ? nullptr : reinterpret_cast<int8_t*>(s.w + n * Tile::STRIDE);
     const int64_t done = count >= 4 ? 4 : 1;
     if (done == 4)
-      block.template split<4>(rows, K, w, Tile::STRIDE, s.codes[n], DEPTH + 64, sums);
+      block.template split<4>(rows, K, w, Tile::STRIDE, s.codes[n], DEPTH + 64);
     else
-      block.template split<1>(rows, K, w, Tile::STRIDE, s.codes[n], DEPTH + 64, sums);
-    for (int i = 0; i < done; ++i) s.excess[n + i] += Tile::OFFSET * sums[i];
+      block.template split<1>(rows, K, w, Tile::STRIDE, s.codes[n], DEPTH + 64);
     return done;
   }
 
   template <typename F>
-  static void run_floats(int64_t depth, int64_t count, int64_t first, int64_t last, bool half_at_end, const Packed& p,
-                         int64_t at, bool is_first, Scratch& s) {
+  void run_floats(int64_t depth, int64_t count, int64_t first, int64_t last, const Packed& p, int64_t at, bool is_first,
+                  T* values, const Scratch& s) const {
     const auto* w = reinterpret_cast<const typename F::W*>(s.float_w);
     for (int64_t tile = first; tile < last; ++tile) {
       const char* floats = p.floats->template as<char>() + tile * p.float_tile_size + at;
       for (int64_t n = 0; n < count; n += F::NR)
         F::run(depth, reinterpret_cast<const typename F::X*>(floats), w + n * F::STRIDE,
-               s.values + ((tile - first) * PANEL + n) * MR, is_first, tile == last - 1 && half_at_end);
+               values + ((tile - first) * PANEL + n) * MR, is_first, rows_of(tile) <= MR / 2);
     }
   }
 
-  // values = ((sums - excess) * x_scale + values) * weight_scale + bias
-  static void scale(int64_t tile, int64_t first, int64_t count, bool no_sums, bool no_values, const Packed& p,
-                    Scratch& s) {
+  // Rounds ((sums - excess) * x_scale + values) * scale + bias + unquantised of a tile to y.
+  void store(int64_t n0, int64_t count, int64_t tile, int64_t first, bool no_sums, bool no_values, const Packed& p,
+             const Scratch& s) const {
     using V = typename Lanes<T>::V;
-    const int32_t* sums = s.sums + (tile - first) * PANEL * MR;
-    T* values = s.values + (tile - first) * PANEL * MR;
-    const T* x_scale = p.x_scale.data() + tile * MR;
-    for (int64_t n = 0; n < count; ++n)
-#pragma GCC unroll 4
-      for (int m = 0; m < MR; m += L) {
-        V& value = *(V*)(values + n * MR + m);
-        V v = no_values ? V{} : value;
-        if (!no_sums) v += convert_difference<T>(sums + n * MR + m, s.excess[n]) * *(const V*)(x_scale + m);
-        value = v * s.scale[n] + s.bias[n];
-      }
-  }
-
-  // Rounds a tile's values to y.
-  void store(int64_t n0, int64_t count, int64_t tile, int64_t first, Scratch& s) const {
-    using V = typename Lanes<T>::V;
-    const T* values = s.values + (tile - first) * PANEL * MR;
-    const int64_t rows = std::min<int64_t>(MR, M - tile * MR);
-    alignas(64) T row[L][PANEL];
+    const int64_t rows = rows_of(tile);
+    const bool plain = epilogue.activation == Activation::none && epilogue.binary == Binary::none;
     for (int64_t m0 = 0; m0 < rows; m0 += L) {
+      const V x_scale = *(const V*)(p.x_scale.data() + tile * MR + m0);
+      const int32_t* excess = p.excess.data() + tile * MR + m0;
       for (int64_t n = 0; n < count; n += L) {
+        const int64_t at = ((tile - first) * PANEL + n) * MR + m0;
         V block[L];
+        const auto for_each = [](auto&& f) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) block[i] = *(const V*)(values + (n + i) * MR + m0);
+          for (int i = 0; i < L; ++i) f(i);
+        };
+        if (no_values)
+          for_each([&](int i) { block[i] = V{}; });
+        else
+          for_each([&](int i) { block[i] = *(const V*)(s.values + at + i * MR); });
+        if (!no_sums)
+          for_each([&](int i) { block[i] += convert_difference<T>(s.sums + at + i * MR, excess) * x_scale; });
+        for_each([&](int i) { block[i] = block[i] * s.scale[n + i] + s.bias[n + i]; });
+        if (!columns.empty()) for_each([&](int i) { block[i] += *(const V*)(s.unquantised + at + i * MR); });
+        const int64_t rows_here = std::min<int64_t>(L, rows - m0), channels = std::min<int64_t>(L, count - n);
+#ifdef __AVX512BF16__
+        if constexpr (std::is_same_v<scalar_t, c10::BFloat16>)
+          if (plain && channels == L && round_transposed(block, y + (tile * MR + m0) * N + n0 + n, N, rows_here))
+            continue;
+#endif
         transpose(block);
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) *(V*)(&row[i][n]) = block[i];
+        for (int64_t i = 0; i < rows_here; ++i)
+          epilogue.store((T*)&block[i], tile * MR + m0 + i, n0 + n, channels, L, N, y);
       }
-      for (int64_t m = m0; m < std::min(rows, m0 + L); ++m)
-        epilogue.store(row[m - m0], tile * MR + m, n0, count, round_up(count, L), N, y);
     }
   }
 
   // sums[n][m] of all rows, with the weight as it is stored.
   void multiply_few(int64_t n0, int64_t count, const Packed& p, int32_t* sums) const {
-    for (int64_t n = 0; n < count; n += 4)
-      for (int64_t m = 0; m < M; m += 4)  // the four channels' weights stay in the first-level cache
-        switch (M - m) {
-          case 1: few_sums<1>(n0 + n, m, count - n, p, sums + n * MR + m); break;
-          case 2: few_sums<2>(n0 + n, m, count - n, p, sums + n * MR + m); break;
-          case 3: few_sums<3>(n0 + n, m, count - n, p, sums + n * MR + m); break;
-          default: few_sums<4>(n0 + n, m, count - n, p, sums + n * MR + m);
+    constexpr int64_t CHANNELS = 4;
+    for (int64_t n = 0; n < count; n += CHANNELS) {
+      const int8_t* w[CHANNELS];
+      for (int64_t c = 0; c < CHANNELS; ++c) w[c] = weight + (n0 + std::min(n + c, count - 1)) * K;
+      few_sums(w, p, sums + n * MR);
+    }
+  }
+
+  // sums[c * MR + m] = sum_k(codes[m, k] * w[c][k]). The channels' weights stay in the first-level cache.
+  template <size_t CHANNELS, typename AnyTile = Tile>
+  void few_sums(const int8_t* const (&w)[CHANNELS], const Packed& p, int32_t* sums) const {
+    if constexpr (HAS_FEW<AnyTile>)
+      for (int64_t m = 0; m < M; m += AnyTile::FEW_AT_ONCE)
+        AnyTile::few(std::min<int64_t>(AnyTile::FEW_AT_ONCE, M - m), p.x->template as<uint8_t>() + m * round_up(K, 64), K,
+                     w, m == 0, sums + m);
+    else
+      for (size_t c = 0; c < CHANNELS; ++c)
+        for (int64_t m = 0; m < M; m += 4) {
+          const int16_t* rows = p.x->template as<int16_t>() + m * K;
+          int32_t* to = sums + c * MR + m;
+          switch (M - m) {
+            case 1: dot<1>(rows, K, w[c], to); break;
+            case 2: dot<2>(rows, K, w[c], to); break;
+            case 3: dot<3>(rows, K, w[c], to); break;
+            default: dot<4>(rows, K, w[c], to);
+          }
         }
   }
 
-  // sums[c * MR + r] = sum_k(codes[m + r, k] * weight[n + c, k]) of ROWS rows and four channels, of which `count` exist.
-  template <int ROWS, typename AnyTile = Tile>
-  void few_sums(int64_t n, int64_t m, int64_t count, const Packed& p, int32_t* sums) const {
-    const int8_t* w[4];
-    for (int64_t c = 0; c < 4; ++c) w[c] = weight + (n + std::min(c, count - 1)) * K;
-    if constexpr (HAS_FEW<AnyTile>)
-      AnyTile::template few<ROWS>(codes + m * K, p.x_sums + m, K, w, sums, m == 0);
-    else
-      for (int64_t c = 0; c < std::min<int64_t>(4, count); ++c)
-        dot<ROWS>(p.x->template as<int16_t>() + m * K, K, w[c], sums + c * MR);
+  template <typename AnyTile>
+  void pack_few(Packed& p) const {
+    const int64_t stride = round_up(K, 64);
+    p.x = std::make_unique<Buffer>(round_up(M, 4) * stride);
+    for (int64_t m = 0; m < M; m += AnyTile::FEW_AT_ONCE)
+      AnyTile::pack_few(codes + m * K, K, std::min<int64_t>(AnyTile::FEW_AT_ONCE, M - m),
+                        p.x->template as<uint8_t>() + m * stride);
   }
 };
 

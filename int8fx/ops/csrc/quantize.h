@@ -6,6 +6,7 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -261,19 +262,75 @@ inline void round_codes(const double* __restrict row, int64_t K, double scale, i
     codes[k] = static_cast<int8_t>(static_cast<int32_t>(std::nearbyint(row[k] / scale)));
 }
 
-// The scale of a row and its codes. NaN and infinities make the scale NaN.
+// absmax / 127, at least the smallest normal number. NaN and infinities make it NaN.
+template <typename T>
+inline T scale_of(T absmax) {
+  if (!std::isfinite(absmax)) return std::numeric_limits<T>::quiet_NaN();
+  const T smallest = std::numeric_limits<float>::min(), scale = absmax / INT8_MAX_CODE;
+  return scale < smallest ? smallest : scale;
+}
+
+// The scale of a row and its codes.
 template <typename T>
 inline T quantize_row(const T* __restrict row, int64_t K, int8_t* __restrict codes) {
   bits_t<T> largest = 0;
   for (int64_t k = 0; k < K; ++k) largest = std::max(largest, abs_bits(row[k]));
   T absmax;
   std::memcpy(&absmax, &largest, sizeof absmax);
-  if (!std::isfinite(absmax)) absmax = std::numeric_limits<T>::quiet_NaN();
-  const T smallest = std::numeric_limits<float>::min(), scale = absmax / INT8_MAX_CODE;
-  const T s = scale < smallest ? smallest : scale;
-  round_codes(row, K, s, codes);
-  return s;
+  const T scale = scale_of(absmax);
+  round_codes(row, K, scale, codes);
+  return scale;
 }
+
+#ifdef __AVX512BW__
+// `quantize_row` of a row of bfloat16, without a copy of it: the bits are the upper half of a float's. keeps[k] is 0xffff, or 0
+// where a zero is to be quantised. AVX512 rounds and narrows in one instruction each.
+inline float quantize_bits(const uint16_t* row, int64_t K, const uint16_t* keeps, int8_t* codes) {
+  constexpr int64_t AT_ONCE = 64;
+  const auto exists = [&](int64_t k) { return K - k >= 32 ? ~__mmask32(0) : (__mmask32(1) << (K - k)) - 1; };
+  const auto load = [&](int64_t k) {
+    const __m512i kept = _mm512_maskz_loadu_epi16(exists(k), keeps + k);
+    return _mm512_and_si512(kept, _mm512_maskz_loadu_epi16(exists(k), row + k));
+  };
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t k = 0; k < K; k += 32)
+    most = _mm512_max_epu16(most, _mm512_and_si512(load(k), _mm512_set1_epi16(0x7fff)));
+  const __m512i even = _mm512_slli_epi32(most, 16), odd = _mm512_and_si512(most, _mm512_set1_epi32(0xffff0000));
+  const float scale = scale_of(std::bit_cast<float>(_mm512_reduce_max_epi32(_mm512_max_epi32(even, odd))));
+  const float inverse = 1 / scale, ulps = 4 * std::numeric_limits<float>::epsilon() * INT8_MAX_CODE;
+  const __m512 inverses = _mm512_set1_ps(inverse), half = _mm512_set1_ps(0.5f - ulps);
+  const bool multiplies = std::isfinite(inverse) && inverse >= std::numeric_limits<float>::min();
+  for (int64_t k = 0; k < K; k += AT_ONCE) {
+    const __m512i bits[2] = {load(k), K - k > 32 ? load(k + 32) : _mm512_setzero_si512()};
+    __m512 values[4];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits[i]));
+      const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits[i], 1));
+      values[2 * i] = _mm512_castsi512_ps(_mm512_slli_epi32(low, 16));
+      values[2 * i + 1] = _mm512_castsi512_ps(_mm512_slli_epi32(high, 16));
+    }
+    __mmask16 near = multiplies ? 0 : 1;
+    __m512 quotients[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      quotients[i] = _mm512_mul_ps(values[i], inverses);
+      const __m512 rounded = _mm512_roundscale_ps(quotients[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      near |= _mm512_cmp_ps_mask(_mm512_abs_ps(_mm512_sub_ps(quotients[i], rounded)), half, _CMP_GE_OQ);
+    }
+    if (near)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) quotients[i] = _mm512_div_ps(values[i], _mm512_set1_ps(scale));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const int64_t left = K - k - i * 16;
+      const __mmask16 here = left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
+      _mm512_mask_cvtepi32_storeu_epi8(codes + k + i * 16, here, _mm512_cvtps_epi32(quotients[i]));
+    }
+  }
+  return scale;
+}
+#endif
 
 template <typename T>
 inline void clear(T* __restrict row, int64_t K, const uint8_t* __restrict mask) {
@@ -288,6 +345,17 @@ void quantize_rows(
     compute_t<scalar_t>* scale) {
   using T = compute_t<scalar_t>;
   parallel_for(M, std::max<int64_t>(1, 32768 / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
+#ifdef __AVX512BW__
+    if constexpr (std::is_same_v<scalar_t, c10::BFloat16>)
+      if (block == 1) {
+        std::vector<uint16_t> keeps(K, 0xffff);
+        if (mask != nullptr)
+          for (int64_t k = 0; k < K; ++k) keeps[k] = mask[k] ? 0 : 0xffff;
+        for (int64_t m = begin; m < end; ++m)
+          scale[m] = quantize_bits(reinterpret_cast<const uint16_t*>(x) + m * K, K, keeps.data(), codes + m * K);
+        return;
+      }
+#endif
     std::vector<T> row(K);
     for (int64_t m = begin; m < end; ++m) {
       load(x + m * K, row.data(), K);

@@ -58,16 +58,23 @@ struct AmxTile {
 #endif
 
   static void pack_x(const int8_t* codes, int64_t stride, int64_t rows, int64_t k, X* out) {
-    VnniTile::pack_fours(codes, stride, rows, k, 0, out);
+    VnniTile::pack_x(codes, stride, rows, k, out);
   }
 
-  static int32_t load_w(const int8_t* w, int64_t k, W* out) {
-    std::memcpy(out, w, k);
+  static void load_w(const int8_t* w, int64_t k, W* out) {
+    if (w != out) std::memcpy(out, w, k);
     std::memset(out + k, 0, (k + KG - 1) / KG * KG - k);
-    return 0;
   }
 
-  static void run(int64_t k, const X* x, const W* w, int32_t* y, bool first, bool half, const Ahead& ahead) {
+  static void run(int64_t k, const X* x, const Channels& channels, W* w, int32_t* y, bool first, int64_t rows) {
+    run_channels<AmxTile>(k, channels, w, [&](int64_t n, const W* w) {
+      sums(k, x, w, y + n * MR, first, rows <= MR / 2, channels, n);
+    });
+  }
+
+ private:
+  static void sums(int64_t k, const X* x, const W* w, int32_t* y, bool first, bool half, const Channels& channels,
+                   int64_t channel) {
     if (first) {
       INT8FX_TILE_ZERO(0);
       INT8FX_TILE_ZERO(1);
@@ -80,7 +87,7 @@ struct AmxTile {
       INT8FX_TILE_LOAD(3, y + 16 * MR + 16, MR * 4);
     }
     for (int64_t i = 0; i < k; i += KG, x += MR * KG, w += KG) {
-      ahead.fetch<NR>(i);
+      if (channels.load) channels.fetch<NR>(channel, i);
       INT8FX_TILE_LOAD(4, w, STRIDE);
       INT8FX_TILE_LOAD(6, x, MR * 4);
       INT8FX_TILE_DOT(0, 4, 6);
@@ -99,7 +106,6 @@ struct AmxTile {
   }
 
 #ifndef __AMX_INT8__
- private:
   // A tile register, and the instructions on it.
   struct Array {
     int8_t bytes[16][64];

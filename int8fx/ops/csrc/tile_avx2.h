@@ -30,22 +30,27 @@ struct Avx2Tile {
     if (done < k) pack_rows<MR, KG>(codes + done, stride, rows, k - done, out + done * MR);
   }
 
-  static int32_t load_w(const int8_t* w, int64_t k, W* out) {
+  static void load_w(const int8_t* w, int64_t k, W* out) {
     int64_t i = 0;
     for (; i + 16 <= k; i += 16)
       _mm256_storeu_si256((__m256i*)(out + i), _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + i))));
     for (; i < k; ++i) out[i] = w[i];
     if (k % KG != 0) out[k] = 0;
-    return 0;
   }
 
-  static void run(int64_t k, const X* x, const W* w, int32_t* y, bool first, bool half, const Ahead& ahead) {
-    return half ? sums<1>(k, x, w, y, first, ahead) : sums<2>(k, x, w, y, first, ahead);
+  static void run(int64_t k, const X* x, const Channels& channels, W* w, int32_t* y, bool first, int64_t rows) {
+    run_channels<Avx2Tile>(k, channels, w, [&](int64_t n, const W* w) {
+      if (rows <= MR / 2)
+        sums<1>(k, x, w, y + n * MR, first, channels, n);
+      else
+        sums<2>(k, x, w, y + n * MR, first, channels, n);
+    });
   }
 
  private:
   template <int VECTORS>
-  static void sums(int64_t k, const X* x, const W* w, int32_t* y, bool first, const Ahead& ahead) {
+  static void sums(
+      int64_t k, const X* x, const W* w, int32_t* y, bool first, const Channels& channels, int64_t channel) {
     __m256i sums[NR][VECTORS];
 #pragma GCC unroll 6
     for (int n = 0; n < NR; ++n)
@@ -53,7 +58,7 @@ struct Avx2Tile {
       for (int v = 0; v < VECTORS; ++v)
         sums[n][v] = first ? _mm256_setzero_si256() : _mm256_loadu_si256((const __m256i*)(y + n * MR + v * 8));
     for (int64_t i0 = 0; i0 < k; i0 += 64) {
-      ahead.fetch<NR>(i0);
+      if (channels.load) channels.fetch<NR>(channel, i0);
       for (int64_t i = i0; i < std::min(k, i0 + 64); i += KG, x += MR * KG) {
         __m256i rows[VECTORS];
 #pragma GCC unroll 2

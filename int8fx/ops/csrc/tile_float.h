@@ -96,8 +96,16 @@ struct Bfloat16Tile {
 
   static X as_x(c10::BFloat16 value) { return value.x; }
 
+  // Reads and writes up to 15 more.
   static void load_codes(const int8_t* codes, int64_t k, W* out) {
-    for (int64_t i = 0; i < k; ++i) out[i] = bfloat16_bits(codes[i]);
+    for (int64_t i = 0; i < k; i += 16) {
+#ifdef __AVX512BF16__
+      const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(codes + i))));
+      _mm256_storeu_si256((__m256i*)(out + i), (__m256i)_mm512_cvtneps_pbh(values));
+#else
+      for (int64_t j = i; j < i + 16; ++j) out[j] = bfloat16_bits(codes[j]);
+#endif
+    }
     if (k % 2 != 0) out[k] = 0;
   }
 
