@@ -1,69 +1,58 @@
-// y = epilogue(x @ weight.T + x_columns @ columns_weight.T), weight of any format: codes of 8 or 4 bits, in groups of
-// columns that have a scale and perhaps a zero point each. ../../schemes/formats.py describes the formats.
+// y = epilogue(x @ weight.T + x_columns @ columns_weight.T), weight of any format. The forms are those of product.h:
+//
+// weight-only  M <= INT8FX_WEIGHT_ONLY_ROWS, not rotated. x is not quantised; groups_few.h.
+// blocked      more rows. A task is at most BLOCK_M rows x PANEL channels. It decodes its channels, some columns at a time,
+//              and multiplies them by all rows of the task. Whichever of these serves x and the format:
+//
+//              int8 codes of x, integer levels  sums of a group by Tile, in int32, then scaled in floating point
+//              bfloat16 x, integer levels       the same by Bfloat16Tile, in float
+//              others                           FloatTile with dequantised weights
+//
+// The order of sums does not depend on M, so a row's result does not depend on how many other rows there are.
 #pragma once
 
-#include <cmath>
-#include <string_view>
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <utility>
 #include <vector>
 
-#include "epilogue.h"
+#include "group_weight.h"
+#include "groups_few.h"
 #include "parallel.h"
-
-#ifndef INT8FX_LEVELS
-#error "INT8FX_LEVELS is {name, level of code 0, ...}, ...: native.py takes it from formats.py"
-#endif
+#include "product.h"
 
 namespace int8fx {
 
-struct Levels {
-  std::string_view format;
-  float values[16];  // of codes of 4 bits
+// The tile for codes of x.
+struct CodesTile : Tile {
+  using From = int8_t;
+  using Sum = int32_t;
+
+  static void pack(const int8_t* x, int64_t stride, int64_t rows, int64_t k, X* out) { pack_x(x, stride, rows, k, out); }
+  static int32_t load(const int8_t* w, int64_t k, W* out) { return load_w(w, k, out); }
+  static void multiply(int64_t k, const X* x, const W* w, Sum* y, bool half) { run(k, x, w, y, true, half, Ahead{}); }
 };
 
-// The levels of the format, less the zero point of symmetric codes; null if there is no such format of 4 bits.
-inline const float* levels_of(std::string_view format) {
-  static constexpr Levels FORMATS[] = {INT8FX_LEVELS};
-  for (const Levels& levels : FORMATS)
-    if (levels.format == format) return levels.values;
-  return nullptr;
-}
+// The tile for bfloat16 x. Integers of at most 8 bits are bfloat16 values.
+template <int MR_>
+struct BitsTile : Bfloat16Tile<MR_, Tile::PANEL> {
+  using Base = Bfloat16Tile<MR_, Tile::PANEL>;
+  using From = c10::BFloat16;
+  using Sum = float;
+  static constexpr int64_t DEPTH = FLOAT_DEPTH;
 
-struct GroupWeight {
-  const uint8_t* codes;  // [N, K] int8, or [N, ceil(K / 2)] of 4 bits, the first of two in the upper half
-  const float* levels;  // of codes of 4 bits; null for those of 8
-  Floats scale;  // [N, G], or nothing if there are scale_codes
-  const uint8_t* scale_codes;  // [N, G]: scale = scale_range[n, 0] + scale_codes[n, g] * scale_range[n, 1]
-  const float* scale_range;  // [N, 2]
-  const uint8_t* zero_point;  // [N, G], int8 for codes of 8 bits; null for symmetric codes
-  int64_t N, K, group_size, G;
-
-  int64_t row_bytes() const { return levels ? (K + 1) / 2 : K; }
-
-  // The scales of row n.
-  template <typename T>
-  void load_scales(int64_t n, T* to) const {
-    if (scale_codes == nullptr) return load_any(scale, n * G, G, G, to);
-    const double lowest = scale_range[2 * n], step = scale_range[2 * n + 1];  // a product is exact
-    for (int64_t g = 0; g < G; ++g) to[g] = T(lowest + double(scale_codes[n * G + g]) * step);
-  }
-
-  // Row n as `quantize.dequantize` has it before the rotation: row[k] = (level - zero_point) * scale.
-  template <typename T>
-  void decode(int64_t n, T* scales, T* row) const {
-    load_scales(n, scales);
-    const uint8_t* from = codes + n * row_bytes();
-    for (int64_t g = 0; g < G; ++g) {
-      const int64_t begin = g * group_size, end = std::min(K, begin + group_size);
-      if (levels == nullptr) {
-        const T zero = zero_point ? T(int8_t(zero_point[n * G + g])) : T(0);
-        for (int64_t k = begin; k < end; ++k) row[k] = (T(int8_t(from[k])) - zero) * scales[g];
-        continue;
+  static void pack(const c10::BFloat16* x, int64_t stride, int64_t rows, int64_t k, uint16_t* out) {
+    for (int64_t m = 0; m < MR_; ++m)
+      for (int64_t i = 0; i < k; i += 2) {
+        uint16_t pair[2] = {};
+        if (m < rows) std::memcpy(pair, x + m * stride + i, std::min<int64_t>(2, k - i) * sizeof pair[0]);
+        std::memcpy(out + (i / 2 * MR_ + m) * 2, pair, sizeof pair);
       }
-      T values[16];
-      for (int i = 0; i < 16; ++i)
-        values[i] = (zero_point ? T(i) - T(zero_point[n * G + g]) : T(levels[i])) * scales[g];
-      for (int64_t k = begin; k < end; ++k) row[k] = values[k % 2 ? from[k / 2] & 15 : from[k / 2] >> 4];
-    }
+  }
+  static int32_t load(const int8_t* w, int64_t k, uint16_t* out) { return Base::load_codes(w, k, out), 0; }
+  static void multiply(int64_t k, const uint16_t* x, const uint16_t* w, Sum* y, bool half) {
+    Base::run(k, x, w, y, true, half);
   }
 };
 
@@ -71,49 +60,383 @@ template <typename scalar_t>
 struct GroupProduct {
   using T = compute_t<scalar_t>;
 
-  const T* x;  // [M, K], as it is multiplied: quantised and dequantised, or as it was
-  const T* unquantised;  // [M, columns] of x
+  const scalar_t* x;  // [M, K]
+  bool weight_only;  // x is not quantised: codes, x_scale and outliers are not read
+  const int8_t* codes;  // [M, K]; null if all columns are outliers
+  const T* x_scale;  // [M]
+  std::vector<int64_t> outliers;  // columns of x with a value at or above the threshold, unless these are all
   GroupWeight weight;
-  int64_t columns;
+  std::vector<int64_t> columns;  // the unquantised columns, in every call
   Floats columns_weight;  // [N, columns]
   Epilogue epilogue;
   scalar_t* y;  // [M, N]
   int64_t M;
 
   void run() const {
-    constexpr int64_t WIDTH = 16;
-    const int64_t N = weight.N, K = weight.K;
-    if (M == 0 || N == 0) return;
-    parallel_for((N + WIDTH - 1) / WIDTH, grain_of(M * K * WIDTH), [&](int64_t begin, int64_t end) {
-      std::vector<T> rows(WIDTH * K), scales(weight.G), of_columns(WIDTH * columns);
-      T bias[WIDTH] = {}, sums[WIDTH];
+    if (M == 0 || weight.N == 0) return;
+    if (weight_only) return multiply_few();
+    const std::optional<Steps> steps = integer_steps();
+    if (codes != nullptr) {
+      if (steps) return multiply_blocks(InGroups<CodesTile>(*this, *steps, codes));
+      return multiply_blocks(InFloats(*this, codes, nullptr));
+    }
+    const std::vector<scalar_t> rows = without_columns<scalar_t>();
+    if constexpr (MAY_USE_BFLOAT16)
+      if (steps && !has_wide_integers()) return multiply_blocks(InGroups<BitsTile<MR>>(*this, *steps, rows.data()));
+    multiply_blocks(InFloats(*this, rows.data(), nullptr));
+  }
+
+ private:
+  static constexpr int MR = Tile::MR, PANEL = Tile::PANEL, L = Lanes<T>::N;
+  static constexpr bool MAY_USE_BFLOAT16 = HAS_BFLOAT16 && std::is_same_v<scalar_t, c10::BFloat16>;
+  using V = typename Lanes<T>::V;
+
+  static constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+  // Levels as integers; none where the rounding of their unit is too large an error, or there are no such integers.
+  std::optional<Steps> integer_steps() const {
+    if (weight.levels == nullptr) return Steps{{}, 1};
+    const std::optional<Steps> steps = Steps::of(weight.levels);
+    return steps && (steps->unit == 1 || sizeof(T) == 4) ? steps : std::nullopt;
+  }
+
+  // Whether level - zero_point has 9 bits.
+  bool has_wide_integers() const { return weight.levels == nullptr && weight.zero_point != nullptr; }
+
+  // x with zeros in the unquantised columns.
+  template <typename U>
+  std::vector<U> without_columns() const {
+    std::vector<U> rows(M * weight.K);
+    load(x, rows.data(), M * weight.K);
+    for (int64_t m = 0; m < M; ++m)
+      for (const int64_t k : columns) rows[m * weight.K + k] = U(0);
+    return rows;
+  }
+
+  // ---- few rows ----------------------------------------------------------------------------------------------------
+
+  static constexpr int64_t WIDTH = 16;  // channels that a thread takes at a time
+  static constexpr int64_t MAX_FEW = INT8FX_WEIGHT_ONLY_ROWS;
+
+  void multiply_few() const {
+    if constexpr (std::is_same_v<T, float> && (VECTOR_BYTES == 64 || HAS_BFLOAT16)) {
+      if (weight.levels != nullptr && FewGroups<4>::serves(weight)) return multiply_few_by<FewGroups<4>>();
+      if (weight.levels == nullptr && FewGroups<8>::serves(weight)) return multiply_few_by<FewGroups<8>>();
+    }
+    multiply_few_by<Dequantized>();
+  }
+
+  // Any groups: a channel is dequantised.
+  struct Dequantized {
+    static int64_t padded(int64_t K) { return K; }
+    static void order(const T* row, int64_t K, T* out) { std::copy_n(row, K, out); }
+    static int64_t scratch_size(const GroupWeight& weight) { return weight.G + weight.K; }
+
+    template <int ROWS>
+    static void multiply(const GroupWeight& weight, const T* x, int64_t n0, int64_t count, T* scratch,
+                         T (&sums)[ROWS][WIDTH]) {
+      const int64_t K = weight.K;
+      T* channel = scratch + weight.G;
+      for (int64_t n = 0; n < count; ++n) {
+        weight.load_scales(n0 + n, scratch);
+        weight.decode(n0 + n, 0, K, scratch, channel);
+        for (int r = 0; r < ROWS; ++r) sums[r][n] = dot(x + r * K, channel, K);
+      }
+    }
+
+   private:
+    static T dot(const T* a, const T* b, int64_t size) {
+      V sums[4] = {};
+      int64_t i = 0;
+      for (; i + 4 * L <= size; i += 4 * L)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) sums[j] += *(const V*)(a + i + j * L) * *(const V*)(b + i + j * L);
+      const V all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      T sum = 0;
+      for (int lane = 0; lane < L; ++lane) sum += all[lane];
+      for (; i < size; ++i) sum += a[i] * b[i];
+      return sum;
+    }
+  };
+
+  template <typename Kernel>
+  void multiply_few_by() const {
+    static_assert(MAX_FEW == 4);
+    switch (M) {
+      case 1: return multiply_few_by<Kernel, 1>();
+      case 2: return multiply_few_by<Kernel, 2>();
+      case 3: return multiply_few_by<Kernel, 3>();
+      default: return multiply_few_by<Kernel, 4>();
+    }
+  }
+
+  template <typename Kernel, int ROWS>
+  void multiply_few_by() const {
+    const int64_t N = weight.N, K = weight.K, C = columns.size(), stride = Kernel::padded(K);
+    const std::vector<T> quantised = without_columns<T>();
+    std::vector<T> rows(ROWS * stride), unquantised(ROWS * C);
+    for (int r = 0; r < ROWS; ++r) {
+      Kernel::order(quantised.data() + r * K, K, rows.data() + r * stride);
+      for (int64_t c = 0; c < C; ++c) unquantised[r * C + c] = static_cast<T>(x[r * K + columns[c]]);
+    }
+    parallel_for((N + WIDTH - 1) / WIDTH, grain_of(K * WIDTH), [&](int64_t begin, int64_t end) {
+      std::vector<T> scratch(Kernel::scratch_size(weight)), channel(C);
+      T sums[ROWS][WIDTH] = {}, bias[WIDTH] = {};
       for (int64_t block = begin; block < end; ++block) {
         const int64_t n0 = block * WIDTH, count = std::min(WIDTH, N - n0);
         if (epilogue.bias.data) load_any(epilogue.bias, n0, count, WIDTH, bias);
-        for (int64_t n = 0; n < count; ++n) weight.decode(n0 + n, scales.data(), rows.data() + n * K);
-        if (columns > 0) load_any(columns_weight, n0 * columns, count * columns, count * columns, of_columns.data());
-        for (int64_t m = 0; m < M; ++m) {
-          for (int64_t n = 0; n < WIDTH; ++n)
-            sums[n] = n >= count ? T(0) : dot(x + m * K, rows.data() + n * K, K) +
-                dot(unquantised + m * columns, of_columns.data() + n * columns, columns) + bias[n];
-          epilogue.store(sums, m, n0, count, WIDTH, N, y);
+        Kernel::template multiply<ROWS>(weight, rows.data(), n0, count, scratch.data(), sums);
+        for (int64_t n = 0; n < count && C > 0; ++n) {
+          load_any(columns_weight, (n0 + n) * C, C, C, channel.data());
+          for (int r = 0; r < ROWS; ++r)
+            for (int64_t c = 0; c < C; ++c) sums[r][n] += unquantised[r * C + c] * channel[c];
+        }
+        for (int r = 0; r < ROWS; ++r) {
+          for (int64_t n = 0; n < WIDTH; ++n) sums[r][n] += bias[n];
+          epilogue.store(sums[r], r, n0, count, WIDTH, N, y);
         }
       }
     });
   }
 
- private:
-  static T dot(const T* a, const T* b, int64_t size) {
-    using Vec = at::vec::Vectorized<T>;
-    constexpr int64_t L = Vec::size();
-    Vec sums(T(0));
-    int64_t i = 0;
-    for (; i + L <= size; i += L) sums = at::vec::fmadd(Vec::loadu(a + i), Vec::loadu(b + i), sums);
-    T lanes[L], sum = 0;
-    sums.store(lanes);
-    for (const T lane : lanes) sum += lane;
-    for (; i < size; ++i) sum += a[i] * b[i];
-    return sum;
+  // ---- blocked -----------------------------------------------------------------------------------------------------
+
+  struct Task {
+    int64_t n0, count;  // channels
+    int64_t first, last;  // tiles of rows
+    bool half_at_end;  // whether the last tile has at most half of its rows
+
+    bool is_half(int64_t tile) const { return tile == last - 1 && half_at_end; }
+  };
+
+  // Of a thread.
+  struct Scratch {
+    [[no_unique_address]] typename Tile::Setup setup;
+    alignas(64) T values[Tile::BLOCK_M * PANEL];  // [tiles][PANEL][MR]
+    Buffer w, scales;  // [PANEL][STRIDE] of a tile's W; [PANEL][G] of T
+
+    explicit Scratch(int64_t G)
+        : w(PANEL * std::max({int64_t(sizeof(typename Tile::W)) * Tile::STRIDE, int64_t(sizeof(T)) * F::STRIDE})),
+          scales(PANEL * G * sizeof(T)) {}
+  };
+
+  // Columns of one group, that a tile multiplies at once.
+  struct Segment {
+    int64_t k, depth, g;
+    int64_t x_at, w_at;  // of X from the tile's first, of W from the channel's
+  };
+
+  // values[n][m] += sum_g(sum_k(x[m, k] * integer[n, k]) * scale[n, g] * unit)
+  template <typename GroupTile>
+  struct InGroups {
+    using X = typename GroupTile::X;
+    using W = typename GroupTile::W;
+    using Sum = typename GroupTile::Sum;
+    static constexpr int NR = GroupTile::NR;
+    static constexpr int64_t KG = GroupTile::KG, STRIDE = GroupTile::STRIDE;
+
+    const GroupProduct& p;
+    Steps steps;
+    std::vector<std::vector<Segment>> blocks;  // of at most DEPTH columns
+    int64_t tile_size = 0;
+    std::unique_ptr<Buffer> x;  // [tiles][segments][depth / KG][MR][KG]
+    std::vector<int32_t> x_sums;  // [tiles][segments][MR], if integers are codes with a zero point
+
+    InGroups(const GroupProduct& p, const Steps& steps, const typename GroupTile::From* from) : p(p), steps(steps) {
+      const int64_t K = p.weight.K, tiles = (p.M + MR - 1) / MR;
+      std::vector<Segment> segments;
+      for (int64_t k = 0, w_at = 0; k < K;) {
+        const int64_t g = k / p.weight.group_size;
+        const int64_t depth = std::min({K - k, (g + 1) * p.weight.group_size - k, GroupTile::DEPTH});
+        if (blocks.empty() || w_at + round_up(depth, KG) > GroupTile::DEPTH) blocks.emplace_back(), w_at = 0;
+        blocks.back().push_back(segments.emplace_back(Segment{k, depth, g, tile_size, w_at}));
+        w_at += round_up(depth, KG);
+        tile_size += round_up(depth, KG) * MR;
+        k += depth;
+      }
+      tile_size += 64 * MR;  // a tile packs up to 64 columns at a time
+      x = std::make_unique<Buffer>(tiles * tile_size * sizeof(X));
+      const bool has_sums = p.has_wide_integers();
+      if (has_sums) x_sums.resize(tiles * segments.size() * MR);
+      parallel_for(tiles, grain_of(K * MR), [&](int64_t begin, int64_t end) {
+        for (int64_t tile = begin; tile < end; ++tile)
+          for (size_t s = 0; s < segments.size(); ++s) {
+            const auto& [k, depth, g, x_at, w_at] = segments[s];
+            const int64_t rows = std::min<int64_t>(MR, p.M - tile * MR);
+            const auto* of_tile = from + tile * MR * K + k;
+            GroupTile::pack(of_tile, K, rows, depth, x->as<X>() + tile * tile_size + x_at);
+            if constexpr (std::is_same_v<Sum, int32_t>)
+              for (int64_t m = 0; has_sums && m < rows; ++m)
+                x_sums[(tile * segments.size() + s) * MR + m] =
+                    std::accumulate(of_tile + m * K, of_tile + m * K + depth, int32_t(0));
+          }
+      });
+    }
+
+    void operator()(const Task& task, Scratch& s) const {
+      const GroupWeight& weight = p.weight;
+      const int64_t G = weight.G;
+      T* scales = s.scales.template as<T>();
+      for (int64_t n = 0; n < task.count; ++n) {
+        weight.load_scales(task.n0 + n, scales + n * G);
+        if (steps.unit != 1)
+          for (int64_t g = 0; g < G; ++g) scales[n * G + g] *= steps.unit;
+      }
+      W* w = s.w.template as<W>();
+      int8_t buffer[GroupTile::DEPTH];
+      alignas(64) Sum sums[NR * MR];
+      std::vector<int32_t> excess;
+      int64_t segments = 0, all = x_sums.size() / MR / std::max<int64_t>(1, (p.M + MR - 1) / MR);
+      for (const std::vector<Segment>& block : blocks) {
+        const int64_t size = block.size();
+        excess.resize(PANEL * size);
+        for (int64_t n = 0; n < task.count; ++n)
+          for (int64_t i = 0; i < size; ++i) {
+            const Segment& at = block[i];
+            const int8_t* integers = weight.integers(task.n0 + n, at.k, at.depth, steps.values, buffer);
+            excess[n * size + i] = GroupTile::load(integers, at.depth, w + n * STRIDE + at.w_at);
+          }
+        for (int64_t tile = task.first; tile < task.last; ++tile)
+          for (int64_t n0 = 0; n0 < task.count; n0 += NR)
+            for (int64_t i = 0; i < size; ++i) {
+              const Segment& at = block[i];
+              GroupTile::multiply(at.depth, x->as<X>() + tile * tile_size + at.x_at, w + n0 * STRIDE + at.w_at, sums,
+                                  task.is_half(tile));
+              T* values = s.values + ((tile - task.first) * PANEL + n0) * MR;
+              const int64_t rows = task.is_half(tile) ? MR / 2 : MR, channels = std::min<int64_t>(NR, task.count - n0);
+              for (int64_t n = 0; n < channels; ++n) {
+                const T scale = scales[(n0 + n) * G + at.g];
+                if (!x_sums.empty()) {
+                  const int32_t zero = weight.zero_point_at(task.n0 + n0 + n, at.g);
+                  const int32_t* of_x = x_sums.data() + (tile * all + segments + i) * MR;
+                  for (int64_t m = 0; m < rows; ++m) sums[n * MR + m] -= zero * of_x[m];
+                }
+                for (int64_t m = 0; m < rows; m += L)
+                  *(V*)(values + n * MR + m) += value(sums + n * MR + m, excess[(n0 + n) * size + i]) * scale;
+              }
+            }
+        segments += size;
+      }
+    }
+
+   private:
+    static V value(const int32_t* sums, int32_t excess) { return convert_difference<T>(sums, excess); }
+    static V value(const float* sums, int32_t) { return *(const V*)sums; }
+  };
+
+  using F = FloatTile<T, MR, PANEL>;
+
+  // values[n][m] += sum_k(x[m, k] * w[n, k]) over columns k, in a list or all, of dequantised weights.
+  struct InFloats {
+    const GroupProduct& p;
+    const std::vector<int64_t>* list;  // null: all columns
+    int64_t count;
+    std::unique_ptr<Buffer> x;  // [tiles][count][MR] of T
+
+    template <typename U>
+    InFloats(const GroupProduct& p, const U* from, const std::vector<int64_t>* list)
+        : p(p), list(list), count(list ? list->size() : p.weight.K) {
+      const int64_t K = p.weight.K, tiles = (p.M + MR - 1) / MR;
+      x = std::make_unique<Buffer>(tiles * count * MR * sizeof(T));
+      parallel_for(tiles, grain_of(count * MR), [&](int64_t begin, int64_t end) {
+        for (int64_t tile = begin; tile < end; ++tile) {
+          const int64_t rows = std::min<int64_t>(MR, p.M - tile * MR);
+          T* to = x->as<T>() + tile * count * MR;
+          for (int64_t c0 = 0; c0 < count; c0 += 64)  // which the first-level cache holds
+            for (int64_t m = 0; m < MR; ++m)
+              for (int64_t c = c0; c < std::min(count, c0 + 64); ++c)
+                to[c * MR + m] = m < rows ? static_cast<T>(from[(tile * MR + m) * K + (list ? (*list)[c] : c)]) : T(0);
+        }
+      });
+    }
+
+    void operator()(const Task& task, Scratch& s) const {
+      const GroupWeight& weight = p.weight;
+      T* scales = s.scales.template as<T>();
+      for (int64_t n = 0; n < task.count; ++n) weight.load_scales(task.n0 + n, scales + n * weight.G);
+      multiply(task, s, [&](int64_t n, int64_t c, int64_t depth, T* out) {
+        if (list == nullptr) return weight.decode(task.n0 + n, c, depth, scales + n * weight.G, out);
+        for (int64_t i = 0; i < depth; ++i)
+          weight.decode(task.n0 + n, (*list)[c + i], 1, scales + n * weight.G, out + i);
+      });
+    }
+
+    // load(channel of the task, first of the columns, how many, to)
+    template <typename Load>
+    void multiply(const Task& task, Scratch& s, const Load& load) const {
+      T* w = s.w.template as<T>();
+      for (int64_t c = 0; c < count; c += FLOAT_DEPTH) {
+        const int64_t depth = std::min(FLOAT_DEPTH, count - c);
+        for (int64_t n = 0; n < task.count; ++n) load(n, c, depth, w + n * F::STRIDE);
+        for (int64_t tile = task.first; tile < task.last; ++tile)
+          for (int64_t n = 0; n < task.count; n += F::NR)
+            F::run(depth, x->as<T>() + (tile * count + c) * MR, w + n * F::STRIDE,
+                   s.values + ((tile - task.first) * PANEL + n) * MR, false, task.is_half(tile));
+      }
+    }
+  };
+
+  template <typename Sums>
+  void multiply_blocks(const Sums& sums) const {
+    const int64_t N = weight.N, C = columns.size();
+    std::optional<InFloats> of_outliers, of_columns;
+    if (!outliers.empty()) of_outliers.emplace(*this, x, &outliers);
+    if (C > 0) of_columns.emplace(*this, x, &columns);
+    const int64_t tiles = (M + MR - 1) / MR, threads = thread_count(), panels = (N + PANEL - 1) / PANEL;
+    const int64_t tasks = threads > 1 ? 8 * threads : 1;  // at least, so that threads get equal work
+    const int64_t by_size = (tiles * MR + Tile::BLOCK_M - 1) / Tile::BLOCK_M, by_threads = (tasks + panels - 1) / panels;
+    const int64_t wanted = std::max(by_size, by_threads);
+    const int64_t block_tiles = (tiles + wanted - 1) / wanted, blocks = (tiles + block_tiles - 1) / block_tiles;
+    parallel_for(blocks * panels, grain_of(M * weight.K * PANEL), [&](int64_t begin, int64_t end) {
+      const auto scratch = std::make_unique<Scratch>(weight.G);
+      for (int64_t i = begin; i < end; ++i) {
+        Task task{i % panels * PANEL};
+        task.count = std::min<int64_t>(PANEL, N - task.n0);
+        task.first = i / panels * block_tiles, task.last = std::min(tiles, task.first + block_tiles);
+        task.half_at_end = M - (task.last - 1) * MR <= MR / 2;
+        T* values = scratch->values;
+        std::fill_n(values, (task.last - task.first) * PANEL * MR, T(0));
+        sums(task, *scratch);
+        if (codes != nullptr) scale(task, values);
+        if (of_outliers) (*of_outliers)(task, *scratch);
+        if (of_columns)
+          of_columns->multiply(task, *scratch, [&](int64_t n, int64_t c, int64_t depth, T* out) {
+            load_any(columns_weight, (task.n0 + n) * C + c, depth, depth, out);
+          });
+        store(task, values);
+      }
+    });
+  }
+
+  // values[n][m] *= x_scale[m]
+  void scale(const Task& task, T* values) const {
+    for (int64_t tile = task.first; tile < task.last; ++tile) {
+      T scales[MR] = {};
+      std::copy_n(x_scale + tile * MR, std::min<int64_t>(MR, M - tile * MR), scales);
+      for (int64_t n = 0; n < task.count; ++n)
+        for (int64_t m = 0; m < MR; m += L) *(V*)(values + ((tile - task.first) * PANEL + n) * MR + m) *= *(V*)(scales + m);
+    }
+  }
+
+  // Rounds values, with the bias, to y.
+  void store(const Task& task, const T* values) const {
+    alignas(64) T bias[PANEL] = {}, row[L][PANEL];
+    if (epilogue.bias.data) load_any(epilogue.bias, task.n0, task.count, PANEL, bias);
+    for (int64_t tile = task.first; tile < task.last; ++tile, values += PANEL * MR) {
+      const int64_t rows = std::min<int64_t>(MR, M - tile * MR);
+      for (int64_t m0 = 0; m0 < rows; m0 += L) {
+        for (int64_t n = 0; n < task.count; n += L) {
+          V block[L];
+#pragma GCC unroll 16
+          for (int i = 0; i < L; ++i) block[i] = *(const V*)(values + (n + i) * MR + m0) + bias[n + i];
+          transpose(block);
+#pragma GCC unroll 16
+          for (int i = 0; i < L; ++i) *(V*)(&row[i][n]) = block[i];
+        }
+        for (int64_t m = m0; m < std::min(rows, m0 + L); ++m)
+          epilogue.store(row[m - m0], tile * MR + m, task.n0, task.count, round_up(task.count, L), weight.N, y);
+      }
+    }
   }
 };
 

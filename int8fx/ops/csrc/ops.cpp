@@ -403,32 +403,36 @@ struct Weight {
   void multiply_groups(int64_t e, const scalar_t* x, int64_t M, const Quantized<compute_t<scalar_t>>* quantized,
                        Floats other, Binary binary, scalar_t* y) const {
     using T = compute_t<scalar_t>;
-    const int64_t C = columns.size();
-    std::vector<T> rows(M * K), unquantised(M * C);
-    load(x, rows.data(), M * K);
-    for (int64_t m = 0; m < M; ++m)
-      for (int64_t c = 0; c < C; ++c) unquantised[m * C + c] = std::exchange(rows[m * K + columns[c]], T(0));
-    if (!weight_only(M, block) && threshold != 0.) {
-      std::vector<int8_t> x_codes(M * K);
-      std::vector<T> x_scale(M);
-      std::unique_ptr<bool[]> mask(new bool[K]);
-      Quantized<T> q{x_codes.data(), x_scale.data(), mask.get()};
-      if (quantized != nullptr)
+    GroupProduct<scalar_t> p{};
+    p.M = M;
+    p.x = x;
+    p.weight = groups->of_expert(e);
+    p.columns = columns;
+    if (columns_weight.has_value()) p.columns_weight = floats_of(*columns_weight) + e * N * int64_t(columns.size());
+    p.weight_only = weight_only(M, block);
+    std::optional<Buffer> buffer;
+    Quantized<T> q{};
+    if (!p.weight_only && threshold != 0.) {
+      if (quantized != nullptr) {
         q = *quantized;
-      else
+      } else {
+        buffer.emplace(M * int64_t(sizeof(T)) + M * K + K);
+        q.scale = buffer->as<T>();
+        q.codes = reinterpret_cast<int8_t*>(q.scale + M);
+        q.mask = reinterpret_cast<bool*>(q.codes + M * K);
         quantize(x, M, K, threshold, block, columns, q);
-      for (int64_t m = 0; m < M; ++m)
+      }
+      p.codes = q.codes;
+      p.x_scale = q.scale;
+      if (threshold.has_value())
         for (int64_t k = 0; k < K; ++k)
-          if (!q.mask[k]) rows[m * K + k] = T(q.codes[m * K + k]) * q.scale[m];
+          if (q.mask[k]) p.outliers.push_back(k);
     }
-    GroupProduct<scalar_t> p{rows.data(), unquantised.data(), groups->of_expert(e), C};
-    if (C > 0) p.columns_weight = floats_of(*columns_weight) + e * N * C;
-    if (bias.has_value()) p.epilogue.bias = floats_of(*bias) + e * N;
     p.epilogue.activation = activation;
+    if (bias.has_value()) p.epilogue.bias = floats_of(*bias) + e * N;
     p.epilogue.other = other;
     p.epilogue.binary = binary;
     p.y = y;
-    p.M = M;
     p.run();
   }
 };
@@ -594,7 +598,8 @@ Tensor dequantize(
     parallel_for(N, std::max<int64_t>(1, 32768 / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
       std::vector<T> row(K), kept(C), scales(groups.G);
       for (int64_t n = begin; n < end; ++n) {
-        all.decode(n, scales.data(), row.data());
+        all.load_scales(n, scales.data());
+        all.decode(n, 0, K, scales.data(), row.data());
         if (block != 1) rotate_row(row.data(), K, block);
         if (C > 0) load_any(floats_of(*floats), n * C, C, C, kept.data());
         for (int64_t c = 0; c < C; ++c) row[indices[c]] = kept[c];

@@ -1,0 +1,161 @@
+// A weight of any format: codes of 8 or 4 bits, in groups of columns that have a scale and perhaps a zero point each.
+// ../../schemes/formats.py describes the formats.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <string_view>
+
+#include "epilogue.h"
+
+#ifndef INT8FX_LEVELS
+#error "INT8FX_LEVELS is {name, level of code 0, ...}, ...: native.py takes it from formats.py"
+#endif
+
+namespace int8fx {
+
+struct Levels {
+  std::string_view format;
+  float values[16];  // of codes of 4 bits
+};
+
+// The levels of the format, less the zero point of symmetric codes; null if there is no such format of 4 bits.
+inline const float* levels_of(std::string_view format) {
+  static constexpr Levels FORMATS[] = {INT8FX_LEVELS};
+  for (const Levels& levels : FORMATS)
+    if (levels.format == format) return levels.values;
+  return nullptr;
+}
+
+// Levels as multiples of a unit: level = value * unit, but for a rounding each of the level and of the unit.
+struct Steps {
+  int8_t values[16];
+  float unit;
+
+  // None if a multiple is no integer or no int8.
+  static std::optional<Steps> of(const float* levels) {
+    Steps steps{{}, std::numeric_limits<float>::infinity()};
+    for (int i = 0; i < 16; ++i)
+      if (levels[i] != 0) steps.unit = std::min(steps.unit, std::abs(levels[i]));
+    for (int i = 0; i < 16; ++i) {
+      const float value = std::nearbyint(levels[i] / steps.unit);
+      if (std::abs(value) > INT8_MAX_CODE ||
+          std::abs(value * steps.unit - levels[i]) > std::numeric_limits<float>::epsilon() / 2 * std::abs(levels[i]))
+        return std::nullopt;
+      steps.values[i] = static_cast<int8_t>(value);
+    }
+    return steps;
+  }
+};
+
+// to[i] = table[codes[i]] of codes below 16
+inline void look_up(const int8_t* table, const uint8_t* codes, int64_t n, int8_t* to) {
+  int64_t i = 0;
+#ifdef __AVX512BW__
+  const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table));
+  for (; i + 64 <= n; i += 64) _mm512_storeu_si512(to + i, _mm512_shuffle_epi8(all, _mm512_loadu_si512(codes + i)));
+#endif
+  for (; i < n; ++i) to[i] = table[codes[i]];
+}
+
+template <typename T>
+inline void look_up(const T* table, const uint8_t* codes, int64_t n, T* to) {
+  int64_t i = 0;
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, float>) {
+    const __m512 all = _mm512_loadu_ps(table);
+    for (; i + 16 <= n; i += 16) {
+      const __m512i indices = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
+      _mm512_storeu_ps(to + i, _mm512_permutexvar_ps(indices, all));
+    }
+  }
+#endif
+  for (; i < n; ++i) to[i] = table[codes[i]];
+}
+
+struct GroupWeight {
+  const uint8_t* codes;  // [N, K] int8, or [N, ceil(K / 2)] of 4 bits, the first of two in the upper half
+  const float* levels;  // of codes of 4 bits; null for those of 8
+  Floats scale;  // [N, G], or nothing if there are scale_codes
+  const uint8_t* scale_codes;  // [N, G]: scale = scale_range[n, 0] + scale_codes[n, g] * scale_range[n, 1]
+  const float* scale_range;  // [N, 2]
+  const uint8_t* zero_point;  // [N, G], int8 for codes of 8 bits; null for symmetric codes
+  int64_t N, K, group_size, G;
+
+  int64_t row_bytes() const { return levels ? (K + 1) / 2 : K; }
+
+  // Of asymmetric codes.
+  int zero_point_at(int64_t n, int64_t g) const {
+    const uint8_t zero = zero_point[n * G + g];
+    return levels ? int(zero) : int(int8_t(zero));
+  }
+
+  // The scales of row n.
+  template <typename T>
+  void load_scales(int64_t n, T* to) const {
+    if (scale_codes == nullptr) return load_any(scale, n * G, G, G, to);
+    const double lowest = scale_range[2 * n], step = scale_range[2 * n + 1];  // a product is exact
+    for (int64_t g = 0; g < G; ++g) to[g] = T(lowest + double(scale_codes[n * G + g]) * step);
+  }
+
+  // Row n as `quantize.dequantize` has it before the rotation: out[i] = (level - zero_point) * scale in columns k + i.
+  template <typename T>
+  void decode(int64_t n, int64_t k, int64_t count, const T* scales, T* out) const {
+    in_pieces(k, count, [&](int64_t at, int64_t g, int64_t size) {
+      T* to = out + (at - k);
+      if (levels == nullptr) {
+        const auto* from = reinterpret_cast<const int8_t*>(codes) + n * K + at;
+        const T zero = zero_point ? T(zero_point_at(n, g)) : T(0), scale = scales[g];
+        for (int64_t i = 0; i < size; ++i) to[i] = (T(from[i]) - zero) * scale;
+        return;
+      }
+      uint8_t unpacked[PIECE];
+      unpack(n, at, size, unpacked);
+      T values[16];
+      for (int i = 0; i < 16; ++i) values[i] = (zero_point ? T(i - zero_point_at(n, g)) : T(levels[i])) * scales[g];
+      look_up(values, unpacked, size, to);
+    });
+  }
+
+  // Columns k to k + count, of one group, of row n as integers: of codes of 8 bits themselves, of others the steps of their
+  // levels, or level - zero_point. They may be in the buffer.
+  const int8_t* integers(int64_t n, int64_t k, int64_t count, const int8_t* steps, int8_t* buffer) const {
+    if (levels == nullptr) return reinterpret_cast<const int8_t*>(codes) + n * K + k;
+    int8_t values[16];
+    if (zero_point) {
+      for (int i = 0; i < 16; ++i) values[i] = i - zero_point_at(n, k / group_size);
+      steps = values;
+    }
+    in_pieces(k, count, [&](int64_t at, int64_t, int64_t size) {
+      uint8_t unpacked[PIECE];
+      unpack(n, at, size, unpacked);
+      look_up(steps, unpacked, size, buffer + (at - k));
+    });
+    return buffer;
+  }
+
+ private:
+  static constexpr int64_t PIECE = 512;
+
+  // f(first column, group, columns) of pieces that are in one group each.
+  template <typename F>
+  void in_pieces(int64_t k, int64_t count, const F& f) const {
+    for (const int64_t end = k + count; k < end;) {
+      const int64_t g = k / group_size, size = std::min({end - k, (g + 1) * group_size - k, PIECE});
+      f(k, g, size);
+      k += size;
+    }
+  }
+
+  // Codes of 4 bits, one a byte.
+  void unpack(int64_t n, int64_t k, int64_t count, uint8_t* out) const {
+    const uint8_t* __restrict from = codes + n * row_bytes() + k / 2;
+    if (k % 2 != 0 && count > 0) *out++ = *from++ & 15, --count;
+    uint8_t* __restrict to = out;
+    for (int64_t i = 0; i < count / 2; ++i) to[2 * i] = from[i] >> 4, to[2 * i + 1] = from[i] & 15;
+    if (count % 2 != 0) to[count - 1] = from[count / 2] >> 4;
+  }
+};
+
+}  // namespace int8fx
