@@ -28,26 +28,32 @@ inline const float* levels_of(std::string_view format) {
   return nullptr;
 }
 
-// Levels as multiples of a unit: level = value * unit, but for a rounding each of the level and of the unit.
+// Levels as integer multiples of a unit: level = value * unit, but for a rounding each of the level and of the unit.
 struct Steps {
-  int8_t values[16];
-  float unit;
+  float unit = 1;
+  int values[16] = {};
 
-  // None if a multiple is no integer or no int8.
+  // None if there are no such integers of 8 bits and a sign.
   static std::optional<Steps> of(const float* levels) {
-    Steps steps{{}, std::numeric_limits<float>::infinity()};
+    Steps steps{std::numeric_limits<float>::infinity()};
     for (int i = 0; i < 16; ++i)
       if (levels[i] != 0) steps.unit = std::min(steps.unit, std::abs(levels[i]));
     for (int i = 0; i < 16; ++i) {
       const float value = std::nearbyint(levels[i] / steps.unit);
-      if (std::abs(value) > INT8_MAX_CODE ||
+      if (std::abs(value) > 255 ||
           std::abs(value * steps.unit - levels[i]) > std::numeric_limits<float>::epsilon() / 2 * std::abs(levels[i]))
         return std::nullopt;
-      steps.values[i] = static_cast<int8_t>(value);
+      steps.values[i] = static_cast<int>(value);
     }
     return steps;
   }
+
+  bool are_int8() const {
+    return std::all_of(values, values + 16, [](int value) { return std::abs(value) <= INT8_MAX_CODE; });
+  }
 };
+
+constexpr int MAX_ZERO_POINT = 16;  // of codes of 4 bits in integers of 5 bits and a sign
 
 // to[i] = table[codes[i]] of codes below 16
 inline void look_up(const int8_t* table, const uint8_t* codes, int64_t n, int8_t* to) {
@@ -91,6 +97,12 @@ struct GroupWeight {
     return levels ? int(zero) : int(int8_t(zero));
   }
 
+  // Whether levels are integers of 5 bits and a sign, less any zero point.
+  bool has_small_zero_points() const {
+    if (zero_point == nullptr || levels == nullptr) return true;
+    return *std::max_element(zero_point, zero_point + N * G) <= MAX_ZERO_POINT;
+  }
+
   // The scales of row n.
   template <typename T>
   void load_scales(int64_t n, T* to) const {
@@ -120,17 +132,14 @@ struct GroupWeight {
 
   // Columns k to k + count, of one group, of row n as integers: of codes of 8 bits themselves, of others the steps of their
   // levels, or level - zero_point. They may be in the buffer.
-  const int8_t* integers(int64_t n, int64_t k, int64_t count, const int8_t* steps, int8_t* buffer) const {
+  const int8_t* integers(int64_t n, int64_t k, int64_t count, const Steps& steps, int8_t* buffer) const {
     if (levels == nullptr) return reinterpret_cast<const int8_t*>(codes) + n * K + k;
     int8_t values[16];
-    if (zero_point) {
-      for (int i = 0; i < 16; ++i) values[i] = i - zero_point_at(n, k / group_size);
-      steps = values;
-    }
+    for (int i = 0; i < 16; ++i) values[i] = zero_point ? i - zero_point_at(n, k / group_size) : steps.values[i];
     in_pieces(k, count, [&](int64_t at, int64_t, int64_t size) {
       uint8_t unpacked[PIECE];
       unpack(n, at, size, unpacked);
-      look_up(steps, unpacked, size, buffer + (at - k));
+      look_up(values, unpacked, size, buffer + (at - k));
     });
     return buffer;
   }

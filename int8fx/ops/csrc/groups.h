@@ -77,12 +77,12 @@ struct GroupProduct {
     if (weight_only) return multiply_few();
     const std::optional<Steps> steps = integer_steps();
     if (codes != nullptr) {
-      if (steps) return multiply_blocks(InGroups<CodesTile>(*this, *steps, codes));
+      if (steps && steps->are_int8()) return multiply_blocks(InGroups<CodesTile>(*this, *steps, codes));
       return multiply_blocks(InFloats(*this, codes, nullptr));
     }
     const std::vector<scalar_t> rows = without_columns<scalar_t>();
     if constexpr (MAY_USE_BFLOAT16)
-      if (steps && !has_wide_integers()) return multiply_blocks(InGroups<BitsTile<MR>>(*this, *steps, rows.data()));
+      if (steps && steps->are_int8() && !has_wide_integers()) return multiply_blocks(InGroups<BitsTile<MR>>(*this, *steps, rows.data()));
     multiply_blocks(InFloats(*this, rows.data(), nullptr));
   }
 
@@ -95,8 +95,8 @@ struct GroupProduct {
 
   // Levels as integers; none where the rounding of their unit is too large an error, or there are no such integers.
   std::optional<Steps> integer_steps() const {
-    if (weight.levels == nullptr) return Steps{{}, 1};
-    const std::optional<Steps> steps = Steps::of(weight.levels);
+    if (weight.levels == nullptr) return Steps{};
+    const std::optional<Steps> steps = weight.has_small_zero_points() ? Steps::of(weight.levels) : std::nullopt;
     return steps && (steps->unit == 1 || sizeof(T) == 4) ? steps : std::nullopt;
   }
 
@@ -116,24 +116,30 @@ struct GroupProduct {
   // ---- few rows ----------------------------------------------------------------------------------------------------
 
   static constexpr int64_t WIDTH = 16;  // channels that a thread takes at a time
-  static constexpr int64_t MAX_FEW = INT8FX_WEIGHT_ONLY_ROWS;
 
   void multiply_few() const {
-    if constexpr (std::is_same_v<T, float> && (VECTOR_BYTES == 64 || HAS_BFLOAT16)) {
-      if (weight.levels != nullptr && FewGroups<4>::serves(weight)) return multiply_few_by<FewGroups<4>>();
-      if (weight.levels == nullptr && FewGroups<8>::serves(weight)) return multiply_few_by<FewGroups<8>>();
+    if constexpr (MAY_USE_BFLOAT16) {
+      using Few = FewGroups<4, Bfloat16Pieces>;
+      if (Few::serves(weight))
+        if (const std::optional<Steps> steps = integer_steps()) return multiply_few_by<Few>(*steps, steps->unit);
     }
-    multiply_few_by<Dequantized>();
+    if constexpr (std::is_same_v<T, float> && (VECTOR_BYTES == 64 || HAS_BFLOAT16)) {
+      if (FewGroups<4, FloatPieces>::serves(weight)) return multiply_few_by<FewGroups<4, FloatPieces>>(weight.levels, 1);
+      if (FewGroups<8, FloatPieces>::serves(weight)) return multiply_few_by<FewGroups<8, FloatPieces>>(weight.levels, 1);
+    }
+    multiply_few_by<Dequantized>(weight.levels, 1);
   }
 
   // Any groups: a channel is dequantised.
   struct Dequantized {
+    using Row = T;
+
     static int64_t padded(int64_t K) { return K; }
     static void order(const T* row, int64_t K, T* out) { std::copy_n(row, K, out); }
     static int64_t scratch_size(const GroupWeight& weight) { return weight.G + weight.K; }
 
     template <int ROWS>
-    static void multiply(const GroupWeight& weight, const T* x, int64_t n0, int64_t count, T* scratch,
+    static void multiply(const GroupWeight& weight, const float*, const T* x, int64_t n0, int64_t count, T* scratch,
                          T (&sums)[ROWS][WIDTH]) {
       const int64_t K = weight.K;
       T* channel = scratch + weight.G;
@@ -159,24 +165,27 @@ struct GroupProduct {
     }
   };
 
-  template <typename Kernel>
-  void multiply_few_by() const {
-    static_assert(MAX_FEW == 4);
+  // `table` is what Kernel makes its own of.
+  template <typename Kernel, typename Table>
+  void multiply_few_by(const Table& table, float unit) const {
+    static_assert(INT8FX_WEIGHT_ONLY_ROWS == 4);
     switch (M) {
-      case 1: return multiply_few_by<Kernel, 1>();
-      case 2: return multiply_few_by<Kernel, 2>();
-      case 3: return multiply_few_by<Kernel, 3>();
-      default: return multiply_few_by<Kernel, 4>();
+      case 1: return multiply_few_by<Kernel, 1>(table, unit);
+      case 2: return multiply_few_by<Kernel, 2>(table, unit);
+      case 3: return multiply_few_by<Kernel, 3>(table, unit);
+      default: return multiply_few_by<Kernel, 4>(table, unit);
     }
   }
 
-  template <typename Kernel, int ROWS>
-  void multiply_few_by() const {
+  template <typename Kernel, int ROWS, typename Table>
+  void multiply_few_by(const Table& table, float unit) const {
+    using Row = std::conditional_t<std::is_same_v<typename Kernel::Row, uint16_t>, c10::BFloat16, T>;  // of whose bits
     const int64_t N = weight.N, K = weight.K, C = columns.size(), stride = Kernel::padded(K);
-    const std::vector<T> quantised = without_columns<T>();
-    std::vector<T> rows(ROWS * stride), unquantised(ROWS * C);
+    const std::vector<Row> quantised = without_columns<Row>();
+    std::vector<typename Kernel::Row> rows(ROWS * stride);
+    std::vector<T> unquantised(ROWS * C);
     for (int r = 0; r < ROWS; ++r) {
-      Kernel::order(quantised.data() + r * K, K, rows.data() + r * stride);
+      Kernel::order(reinterpret_cast<const typename Kernel::Row*>(quantised.data()) + r * K, K, rows.data() + r * stride);
       for (int64_t c = 0; c < C; ++c) unquantised[r * C + c] = static_cast<T>(x[r * K + columns[c]]);
     }
     parallel_for((N + WIDTH - 1) / WIDTH, grain_of(K * WIDTH), [&](int64_t begin, int64_t end) {
@@ -185,7 +194,9 @@ struct GroupProduct {
       for (int64_t block = begin; block < end; ++block) {
         const int64_t n0 = block * WIDTH, count = std::min(WIDTH, N - n0);
         if (epilogue.bias.data) load_any(epilogue.bias, n0, count, WIDTH, bias);
-        Kernel::template multiply<ROWS>(weight, rows.data(), n0, count, scratch.data(), sums);
+        Kernel::template multiply<ROWS>(weight, table, rows.data(), n0, count, scratch.data(), sums);
+        for (int r = 0; r < ROWS; ++r)
+          for (int64_t n = 0; n < WIDTH; ++n) sums[r][n] *= unit;
         for (int64_t n = 0; n < count && C > 0; ++n) {
           load_any(columns_weight, (n0 + n) * C, C, C, channel.data());
           for (int r = 0; r < ROWS; ++r)
@@ -293,7 +304,7 @@ struct GroupProduct {
         for (int64_t n = 0; n < task.count; ++n)
           for (int64_t i = 0; i < size; ++i) {
             const Segment& at = block[i];
-            const int8_t* integers = weight.integers(task.n0 + n, at.k, at.depth, steps.values, buffer);
+            const int8_t* integers = weight.integers(task.n0 + n, at.k, at.depth, steps, buffer);
             excess[n * size + i] = GroupTile::load(integers, at.depth, w + n * STRIDE + at.w_at);
           }
         for (int64_t tile = task.first; tile < task.last; ++tile)

@@ -1,10 +1,11 @@
 // Few rows of x by a weight in groups. x is not quantised: sums run along K, in float, over the codes as they are stored.
 //
-// 64 bytes of codes at a time are 16 lanes of 32 bits. Bits i * BITS and on of all lanes are piece i: 16 codes, which one
-// instruction looks up in a table of 16 levels (vpermps), or converts. So each four bytes stay in their lane, and a lane is
-// in one group. Its sum is multiplied by the group's scale once per 64 bytes. x is reordered instead of the weight.
+// 64 bytes of codes at a time are 16 lanes of 32 bits. Instructions look up or convert a piece of the lanes, one or two codes
+// of each, so each code stays in its lane (or in its 16 bytes), and a lane is in one group. Its sum is multiplied by the
+// group's scale once per 64 bytes. x is reordered instead of the weight.
 #pragma once
 
+#include <bit>
 #include <cstring>
 
 #include "group_weight.h"
@@ -12,135 +13,209 @@
 
 namespace int8fx {
 
-typedef float Lanes16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float Floats16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t Codes16 __attribute__((vector_size(64), aligned(1), may_alias));
+typedef uint16_t Words32 __attribute__((vector_size(64), aligned(2), may_alias));
 
 // table[indices % 16]
-inline Lanes16 look_up(Lanes16 table, Codes16 indices) {
+inline Floats16 look_up(Floats16 table, Codes16 indices) {
 #ifdef __AVX512F__
-  return (Lanes16)_mm512_permutexvar_ps((__m512i)indices, (__m512)table);
+  return (Floats16)_mm512_permutexvar_ps((__m512i)indices, (__m512)table);
 #else
-  Lanes16 values;
+  Floats16 values;
   for (int i = 0; i < 16; ++i) values[i] = table[indices[i] % 16];
   return values;
 #endif
 }
 
-template <int BITS>
+// table[indices % 32]
+inline Words32 look_up(Words32 table, Words32 indices) {
+#ifdef __AVX512BW__
+  return (Words32)_mm512_permutexvar_epi16((__m512i)indices, (__m512i)table);
+#else
+  Words32 values;
+  for (int i = 0; i < 32; ++i) values[i] = table[indices[i] % 32];
+  return values;
+#endif
+}
+
+// Codes of BITS times floats. `at(k)` is where a row of x has column k of a block, and `piece` the values of piece i.
+template <int BITS, bool ASYMMETRIC>
+struct FloatPieces {
+  using Row = float;
+  using Values = Floats16;
+  using State = Codes16;
+  static constexpr int COUNT = 32 / BITS;
+
+  Floats16 table;  // of codes of 4 bits
+
+  explicit FloatPieces(const float* levels) : table{} {
+    for (int i = 0; i < 16; ++i) table[i] = ASYMMETRIC || BITS == 8 ? i : levels[i];
+  }
+
+  static int at(int k) { return (BITS == 4 ? k % COUNT ^ 1 : k % COUNT) * 16 + k / COUNT; }  // a first code is above
+  static float zero(int zero_point) { return zero_point; }
+  State start(Codes16 codes) const { return codes; }
+
+  Floats16 piece(State codes, int i, Floats16 zeros) const {
+    typedef int32_t Signed __attribute__((vector_size(64)));
+    Floats16 values;
+    if constexpr (BITS == 4)
+      values = look_up(table, codes >> (4 * i));
+    else
+      values = __builtin_convertvector((Signed)(codes << (24 - 8 * i)) >> 24, Floats16);
+    return ASYMMETRIC ? values - zeros : values;
+  }
+
+  static Floats16 dot(Floats16 sum, const float* x, Floats16 values) { return sum + *(const Floats16*)x * values; }
+};
+
+// Codes of 4 bits times bfloat16 x, by AVX512-BF16. Their levels are multiples of a unit that are bfloat16 values.
+template <int BITS, bool ASYMMETRIC>
+struct Bfloat16Pieces {
+  static_assert(BITS == 4);
+  using Row = uint16_t;
+  using Values = Words32;
+  using State = Words32;
+  static constexpr int COUNT = 4;
+
+  Words32 table;  // by the last 5 bits of an index: a code below any bit, or code - zero_point + 15
+
+  explicit Bfloat16Pieces(const Steps& steps) : table{} {
+    for (int i = 0; i < 32; ++i) {
+      const float value = !ASYMMETRIC ? steps.values[i % 16] : i < 31 ? i - 15 : -MAX_ZERO_POINT;
+      table[i] = std::bit_cast<uint32_t>(value) >> 16;
+    }
+  }
+
+  static int at(int k) { return (k % COUNT ^ 1) * 32 + k / COUNT; }
+  static float zero(int zero_point) { return std::bit_cast<float>((15 - zero_point & 31) * 0x10001); }
+  State start(Codes16 codes) const { return (Words32)codes; }
+
+  Words32 piece(State codes, int i, Floats16 zeros) const {
+    const Words32 shifted = codes >> (4 * i);
+    return look_up(table, ASYMMETRIC ? (shifted & 15) + (Words32)zeros : shifted);
+  }
+
+  // sum[i] + x[2 * i] * values[2 * i] + x[2 * i + 1] * values[2 * i + 1]
+  static Floats16 dot(Floats16 sum, const uint16_t* x, Words32 values) {
+#ifdef __AVX512BF16__
+    return (Floats16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(x), (__m512bh)values);
+#else
+    const auto value = [](uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); };
+    for (int i = 0; i < 32; ++i) sum[i / 2] += value(x[i]) * value(values[i]);
+    return sum;
+#endif
+  }
+};
+
+template <int BITS, template <int, bool> typename Pieces>
 struct FewGroups {
-  static constexpr int BYTES = 64, PIECES = 32 / BITS, BLOCK = 16 * PIECES;  // BLOCK: the columns of BYTES
+  using Row = typename Pieces<BITS, false>::Row;
+  static constexpr int64_t BYTES = 64, BLOCK = 8 * BYTES / BITS;  // of codes, and their columns
   static constexpr int64_t WIDTH = 16;  // channels that a thread takes at a time
 
-  // Whether each four bytes are in one group.
+  // Whether each lane is in one group.
   static bool serves(const GroupWeight& weight) {
     const int64_t bits = weight.group_size * BITS;
-    return weight.G == 1 || bits == 128 || bits == 256 || bits % 512 == 0;
+    return (weight.levels == nullptr) == (BITS == 8) && (weight.G == 1 || bits == 128 || bits == 256 || bits % 512 == 0);
   }
 
   static int64_t padded(int64_t K) { return (K + BLOCK - 1) / BLOCK * BLOCK; }
 
   // A row of x, in the order of pieces. `out` holds zeros.
-  static void order(const float* row, int64_t K, float* out) {
-    for (int64_t k = 0; k < K; ++k) {
-      const int64_t piece = BITS == 4 ? k % PIECES ^ 1 : k % PIECES;  // the first of two codes is in the upper half
-      out[k / BLOCK * BLOCK + piece * 16 + k % BLOCK / PIECES] = row[k];
-    }
+  static void order(const Row* row, int64_t K, Row* out) {
+    int at[BLOCK];
+    for (int k = 0; k < BLOCK; ++k) at[k] = Pieces<BITS, false>::at(k);
+    for (int64_t k = 0; k < K; ++k) out[k / BLOCK * BLOCK + at[k % BLOCK]] = row[k];
   }
 
-  // sums[r][n] = sum_k(x[r, k] * w[n0 + n, k]) for n < count; x [ROWS, padded(K)] as `order` writes it.
-  template <int ROWS>
-  static void multiply(const GroupWeight& weight, const float* x, int64_t n0, int64_t count, float* scales,
-                       float (&sums)[ROWS][WIDTH]) {
-    if (weight.zero_point)
-      multiply<ROWS, true>(weight, x, n0, count, scales, sums);
-    else
-      multiply<ROWS, false>(weight, x, n0, count, scales, sums);
-  }
-
-  // Of floats that `multiply` wants for scales.
+  // Of floats.
   static int64_t scratch_size(const GroupWeight& weight) { return 2 * WIDTH * (weight.G + 16); }
+
+  // sums[r][n] = sum_k(x[r, k] * w[n0 + n, k]) / unit for n < count; x [ROWS, padded(K)] as `order` writes it. `scratch`
+  // holds zeros or what an earlier call left.
+  template <int ROWS, typename Table>
+  static void multiply(const GroupWeight& weight, const Table& table, const Row* x, int64_t n0, int64_t count,
+                       float* scratch, float (&sums)[ROWS][WIDTH]) {
+    if (weight.zero_point)
+      multiply<ROWS, true>(weight, Pieces<BITS, true>(table), x, n0, count, scratch, sums);
+    else
+      multiply<ROWS, false>(weight, Pieces<BITS, false>(table), x, n0, count, scratch, sums);
+  }
 
  private:
   template <int ROWS, bool ASYMMETRIC>
-  static void multiply(const GroupWeight& weight, const float* x, int64_t n0, int64_t count, float* scales,
-                       float (&sums)[ROWS][WIDTH]) {
-    constexpr int64_t AT_ONCE = 4096 / ROWS / BLOCK;  // blocks of x that the first-level cache holds
+  static void multiply(const GroupWeight& weight, const Pieces<BITS, ASYMMETRIC>& pieces, const Row* x, int64_t n0,
+                       int64_t count, float* scales, float (&sums)[ROWS][WIDTH]) {
+    constexpr int64_t AT_ONCE = 16384 / sizeof(Row) / ROWS / BLOCK;  // blocks of x that the first-level cache holds
+    constexpr int LANES = BYTES / sizeof(Row);
     const int64_t K = weight.K, G = weight.G, stride = padded(K), row_bytes = weight.row_bytes();
-    const int64_t blocks = stride / BLOCK, whole = row_bytes / BYTES, in_group = std::max<int64_t>(1, weight.group_size / BLOCK);
-    const int64_t in_block = G == 1 ? 1 : std::max<int64_t>(1, BLOCK / weight.group_size);
+    const int64_t blocks = stride / BLOCK, whole = row_bytes / BYTES;
+    const int64_t groups = G == 1 ? 1 : std::max<int64_t>(1, BLOCK / weight.group_size);  // of a block
+    const int64_t blocks_of_group = G == 1 ? blocks : std::max<int64_t>(1, weight.group_size / BLOCK);
     float* zeros = scales + WIDTH * (G + 16);
     for (int64_t n = 0; n < count; ++n) {
       weight.load_scales(n0 + n, scales + n * (G + 16));
       if (ASYMMETRIC)
-        for (int64_t g = 0; g < G; ++g) zeros[n * (G + 16) + g] = weight.zero_point_at(n0 + n, g);
+        for (int64_t g = 0; g < G; ++g)
+          zeros[n * (G + 16) + g] = pieces.zero(weight.zero_point_at(n0 + n, g));
     }
     Codes16 group_of_lane;
-    for (int i = 0; i < 16; ++i) group_of_lane[i] = i * in_block / 16;
-    Lanes16 table;
-    for (int i = 0; i < 16; ++i) table[i] = BITS == 8 ? 0 : ASYMMETRIC ? i : weight.levels[i];
+    for (int i = 0; i < 16; ++i) group_of_lane[i] = i * groups / 16;
 
-    Lanes16 totals[ROWS][WIDTH] = {};
+    Floats16 totals[ROWS][WIDTH] = {};
     for (int64_t begin = 0; begin < blocks; begin += AT_ONCE)
       for (int64_t n = 0; n < count; n += 4) {
         const uint8_t* w[4];
-        int64_t scales_at[4];
+        const float* scale[4];
         for (int64_t c = 0; c < 4; ++c) {
           const int64_t channel = std::min(n + c, count - 1);
           w[c] = weight.codes + (n0 + channel) * row_bytes;
-          scales_at[c] = channel * (G + 16);
+          scale[c] = scales + channel * (G + 16);
         }
-        Lanes16 part[ROWS][4];
+        Floats16 part[ROWS][4];
         for (int r = 0; r < ROWS; ++r)
           for (int c = 0; c < 4; ++c) part[r][c] = totals[r][n + c];
+        int64_t g = begin / blocks_of_group * groups, left = blocks_of_group - begin % blocks_of_group;
         for (int64_t block = begin; block < std::min(blocks, begin + AT_ONCE); ++block) {
-          Codes16 codes[4];
-          if (block < whole)
+          typename Pieces<BITS, ASYMMETRIC>::State codes[4];
 #pragma GCC unroll 4
-            for (int c = 0; c < 4; ++c) {
-              fetch(reinterpret_cast<const int8_t*>(w[c]) + block * BYTES + WIDTH * row_bytes);
-              codes[c] = *(const Codes16*)(w[c] + block * BYTES);
-            }
-          else
-            for (int c = 0; c < 4; ++c) {
-              codes[c] = Codes16{};
-              std::memcpy(&codes[c], w[c] + block * BYTES, row_bytes - block * BYTES);
-            }
-          const int64_t g = G == 1 ? 0 : in_block > 1 ? block * in_block : block / in_group;
-          Lanes16 zero[4] = {};
+          for (int c = 0; c < 4; ++c) {
+            const uint8_t* from = w[c] + block * BYTES;
+            Codes16 here = {};
+            if (block < whole) {
+              fetch(reinterpret_cast<const int8_t*>(from) + WIDTH * row_bytes);
+              here = *(const Codes16*)from;
+            } else
+              std::memcpy(&here, from, row_bytes - block * BYTES);
+            codes[c] = pieces.start(here);
+          }
+          Floats16 zero[4] = {}, here[ROWS][4] = {};
           if (ASYMMETRIC)
 #pragma GCC unroll 4
-            for (int c = 0; c < 4; ++c) zero[c] = look_up(*(const Lanes16*)(zeros + scales_at[c] + g), group_of_lane);
-          Lanes16 here[ROWS][4] = {};
-          const float* rows = x + block * BLOCK;
+            for (int c = 0; c < 4; ++c) zero[c] = look_up(*(const Floats16*)(scale[c] + WIDTH * (G + 16) + g), group_of_lane);
+          const Row* rows = x + block * BLOCK;
 #pragma GCC unroll 8
-          for (int piece = 0; piece < PIECES; ++piece)
+          for (int i = 0; i < pieces.COUNT; ++i)
 #pragma GCC unroll 4
             for (int c = 0; c < 4; ++c) {
-              Lanes16 values;
-              if constexpr (BITS == 4)
-                values = look_up(table, codes[c] >> (4 * piece));
-              else
-                values = signed_byte(codes[c], piece);
-              if (ASYMMETRIC) values -= zero[c];
+              const auto values = pieces.piece(codes[c], i, zero[c]);
 #pragma GCC unroll 4
-              for (int r = 0; r < ROWS; ++r) here[r][c] += *(const Lanes16*)(rows + r * stride + piece * 16) * values;
+              for (int r = 0; r < ROWS; ++r) here[r][c] = pieces.dot(here[r][c], rows + r * stride + i * LANES, values);
             }
 #pragma GCC unroll 4
           for (int c = 0; c < 4; ++c) {
-            const Lanes16 scale = look_up(*(const Lanes16*)(scales + scales_at[c] + g), group_of_lane);
+            const Floats16 of_lanes = look_up(*(const Floats16*)(scale[c] + g), group_of_lane);
 #pragma GCC unroll 4
-            for (int r = 0; r < ROWS; ++r) part[r][c] += here[r][c] * scale;
+            for (int r = 0; r < ROWS; ++r) part[r][c] += here[r][c] * of_lanes;
           }
+          if (--left == 0) g += groups, left = blocks_of_group;
         }
         for (int r = 0; r < ROWS; ++r)
           for (int c = 0; c < 4; ++c) totals[r][n + c] = part[r][c];
       }
-    for (int r = 0; r < ROWS; ++r) *(Lanes16*)sums[r] = sum_lanes(totals[r]);
-  }
-
-  static Lanes16 signed_byte(Codes16 codes, int i) {
-    typedef int32_t Signed __attribute__((vector_size(64)));
-    return __builtin_convertvector((Signed)(codes << (24 - 8 * i)) >> 24, Lanes16);
+    for (int r = 0; r < ROWS; ++r) *(Floats16*)sums[r] = sum_lanes(totals[r]);
   }
 };
 
