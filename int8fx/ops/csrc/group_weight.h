@@ -80,6 +80,8 @@ inline void look_up(const T* table, const uint8_t* codes, int64_t n, T* to) {
   for (; i < n; ++i) to[i] = table[codes[i]];
 }
 
+constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
 struct GroupWeight {
   const uint8_t* codes;  // [N, K] int8, or [N, ceil(K / 2)] of 4 bits, the first of two in the upper half
   const float* levels;  // of codes of 4 bits; null for those of 8
@@ -109,6 +111,17 @@ struct GroupWeight {
     if (scale_codes == nullptr) return load_any(scale, n * G, G, G, to);
     const double lowest = scale_range[2 * n], step = scale_range[2 * n + 1];  // a product is exact
     for (int64_t g = 0; g < G; ++g) to[g] = T(lowest + double(scale_codes[n * G + g]) * step);
+  }
+
+  // Fetches the scales and zero points of `count` rows, which need not exist.
+  void fetch_scales(int64_t n, int64_t count) const {
+    const auto fetch_bytes = [&](const void* values, int64_t size) {
+      const auto* from = static_cast<const int8_t*>(values) + n * G * size;
+      for (int64_t i = 0; values != nullptr && i < count * G * size; i += 64) fetch(from + i);
+    };
+    fetch_bytes(scale_codes, 1);
+    fetch_bytes(zero_point, 1);
+    fetch_bytes(scale.data, size_of(scale.dtype));
   }
 
   // Row n as `quantize.dequantize` has it before the rotation: out[i] = (level - zero_point) * scale in columns k + i.

@@ -155,6 +155,7 @@ struct FewGroups {
     const int64_t groups = G == 1 ? 1 : std::max<int64_t>(1, BLOCK / weight.group_size);  // of a block
     const int64_t blocks_of_group = G == 1 ? blocks : std::max<int64_t>(1, weight.group_size / BLOCK);
     float* zeros = scales + WIDTH * (G + 16);
+    weight.fetch_scales(n0 + WIDTH, WIDTH);
     for (int64_t n = 0; n < count; ++n) {
       weight.load_scales(n0 + n, scales + n * (G + 16));
       if (ASYMMETRIC)
