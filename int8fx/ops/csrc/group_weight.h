@@ -93,11 +93,8 @@ struct GroupWeight {
 
   int64_t row_bytes() const { return levels ? (K + 1) / 2 : K; }
 
-  // Of asymmetric codes.
-  int zero_point_at(int64_t n, int64_t g) const {
-    const uint8_t zero = zero_point[n * G + g];
-    return levels ? int(zero) : int(int8_t(zero));
-  }
+  // Of asymmetric codes, at n * G + g.
+  int zero_point_at(int64_t at) const { return levels ? int(zero_point[at]) : int(int8_t(zero_point[at])); }
 
   // Whether levels are integers of 5 bits and a sign, less any zero point.
   bool has_small_zero_points() const {
@@ -105,19 +102,22 @@ struct GroupWeight {
     return *std::max_element(zero_point, zero_point + N * G) <= MAX_ZERO_POINT;
   }
 
-  // The scales of row n.
+  // The scales of rows n to n + count: [count, G].
   template <typename T>
-  void load_scales(int64_t n, T* to) const {
-    if (scale_codes == nullptr) return load_any(scale, n * G, G, G, to);
-    const double lowest = scale_range[2 * n], step = scale_range[2 * n + 1];  // a product is exact
-    for (int64_t g = 0; g < G; ++g) to[g] = T(lowest + double(scale_codes[n * G + g]) * step);
+  void load_scales(int64_t n, int64_t count, T* to) const {
+    if (scale_codes == nullptr) return load_any(scale, n * G, count * G, count * G, to);
+    for (const int64_t end = n + count; n < end; ++n, to += G) {
+      const double lowest = scale_range[2 * n], step = scale_range[2 * n + 1];  // a product is exact
+      for (int64_t g = 0; g < G; ++g) to[g] = T(lowest + double(scale_codes[n * G + g]) * step);
+    }
   }
 
   // Fetches the scales and zero points of `count` rows, which need not exist.
   void fetch_scales(int64_t n, int64_t count) const {
     const auto fetch_bytes = [&](const void* values, int64_t size) {
+      if (values == nullptr) return;
       const auto* from = static_cast<const int8_t*>(values) + n * G * size;
-      for (int64_t i = 0; values != nullptr && i < count * G * size; i += 64) fetch(from + i);
+      for (int64_t i = 0; i < count * G * size; i += 64) fetch(from + i);
     };
     fetch_bytes(scale_codes, 1);
     fetch_bytes(zero_point, 1);
@@ -131,14 +131,14 @@ struct GroupWeight {
       T* to = out + (at - k);
       if (levels == nullptr) {
         const auto* from = reinterpret_cast<const int8_t*>(codes) + n * K + at;
-        const T zero = zero_point ? T(zero_point_at(n, g)) : T(0), scale = scales[g];
+        const T zero = zero_point ? T(zero_point_at(n * G + g)) : T(0), scale = scales[g];
         for (int64_t i = 0; i < size; ++i) to[i] = (T(from[i]) - zero) * scale;
         return;
       }
       uint8_t unpacked[PIECE];
       unpack(n, at, size, unpacked);
       T values[16];
-      for (int i = 0; i < 16; ++i) values[i] = (zero_point ? T(i - zero_point_at(n, g)) : T(levels[i])) * scales[g];
+      for (int i = 0; i < 16; ++i) values[i] = (zero_point ? T(i - zero_point_at(n * G + g)) : T(levels[i])) * scales[g];
       look_up(values, unpacked, size, to);
     });
   }
@@ -148,7 +148,7 @@ struct GroupWeight {
   const int8_t* integers(int64_t n, int64_t k, int64_t count, const Steps& steps, int8_t* buffer) const {
     if (levels == nullptr) return reinterpret_cast<const int8_t*>(codes) + n * K + k;
     int8_t values[16];
-    for (int i = 0; i < 16; ++i) values[i] = zero_point ? i - zero_point_at(n, k / group_size) : steps.values[i];
+    for (int i = 0; i < 16; ++i) values[i] = zero_point ? i - zero_point_at(n * G + k / group_size) : steps.values[i];
     in_pieces(k, count, [&](int64_t at, int64_t, int64_t size) {
       uint8_t unpacked[PIECE];
       unpack(n, at, size, unpacked);

@@ -144,7 +144,7 @@ struct GroupProduct {
       const int64_t K = weight.K;
       T* channel = scratch + weight.G;
       for (int64_t n = 0; n < count; ++n) {
-        weight.load_scales(n0 + n, scratch);
+        weight.load_scales(n0 + n, 1, scratch);
         weight.decode(n0 + n, 0, K, scratch, channel);
         for (int r = 0; r < ROWS; ++r) sums[r][n] = dot(x + r * K, channel, K);
       }
@@ -288,11 +288,8 @@ struct GroupProduct {
       const GroupWeight& weight = p.weight;
       const int64_t G = weight.G;
       T* scales = s.scales.template as<T>();
-      for (int64_t n = 0; n < task.count; ++n) {
-        weight.load_scales(task.n0 + n, scales + n * G);
-        if (steps.unit != 1)
-          for (int64_t g = 0; g < G; ++g) scales[n * G + g] *= steps.unit;
-      }
+      weight.load_scales(task.n0, task.count, scales);
+      for (int64_t i = 0; i < task.count * G; ++i) scales[i] *= steps.unit;
       W* w = s.w.template as<W>();
       int8_t buffer[GroupTile::DEPTH];
       alignas(64) Sum sums[NR * MR];
@@ -318,7 +315,7 @@ struct GroupProduct {
               for (int64_t n = 0; n < channels; ++n) {
                 const T scale = scales[(n0 + n) * G + at.g];
                 if (!x_sums.empty()) {
-                  const int32_t zero = weight.zero_point_at(task.n0 + n0 + n, at.g);
+                  const int32_t zero = weight.zero_point_at((task.n0 + n0 + n) * G + at.g);
                   const int32_t* of_x = x_sums.data() + (tile * all + segments + i) * MR;
                   for (int64_t m = 0; m < rows; ++m) sums[n * MR + m] -= zero * of_x[m];
                 }
@@ -364,7 +361,7 @@ struct GroupProduct {
     void operator()(const Task& task, Scratch& s) const {
       const GroupWeight& weight = p.weight;
       T* scales = s.scales.template as<T>();
-      for (int64_t n = 0; n < task.count; ++n) weight.load_scales(task.n0 + n, scales + n * weight.G);
+      weight.load_scales(task.n0, task.count, scales);
       multiply(task, s, [&](int64_t n, int64_t c, int64_t depth, T* out) {
         if (list == nullptr) return weight.decode(task.n0 + n, c, depth, scales + n * weight.G, out);
         for (int64_t i = 0; i < depth; ++i)

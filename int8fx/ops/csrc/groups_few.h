@@ -131,7 +131,7 @@ struct FewGroups {
   }
 
   // Of floats.
-  static int64_t scratch_size(const GroupWeight& weight) { return 2 * WIDTH * (weight.G + 16); }
+  static int64_t scratch_size(const GroupWeight& weight) { return 2 * (WIDTH * weight.G + 16); }
 
   // sums[r][n] = sum_k(x[r, k] * w[n0 + n, k]) / unit for n < count; x [ROWS, padded(K)] as `order` writes it. `scratch`
   // holds zeros or what an earlier call left.
@@ -154,16 +154,17 @@ struct FewGroups {
     const int64_t blocks = stride / BLOCK, whole = row_bytes / BYTES;
     const int64_t groups = G == 1 ? 1 : std::max<int64_t>(1, BLOCK / weight.group_size);  // of a block
     const int64_t blocks_of_group = G == 1 ? blocks : std::max<int64_t>(1, weight.group_size / BLOCK);
-    float* zeros = scales + WIDTH * (G + 16);
+    const int64_t zeros_at = WIDTH * G + 16;
+    float* zeros = scales + zeros_at;
     weight.fetch_scales(n0 + WIDTH, WIDTH);
-    for (int64_t n = 0; n < count; ++n) {
-      weight.load_scales(n0 + n, scales + n * (G + 16));
-      if (ASYMMETRIC)
-        for (int64_t g = 0; g < G; ++g)
-          zeros[n * (G + 16) + g] = pieces.zero(weight.zero_point_at(n0 + n, g));
+    weight.load_scales(n0, count, scales);
+    if (ASYMMETRIC)
+      for (int64_t i = 0; i < count * G; ++i) zeros[i] = pieces.zero(weight.zero_point_at(n0 * G + i));
+    Codes16 group_of_lane, group_of_last;  // of a block, and of the last one
+    for (int64_t i = 0; i < 16; ++i) {
+      group_of_lane[i] = i * groups / 16;
+      group_of_last[i] = std::min(i * groups / 16, (G - 1) % groups);
     }
-    Codes16 group_of_lane;
-    for (int i = 0; i < 16; ++i) group_of_lane[i] = i * groups / 16;
 
     Floats16 totals[ROWS][WIDTH] = {};
     for (int64_t begin = 0; begin < blocks; begin += AT_ONCE)
@@ -173,7 +174,7 @@ struct FewGroups {
         for (int64_t c = 0; c < 4; ++c) {
           const int64_t channel = std::min(n + c, count - 1);
           w[c] = weight.codes + (n0 + channel) * row_bytes;
-          scale[c] = scales + channel * (G + 16);
+          scale[c] = scales + channel * G;
         }
         Floats16 part[ROWS][4];
         for (int r = 0; r < ROWS; ++r)
@@ -192,10 +193,11 @@ struct FewGroups {
               std::memcpy(&here, from, row_bytes - block * BYTES);
             codes[c] = pieces.start(here);
           }
+          const Codes16 lanes = block + 1 < blocks ? group_of_lane : group_of_last;
           Floats16 zero[4] = {}, here[ROWS][4] = {};
           if (ASYMMETRIC)
 #pragma GCC unroll 4
-            for (int c = 0; c < 4; ++c) zero[c] = look_up(*(const Floats16*)(scale[c] + WIDTH * (G + 16) + g), group_of_lane);
+            for (int c = 0; c < 4; ++c) zero[c] = look_up(*(const Floats16*)(scale[c] + zeros_at + g), lanes);
           const Row* rows = x + block * BLOCK;
 #pragma GCC unroll 8
           for (int i = 0; i < pieces.COUNT; ++i)
@@ -207,7 +209,7 @@ struct FewGroups {
             }
 #pragma GCC unroll 4
           for (int c = 0; c < 4; ++c) {
-            const Floats16 of_lanes = look_up(*(const Floats16*)(scale[c] + g), group_of_lane);
+            const Floats16 of_lanes = look_up(*(const Floats16*)(scale[c] + g), lanes);
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) part[r][c] += here[r][c] * of_lanes;
           }

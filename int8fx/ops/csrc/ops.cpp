@@ -598,7 +598,7 @@ Tensor dequantize(
     parallel_for(N, std::max<int64_t>(1, 32768 / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
       std::vector<T> row(K), kept(C), scales(groups.G);
       for (int64_t n = begin; n < end; ++n) {
-        all.load_scales(n, scales.data());
+        all.load_scales(n, 1, scales.data());
         all.decode(n, 0, K, scales.data(), row.data());
         if (block != 1) rotate_row(row.data(), K, block);
         if (C > 0) load_any(floats_of(*floats), n * C, C, C, kept.data());
