@@ -48,6 +48,9 @@ struct Steps {
     return steps;
   }
 
+  // Whether value = code + values[0].
+  bool are_codes() const { return unit == 1 && values[15] - values[0] == 15; }
+
   bool are_int8() const {
     return std::all_of(values, values + 16, [](int value) { return std::abs(value) <= INT8_MAX_CODE; });
   }
@@ -55,26 +58,34 @@ struct Steps {
 
 constexpr int MAX_ZERO_POINT = 16;  // of codes of 4 bits in integers of 5 bits and a sign
 
-// to[i] = table[codes[i]] of codes below 16
-inline void look_up(const int8_t* table, const uint8_t* codes, int64_t n, int8_t* to) {
-  int64_t i = 0;
-#ifdef __AVX512BW__
-  const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table));
-  for (; i + 64 <= n; i += 64) _mm512_storeu_si512(to + i, _mm512_shuffle_epi8(all, _mm512_loadu_si512(codes + i)));
-#endif
-  for (; i < n; ++i) to[i] = table[codes[i]];
+// The bits of a bfloat16 value: an integer below 256.
+inline uint16_t bits_of(int value) {
+  const float f = value;
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  return bits >> 16;
 }
 
+// to[i] = table[codes[i]] of codes below 16
 template <typename T>
 inline void look_up(const T* table, const uint8_t* codes, int64_t n, T* to) {
   int64_t i = 0;
-#ifdef __AVX512F__
+#ifdef __AVX512BW__
   if constexpr (std::is_same_v<T, float>) {
     const __m512 all = _mm512_loadu_ps(table);
     for (; i + 16 <= n; i += 16) {
       const __m512i indices = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
       _mm512_storeu_ps(to + i, _mm512_permutexvar_ps(indices, all));
     }
+  } else if constexpr (std::is_same_v<T, uint16_t>) {
+    const __m512i all = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)table));
+    for (; i + 32 <= n; i += 32) {
+      const __m512i indices = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(codes + i)));
+      _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(indices, all));
+    }
+  } else if constexpr (std::is_same_v<T, int8_t>) {
+    const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table));
+    for (; i + 64 <= n; i += 64) _mm512_storeu_si512(to + i, _mm512_shuffle_epi8(all, _mm512_loadu_si512(codes + i)));
   }
 #endif
   for (; i < n; ++i) to[i] = table[codes[i]];
@@ -143,18 +154,37 @@ struct GroupWeight {
     });
   }
 
-  // Columns k to k + count, of one group, of row n as integers: of codes of 8 bits themselves, of others the steps of their
-  // levels, or level - zero_point. They may be in the buffer.
-  const int8_t* integers(int64_t n, int64_t k, int64_t count, const Steps& steps, int8_t* buffer) const {
-    if (levels == nullptr) return reinterpret_cast<const int8_t*>(codes) + n * K + k;
-    int8_t values[16];
-    for (int i = 0; i < 16; ++i) values[i] = zero_point ? i - zero_point_at(n * G + k / group_size) : steps.values[i];
-    in_pieces(k, count, [&](int64_t at, int64_t, int64_t size) {
+  // Columns k to k + count of row n as integers of 8 bits: w = (integer - zero(n, g)) * unit * scale.
+  void load_integers(int64_t n, int64_t k, int64_t count, const Steps& steps, int8_t* out) const {
+    if (levels == nullptr) return (void)std::memcpy(out, codes + n * K + k, count);
+    auto* unpacked = reinterpret_cast<uint8_t*>(out);
+    unpack(n, k, count, unpacked);
+    if (steps.are_codes()) return;
+    int8_t table[16];
+    std::copy_n(steps.values, 16, table);
+    look_up(table, unpacked, count, out);
+  }
+
+  int zero(int64_t n, int64_t g, const Steps& steps) const {
+    return zero_point ? zero_point_at(n * G + g) : steps.are_codes() ? -steps.values[0] : 0;
+  }
+
+  // The same as bits of bfloat16: w = value * unit * scale.
+  void load_bits(int64_t n, int64_t k, int64_t count, const Steps& steps, uint16_t* out) const {
+    in_pieces(k, count, [&](int64_t at, int64_t g, int64_t size) {
+      const int zero = zero_point ? zero_point_at(n * G + g) : 0;
+      uint16_t* to = out + (at - k);
+      if (levels == nullptr) {
+        const auto* from = reinterpret_cast<const int8_t*>(codes) + n * K + at;
+        for (int64_t i = 0; i < size; ++i) to[i] = bits_of(from[i] - zero);
+        return;
+      }
       uint8_t unpacked[PIECE];
       unpack(n, at, size, unpacked);
-      look_up(values, unpacked, size, buffer + (at - k));
+      uint16_t table[16];
+      for (int i = 0; i < 16; ++i) table[i] = bits_of(zero_point ? i - zero : steps.values[i]);
+      look_up(table, unpacked, size, to);
     });
-    return buffer;
   }
 
  private:

@@ -24,36 +24,140 @@
 
 namespace int8fx {
 
-// The tile for codes of x.
+// Tiles that add the scaled sums of a group to floats:
+//
+//   values[n][m] += sum_k(x[m, k] * (w[n, k] - zero[n])) * scale[n]
+//
+// for n < NR and m < MR, or m < MR / 2 if `half`. `pack` writes x, and `load` a row of w, of which it returns the `excess`.
+// x_sums[m] = sum_k(x[m, k]), if HAS_ZERO; else w is loaded without the zero.
+
+// By Tile: int8 codes of x and integers. `excess` is what the sums are too large by.
 struct CodesTile : Tile {
   using From = int8_t;
-  using Sum = int32_t;
+  static constexpr bool HAS_ZERO = true;
 
   static void pack(const int8_t* x, int64_t stride, int64_t rows, int64_t k, X* out) { pack_x(x, stride, rows, k, out); }
-  static int32_t load(const int8_t* w, int64_t k, W* out) { return load_w(w, k, out); }
-  static void multiply(int64_t k, const X* x, const W* w, Sum* y, bool half) { run(k, x, w, y, true, half, Ahead{}); }
+
+  static int32_t load(const GroupWeight& weight, int64_t n, int64_t k, int64_t depth, const Steps& steps, W* out) {
+    int8_t integers[DEPTH];
+    weight.load_integers(n, k, depth, steps, integers);
+    return load_w(integers, depth, out);
+  }
+
+  template <typename T>
+  static void add(int64_t k, const X* x, const W* w, const int32_t* x_sums, const int32_t* zero, const int32_t* excess,
+                  const T* scale, T* values, bool half) {
+    using V = typename Lanes<T>::V;
+    alignas(64) int32_t sums[NR * MR];
+    run(k, x, w, sums, true, half, Ahead{});
+    for (int n = 0; n < NR; ++n, values += MR) {
+      for (int m = 0; m < MR && zero[n] != 0; ++m) sums[n * MR + m] -= zero[n] * x_sums[m];
+      for (int m = 0; m < (half ? MR / 2 : MR); m += Lanes<T>::N)
+        *(V*)(values + m) += convert_difference<T>(sums + n * MR + m, excess[n]) * scale[n];
+    }
+  }
 };
 
-// The tile for bfloat16 x. Integers of at most 8 bits are bfloat16 values.
-template <int MR_>
+// The same by AVX512-VNNI, with the sums in registers. w is the unsigned operand: to integers that may be negative 128 is
+// added, the `excess`, and so it is to their zero.
+struct VnniGroupTile : VnniTile {
+  using From = int8_t;
+  using X = int8_t;
+  using W = uint8_t;
+  static constexpr bool HAS_ZERO = true;
+
+  static void pack(const int8_t* x, int64_t stride, int64_t rows, int64_t k, X* out) {
+    pack_fours(x, stride, rows, k, 0, out);
+  }
+
+  static int32_t load(const GroupWeight& weight, int64_t n, int64_t k, int64_t depth, const Steps& steps, W* out) {
+    weight.load_integers(n, k, depth, steps, reinterpret_cast<int8_t*>(out));
+    if (weight.levels != nullptr && steps.are_codes()) return 0;
+    for (int64_t i = 0; i < depth; ++i) out[i] ^= 0x80;
+    return 128;
+  }
+
+  template <typename T>
+  static void add(int64_t k, const X* x, const W* w, const int32_t* x_sums, const int32_t* zero, const int32_t* excess,
+                  const T* scale, T* values, bool half) {
+    half ? add<1>(k, x, w, x_sums, zero, excess, scale, values) : add<2>(k, x, w, x_sums, zero, excess, scale, values);
+  }
+
+ private:
+  template <int VECTORS, typename T>
+  static void add(int64_t k, const X* x, const W* w, const int32_t* x_sums, const int32_t* zero, const int32_t* excess,
+                  const T* scale, T* values) {
+    using V = typename Lanes<T>::V;
+    Vector sums[NR][VECTORS];
+#pragma GCC unroll 12
+    for (int n = 0; n < NR; ++n)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) sums[n][v] = *(const Vector*)(x_sums + v * 16) * -(zero[n] + excess[n]);
+    for (int64_t i = 0; i < k; i += KG, x += MR * KG) {
+      Codes rows[VECTORS];
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) std::memcpy(&rows[v], x + v * 64, 64);
+#pragma GCC unroll 12
+      for (int n = 0; n < NR; ++n) {
+        int32_t four;
+        std::memcpy(&four, w + n * STRIDE + i, sizeof four);
+        const Bytes all = (Bytes)(Vector{} + four);
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) sums[n][v] = dot(sums[n][v], all, rows[v]);
+      }
+    }
+#pragma GCC unroll 12
+    for (int n = 0; n < NR; ++n)
+#pragma GCC unroll 4
+      for (int m = 0; m < VECTORS * 16; m += Lanes<T>::N)
+        *(V*)(values + n * MR + m) += convert_difference<T>((const int32_t*)&sums[n] + m, 0) * scale[n];
+  }
+
+  // sum[i] + sum_j(u[4 * i + j] * s[4 * i + j])
+  static inline Vector dot(Vector sum, Bytes u, Codes s) {
+#ifdef __AVX512VNNI__
+    return (Vector)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)u, (__m512i)s);
+#else
+    for (int i = 0; i < 64; ++i) sum[i / 4] += int32_t(u[i]) * int32_t(s[i]);
+    return sum;
+#endif
+  }
+};
+
+// By Bfloat16Tile: bfloat16 x or int8 codes of x. Integers less their zero are bfloat16 values.
+template <int MR_, typename From_>
 struct BitsTile : Bfloat16Tile<MR_, Tile::PANEL> {
   using Base = Bfloat16Tile<MR_, Tile::PANEL>;
-  using From = c10::BFloat16;
-  using Sum = float;
+  using From = From_;
   static constexpr int64_t DEPTH = FLOAT_DEPTH;
+  static constexpr bool HAS_ZERO = false;
 
-  static void pack(const c10::BFloat16* x, int64_t stride, int64_t rows, int64_t k, uint16_t* out) {
-    for (int64_t m = 0; m < MR_; ++m)
-      for (int64_t i = 0; i < k; i += 2) {
-        uint16_t pair[2] = {};
-        if (m < rows) std::memcpy(pair, x + m * stride + i, std::min<int64_t>(2, k - i) * sizeof pair[0]);
-        std::memcpy(out + (i / 2 * MR_ + m) * 2, pair, sizeof pair);
-      }
+  static void pack(const From* x, int64_t stride, int64_t rows, int64_t k, uint16_t* out) {
+    for (int64_t i0 = 0; i0 < k; i0 += 64)  // which the first-level cache holds
+      for (int64_t m = 0; m < MR_; ++m)
+        for (int64_t i = i0; i < std::min((k + 1) / 2 * 2, i0 + 64); ++i)
+          out[(i / 2 * MR_ + m) * 2 + i % 2] = m < rows && i < k ? bits(x[m * stride + i]) : 0;
   }
-  static int32_t load(const int8_t* w, int64_t k, uint16_t* out) { return Base::load_codes(w, k, out), 0; }
-  static void multiply(int64_t k, const uint16_t* x, const uint16_t* w, Sum* y, bool half) {
-    Base::run(k, x, w, y, true, half);
+
+  static int32_t load(const GroupWeight& weight, int64_t n, int64_t k, int64_t depth, const Steps& steps, uint16_t* out) {
+    weight.load_bits(n, k, depth, steps, out);
+    if (depth % 2 != 0) out[depth] = 0;
+    return 0;
   }
+
+  static void add(int64_t k, const uint16_t* x, const uint16_t* w, const int32_t*, const int32_t*, const int32_t*,
+                  const float* scale, float* values, bool half) {
+    using V = typename Base::Vector;
+    alignas(64) float sums[Base::NR * MR_];
+    Base::run(k, x, w, sums, true, half);
+    for (int n = 0; n < Base::NR; ++n)
+      for (int m = 0; m < (half ? MR_ / 2 : MR_); m += 16)
+        *(V*)(values + n * MR_ + m) += *(V*)(sums + n * MR_ + m) * scale[n];
+  }
+
+ private:
+  static uint16_t bits(c10::BFloat16 value) { return value.x; }
+  static uint16_t bits(int8_t value) { return bits_of(value); }
 };
 
 template <typename scalar_t>
@@ -77,12 +181,14 @@ struct GroupProduct {
     if (weight_only) return multiply_few();
     const std::optional<Steps> steps = integer_steps();
     if (codes != nullptr) {
-      if (steps && steps->are_int8()) return multiply_blocks(InGroups<CodesTile>(*this, *steps, codes));
+      if (steps && steps->are_int8()) return multiply_blocks(InGroups<IntegerTile>(*this, *steps, codes));
+      if constexpr (HAS_BFLOAT16 && std::is_same_v<T, float>)
+        if (steps) return multiply_blocks(InGroups<BitsTile<MR, int8_t>>(*this, *steps, codes));
       return multiply_blocks(InFloats(*this, codes, nullptr));
     }
     const std::vector<scalar_t> rows = without_columns<scalar_t>();
     if constexpr (MAY_USE_BFLOAT16)
-      if (steps && steps->are_int8() && !has_wide_integers()) return multiply_blocks(InGroups<BitsTile<MR>>(*this, *steps, rows.data()));
+      if (steps) return multiply_blocks(InGroups<BitsTile<MR, scalar_t>>(*this, *steps, rows.data()));
     multiply_blocks(InFloats(*this, rows.data(), nullptr));
   }
 
@@ -90,18 +196,16 @@ struct GroupProduct {
   static constexpr int MR = Tile::MR, PANEL = Tile::PANEL, L = Lanes<T>::N;
   static constexpr bool MAY_USE_BFLOAT16 = HAS_BFLOAT16 && std::is_same_v<scalar_t, c10::BFloat16>;
   using V = typename Lanes<T>::V;
+  using IntegerTile = std::conditional_t<std::is_same_v<Tile, VnniTile>, VnniGroupTile, CodesTile>;
 
   static constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
   // Levels as integers; none where the rounding of their unit is too large an error, or there are no such integers.
   std::optional<Steps> integer_steps() const {
     if (weight.levels == nullptr) return Steps{};
-    const std::optional<Steps> steps = weight.has_small_zero_points() ? Steps::of(weight.levels) : std::nullopt;
+    const std::optional<Steps> steps = Steps::of(weight.levels);
     return steps && (steps->unit == 1 || sizeof(T) == 4) ? steps : std::nullopt;
   }
-
-  // Whether level - zero_point has 9 bits.
-  bool has_wide_integers() const { return weight.levels == nullptr && weight.zero_point != nullptr; }
 
   // x with zeros in the unquantised columns.
   template <typename U>
@@ -120,7 +224,7 @@ struct GroupProduct {
   void multiply_few() const {
     if constexpr (MAY_USE_BFLOAT16) {
       using Few = FewGroups<4, Bfloat16Pieces>;
-      if (Few::serves(weight))
+      if (Few::serves(weight) && weight.has_small_zero_points())
         if (const std::optional<Steps> steps = integer_steps()) return multiply_few_by<Few>(*steps, steps->unit);
     }
     if constexpr (std::is_same_v<T, float> && (VECTOR_BYTES == 64 || HAS_BFLOAT16)) {
@@ -237,99 +341,82 @@ struct GroupProduct {
     int64_t x_at, w_at;  // of X from the tile's first, of W from the channel's
   };
 
-  // values[n][m] += sum_g(sum_k(x[m, k] * integer[n, k]) * scale[n, g] * unit)
+  // values[n][m] += sum_g(sum_k(x[m, k] * (integer[n, k] - zero[n, g])) * scale[n, g] * unit)
   template <typename GroupTile>
   struct InGroups {
     using X = typename GroupTile::X;
     using W = typename GroupTile::W;
-    using Sum = typename GroupTile::Sum;
     static constexpr int NR = GroupTile::NR;
     static constexpr int64_t KG = GroupTile::KG, STRIDE = GroupTile::STRIDE;
 
     const GroupProduct& p;
     Steps steps;
     std::vector<std::vector<Segment>> blocks;  // of at most DEPTH columns
-    int64_t tile_size = 0;
+    int64_t tile_size = 0, segments = 0;
     std::unique_ptr<Buffer> x;  // [tiles][segments][depth / KG][MR][KG]
-    std::vector<int32_t> x_sums;  // [tiles][segments][MR], if integers are codes with a zero point
+    std::vector<int32_t> x_sums;  // [tiles][segments][MR]
 
     InGroups(const GroupProduct& p, const Steps& steps, const typename GroupTile::From* from) : p(p), steps(steps) {
       const int64_t K = p.weight.K, tiles = (p.M + MR - 1) / MR;
-      std::vector<Segment> segments;
-      for (int64_t k = 0, w_at = 0; k < K;) {
+      for (int64_t k = 0, w_at = 0; k < K; ++segments) {
         const int64_t g = k / p.weight.group_size;
         const int64_t depth = std::min({K - k, (g + 1) * p.weight.group_size - k, GroupTile::DEPTH});
         if (blocks.empty() || w_at + round_up(depth, KG) > GroupTile::DEPTH) blocks.emplace_back(), w_at = 0;
-        blocks.back().push_back(segments.emplace_back(Segment{k, depth, g, tile_size, w_at}));
+        blocks.back().push_back({k, depth, g, tile_size, w_at});
         w_at += round_up(depth, KG);
         tile_size += round_up(depth, KG) * MR;
         k += depth;
       }
       tile_size += 64 * MR;  // a tile packs up to 64 columns at a time
       x = std::make_unique<Buffer>(tiles * tile_size * sizeof(X));
-      const bool has_sums = p.has_wide_integers();
-      if (has_sums) x_sums.resize(tiles * segments.size() * MR);
+      x_sums.resize(GroupTile::HAS_ZERO ? tiles * segments * MR : 0);
       parallel_for(tiles, grain_of(K * MR), [&](int64_t begin, int64_t end) {
-        for (int64_t tile = begin; tile < end; ++tile)
-          for (size_t s = 0; s < segments.size(); ++s) {
-            const auto& [k, depth, g, x_at, w_at] = segments[s];
-            const int64_t rows = std::min<int64_t>(MR, p.M - tile * MR);
-            const auto* of_tile = from + tile * MR * K + k;
-            GroupTile::pack(of_tile, K, rows, depth, x->as<X>() + tile * tile_size + x_at);
-            if constexpr (std::is_same_v<Sum, int32_t>)
-              for (int64_t m = 0; has_sums && m < rows; ++m)
-                x_sums[(tile * segments.size() + s) * MR + m] =
-                    std::accumulate(of_tile + m * K, of_tile + m * K + depth, int32_t(0));
-          }
+        for (int64_t tile = begin; tile < end; ++tile) {
+          const int64_t rows = std::min<int64_t>(MR, p.M - tile * MR);
+          int32_t* sums = x_sums.data() + tile * segments * MR;
+          for (const std::vector<Segment>& block : blocks)
+            for (const Segment& at : block) {
+              const auto* of_tile = from + tile * MR * K + at.k;
+              GroupTile::pack(of_tile, K, rows, at.depth, x->as<X>() + tile * tile_size + at.x_at);
+              if constexpr (GroupTile::HAS_ZERO)
+                for (int64_t m = 0; m < MR; ++m, ++sums)
+                  if (m < rows) *sums = std::accumulate(of_tile + m * K, of_tile + m * K + at.depth, int32_t(0));
+            }
+        }
       });
     }
 
     void operator()(const Task& task, Scratch& s) const {
       const GroupWeight& weight = p.weight;
       const int64_t G = weight.G;
+      W* w = s.w.template as<W>();
       T* scales = s.scales.template as<T>();
       weight.load_scales(task.n0, task.count, scales);
-      for (int64_t i = 0; i < task.count * G; ++i) scales[i] *= steps.unit;
-      W* w = s.w.template as<W>();
-      int8_t buffer[GroupTile::DEPTH];
-      alignas(64) Sum sums[NR * MR];
-      std::vector<int32_t> excess;
-      int64_t segments = 0, all = x_sums.size() / MR / std::max<int64_t>(1, (p.M + MR - 1) / MR);
+      std::vector<int32_t> zero, excess;  // [segments][PANEL], as scale
+      std::vector<T> scale;
+      int64_t first = 0;
       for (const std::vector<Segment>& block : blocks) {
         const int64_t size = block.size();
-        excess.resize(PANEL * size);
+        zero.assign(size * PANEL, 0), excess.assign(size * PANEL, 0), scale.assign(size * PANEL, T(0));
         for (int64_t n = 0; n < task.count; ++n)
           for (int64_t i = 0; i < size; ++i) {
             const Segment& at = block[i];
-            const int8_t* integers = weight.integers(task.n0 + n, at.k, at.depth, steps, buffer);
-            excess[n * size + i] = GroupTile::load(integers, at.depth, w + n * STRIDE + at.w_at);
+            scale[i * PANEL + n] = scales[n * G + at.g] * steps.unit;
+            if (GroupTile::HAS_ZERO) zero[i * PANEL + n] = weight.zero(task.n0 + n, at.g, steps);
+            excess[i * PANEL + n] = GroupTile::load(weight, task.n0 + n, at.k, at.depth, steps, w + n * STRIDE + at.w_at);
           }
         for (int64_t tile = task.first; tile < task.last; ++tile)
-          for (int64_t n0 = 0; n0 < task.count; n0 += NR)
+          for (int64_t n = 0; n < task.count; n += NR)
             for (int64_t i = 0; i < size; ++i) {
               const Segment& at = block[i];
-              GroupTile::multiply(at.depth, x->as<X>() + tile * tile_size + at.x_at, w + n0 * STRIDE + at.w_at, sums,
-                                  task.is_half(tile));
-              T* values = s.values + ((tile - task.first) * PANEL + n0) * MR;
-              const int64_t rows = task.is_half(tile) ? MR / 2 : MR, channels = std::min<int64_t>(NR, task.count - n0);
-              for (int64_t n = 0; n < channels; ++n) {
-                const T scale = scales[(n0 + n) * G + at.g];
-                if (!x_sums.empty()) {
-                  const int32_t zero = weight.zero_point_at((task.n0 + n0 + n) * G + at.g);
-                  const int32_t* of_x = x_sums.data() + (tile * all + segments + i) * MR;
-                  for (int64_t m = 0; m < rows; ++m) sums[n * MR + m] -= zero * of_x[m];
-                }
-                for (int64_t m = 0; m < rows; m += L)
-                  *(V*)(values + n * MR + m) += value(sums + n * MR + m, excess[(n0 + n) * size + i]) * scale;
-              }
+              GroupTile::add(at.depth, x->as<X>() + tile * tile_size + at.x_at, w + n * STRIDE + at.w_at,
+                             x_sums.data() + (tile * segments + first + i) * MR, &zero[i * PANEL + n],
+                             &excess[i * PANEL + n], &scale[i * PANEL + n],
+                             s.values + ((tile - task.first) * PANEL + n) * MR, task.is_half(tile));
             }
-        segments += size;
+        first += size;
       }
     }
-
-   private:
-    static V value(const int32_t* sums, int32_t excess) { return convert_difference<T>(sums, excess); }
-    static V value(const float* sums, int32_t) { return *(const V*)sums; }
   };
 
   using F = FloatTile<T, MR, PANEL>;

@@ -82,10 +82,8 @@ struct Bfloat16Pieces {
   Words32 table;  // by the last 5 bits of an index: a code below any bit, or code - zero_point + 15
 
   explicit Bfloat16Pieces(const Steps& steps) : table{} {
-    for (int i = 0; i < 32; ++i) {
-      const float value = !ASYMMETRIC ? steps.values[i % 16] : i < 31 ? i - 15 : -MAX_ZERO_POINT;
-      table[i] = std::bit_cast<uint32_t>(value) >> 16;
-    }
+    for (int i = 0; i < 32; ++i)
+      table[i] = bits_of(!ASYMMETRIC ? steps.values[i % 16] : i < 31 ? i - 15 : -MAX_ZERO_POINT);
   }
 
   static int at(int k) { return (k % COUNT ^ 1) * 32 + k / COUNT; }
