@@ -299,7 +299,7 @@ def bound(x: Tensor, weight: Int8Weight, bias: Tensor | None = None, slices: int
     included = ~mask if block == 1 else torch.ones_like(mask)
     rounded = x_scale / 2 * (1 + 2**-16) * v[:, included].sum(-1)
     magnitude = (x_codes.double().abs() * x_scale) @ v.T + x2d[:, mask].double().abs() @ v[:, mask].T
-    outliers = int(mask.sum())
+    outliers = int(mask.sum()) if weight.is_plain else K
     if columns is not None:
         magnitude = magnitude + x2d[:, columns].double().abs() @ columns_weight.double().abs().T
         outliers += len(columns)
@@ -509,6 +509,45 @@ def in_groups(
         tensors.codes, tensors.scale, threshold, block, columns, columns_weight, name, grouping.size, K,
         tensors.zero_point, tensors.scale_range,
     )  # fmt: skip
+
+
+def weight_in_groups(
+    N: int,
+    K: int,
+    grouping: Grouping,
+    *,
+    experts: int | None = None,
+    threshold: float | None = None,
+    block: int = 1,
+    columns: int = 0,
+    seed: int = 0,
+) -> Int8Weight:
+    """The weight of a normal one whose channels differ in size; ``columns``: how many are not quantised."""
+    g = generator(seed)
+    shape = (N,) if experts is None else (experts, N)
+    size = torch.exp2(3 * torch.rand(*shape, 1, generator=g)) / math.sqrt(max(K, 1))
+    values = torch.randn(*shape, K, generator=g) * size
+    indices = torch.randperm(K, generator=g)[:columns].sort().values if columns else None
+    return in_groups(values, grouping, threshold, block, indices)
+
+
+@st.composite
+def problems_in_groups(draw, values=VALUES, layouts=LAYOUTS) -> Problem:
+    """Arguments of `int8fx::linear` with a weight of any format."""
+    M, K = draw(st.sampled_from((0, 1, 4, 5, 17, 130))), draw(st.sampled_from((1, 2, 33, 64, 129, 256, 385)))
+    x = draw(activations(lead=(M,), K=K, values=values, layouts=layouts))
+    rotated, seed = draw(st.booleans()), draw(seeds)
+    weight = weight_in_groups(
+        draw(st.sampled_from((0, 1, 5, 48, 67))),
+        K,
+        draw(groupings()),
+        threshold=None if rotated else draw(thresholds),
+        block=draw(st.sampled_from((16, -64))) if rotated else 1,
+        columns=draw(st.integers(0, min(K, 3))),
+        seed=seed,
+    )
+    bias = torch.randn(len(weight.codes), generator=generator(seed)) if draw(st.booleans()) else None
+    return Problem(x, weight, Epilogue(bias))
 
 
 @st.composite
