@@ -28,32 +28,48 @@ namespace int8fx {
 //
 //   values[n][m] += sum_k(x[m, k] * (w[n, k] - zero[n])) * scale[n]
 //
-// for n < NR and m < MR, or m < MR / 2 if `half`. `pack` writes x, and `load` a row of w, of which it returns the `excess`.
+// for n < NR and m < MR, or m < MR / 2 if `half`. `pack` writes x, and `load` a row of w, of which it returns the `excess`:
+// what it added to the integers.
 // x_sums[m] = sum_k(x[m, k]), if HAS_ZERO; else w is loaded without the zero.
 
-// By Tile: int8 codes of x and integers. `excess` is what the sums are too large by.
-struct CodesTile : Tile {
-  using From = int8_t;
-  static constexpr bool HAS_ZERO = true;
+// Lanes<T>::N int32 as T.
+template <typename T>
+inline typename Lanes<T>::V convert(const int32_t* values) {
+  typedef int32_t Signed __attribute__((vector_size(Lanes<T>::N * 4), aligned(4), may_alias));
+  return __builtin_convertvector(*(const Signed*)values, typename Lanes<T>::V);
+}
 
-  static void pack(const int8_t* x, int64_t stride, int64_t rows, int64_t k, X* out) { pack_x(x, stride, rows, k, out); }
+// By a tile: int8 codes of x and integers.
+template <typename Base>
+struct CodesTile : Base {
+  using From = int8_t;
+  using X = typename Base::X;
+  using W = typename Base::W;
+  static constexpr int MR = Base::MR, NR = Base::NR;
+  static constexpr bool HAS_ZERO = true;
+  static_assert(Base::OFFSET == 0);
+
+  static void pack(const int8_t* x, int64_t stride, int64_t rows, int64_t k, X* out) {
+    Base::pack_x(x, stride, rows, k, out);
+  }
 
   static int32_t load(const GroupWeight& weight, int64_t n, int64_t k, int64_t depth, const Steps& steps, W* out) {
-    int8_t integers[DEPTH];
+    int8_t integers[Base::DEPTH];
     weight.load_integers(n, k, depth, steps, integers);
-    return load_w(integers, depth, out);
+    Base::load_w(integers, depth, out);
+    return 0;
   }
 
   template <typename T>
-  static void add(int64_t k, const X* x, const W* w, const int32_t* x_sums, const int32_t* zero, const int32_t* excess,
+  static void add(int64_t k, const X* x, W* w, const int32_t* x_sums, const int32_t* zero, const int32_t*,
                   const T* scale, T* values, bool half) {
     using V = typename Lanes<T>::V;
     alignas(64) int32_t sums[NR * MR];
-    run(k, x, w, sums, true, half, Ahead{});
+    Base::run(k, x, Channels{NR, false}, w, sums, true, half ? MR / 2 : MR);
     for (int n = 0; n < NR; ++n, values += MR) {
       for (int m = 0; m < MR && zero[n] != 0; ++m) sums[n * MR + m] -= zero[n] * x_sums[m];
       for (int m = 0; m < (half ? MR / 2 : MR); m += Lanes<T>::N)
-        *(V*)(values + m) += convert_difference<T>(sums + n * MR + m, excess[n]) * scale[n];
+        *(V*)(values + m) += convert<T>(sums + n * MR + m) * scale[n];
     }
   }
 };
@@ -64,11 +80,10 @@ struct VnniGroupTile : VnniTile {
   using From = int8_t;
   using X = int8_t;
   using W = uint8_t;
+  static constexpr int NR = 12;
   static constexpr bool HAS_ZERO = true;
 
-  static void pack(const int8_t* x, int64_t stride, int64_t rows, int64_t k, X* out) {
-    pack_fours(x, stride, rows, k, 0, out);
-  }
+  static void pack(const int8_t* x, int64_t stride, int64_t rows, int64_t k, X* out) { pack_x(x, stride, rows, k, out); }
 
   static int32_t load(const GroupWeight& weight, int64_t n, int64_t k, int64_t depth, const Steps& steps, W* out) {
     weight.load_integers(n, k, depth, steps, reinterpret_cast<int8_t*>(out));
@@ -110,7 +125,7 @@ struct VnniGroupTile : VnniTile {
     for (int n = 0; n < NR; ++n)
 #pragma GCC unroll 4
       for (int m = 0; m < VECTORS * 16; m += Lanes<T>::N)
-        *(V*)(values + n * MR + m) += convert_difference<T>((const int32_t*)&sums[n] + m, 0) * scale[n];
+        *(V*)(values + n * MR + m) += convert<T>((const int32_t*)&sums[n] + m) * scale[n];
   }
 
   // sum[i] + sum_j(u[4 * i + j] * s[4 * i + j])
@@ -196,7 +211,7 @@ struct GroupProduct {
   static constexpr int MR = Tile::MR, PANEL = Tile::PANEL, L = Lanes<T>::N;
   static constexpr bool MAY_USE_BFLOAT16 = HAS_BFLOAT16 && std::is_same_v<scalar_t, c10::BFloat16>;
   using V = typename Lanes<T>::V;
-  using IntegerTile = std::conditional_t<std::is_same_v<Tile, VnniTile>, VnniGroupTile, CodesTile>;
+  using IntegerTile = std::conditional_t<std::is_same_v<Tile, VnniTile>, VnniGroupTile, CodesTile<Tile>>;
 
   static constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
