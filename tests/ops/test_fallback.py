@@ -98,6 +98,29 @@ def test_many_output_channels_are_widened_in_blocks(monkeypatch, M):
             assert_within_budget(fallback.linear(*p), *p)
 
 
+# ---- outliers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("threshold", "quantises"), [(0.0, False), (1e-9, True), (None, True)])
+def test_where_every_column_is_an_outlier_x_is_not_quantised(monkeypatch, threshold, quantises):
+    calls, real = [], fallback.quantize_rowwise
+    monkeypatch.setattr(fallback, "quantize_rowwise", lambda *args: calls.append(args) or real(*args))
+    p = Problem(activation(9, 40, seed=1), Int8Weight(*packed_weight(7, 40, seed=2), threshold))
+    y = fallback.linear(*p)
+    assert len(calls) == quantises
+    assert_within_budget(y, *p)
+    assert torch.equal(fallback.linear_quantized(p.x, *real(*p.quantize_args), p.weight, p.epilogue), y)
+
+
+@pytest.mark.parametrize("other", [0.0, math.nan])
+def test_a_value_that_is_the_threshold_in_float32_is_an_outlier(other):
+    threshold = 0.7  # more than its nearest float32
+    x = torch.full((5, 3), 0.1)
+    x[1, 1], x[2, 2] = threshold, other
+    assert x[1, 1].item() < threshold
+    assert fallback.quantize_rowwise(x, threshold)[2].tolist() == [False, True, False]
+
+
 # ---- has_fast_int_mm -------------------------------------------------------------------------------------------------
 
 
