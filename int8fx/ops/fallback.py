@@ -144,7 +144,7 @@ def _linear_in_groups(x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Tens
     """`reference.linear` with a weight of any format: blocks of channels are dequantised and multiplied in floats."""
     check_columns(weight.columns, x.shape[-1])
     x2d, ct = _rows(x), compute_dtype(x.dtype)
-    if _form(x, weight) is Form.WEIGHT_ONLY or weight.threshold == 0:
+    if _form(x, weight) is Form.WEIGHT_ONLY:
         rounded = _without_columns(x2d, weight.columns)
     else:
         codes, x_scale, mask = quantize_rowwise(x2d, weight.threshold, weight.block, weight.columns)
