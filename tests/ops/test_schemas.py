@@ -112,7 +112,8 @@ for call in (
 assert "int8fx" not in sys.modules
 """
     weight = "weight = Char [5, 24], weight_scale = Float [5]"
-    options = "threshold = {}, block = 1, columns = None, columns_weight = None"
+    options = "threshold = {}, block = 1, columns = None, columns_weight = None, format = None, group_size = None, "
+    options += "in_features = None, zero_point = None, scale_range = None"
     epilogue = "bias = None, activation = none, other = None, binary = none"
     advice = "; after `import int8fx` the error says which one and why"
     assert run(code) == [

@@ -184,7 +184,7 @@ def test_aot_inductor_packages_run(scheme, first, tmp_path):
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "small.pt2"))
     [report] = int8fx.reports()
     # A converted program has an input for every buffer, also for columns that are one tensor: it shares nothing then.
-    lowered, shared = (1, 1) if first == "convert" else (0, 0 if scheme.columns else 1)
+    lowered, shared = (1, 1) if first == "convert" else (0, 0 if scheme.needs_columns else 1)
     # folded: what is added to the bare matmul, and x; relu goes into the first matmul
     assert report == Report(lowered, shared, folded=3, linears=3, dequantized=0)
     run = torch._inductor.aoti_load_package(path)
