@@ -42,25 +42,29 @@ class Contents:
 
     def take(self, codes: Tensor, scale: Tensor) -> None:
         """They belong together."""
-        self.digests = (digest(codes), digest(scale)) if has_values(codes, scale) else None
+        known = _are_plain(codes, scale) and may_read(codes)
+        self.digests = (digest(codes), digest(scale)) if known else None
 
     def accepts(self, codes: Tensor, scale: Tensor) -> bool:
-        """False if codes have changed and the scale has not. Otherwise takes both."""
-        before = self.digests
-        self.take(codes, scale)
-        if before is None or self.digests is None or before[0] == self.digests[0] or before[1] != self.digests[1]:
+        """False if codes have changed and the scale has not. Otherwise takes both. To be asked where `may_read`."""
+        if not _are_plain(codes, scale):
             return True
-        self.digests = before
-        return False
+        found = digest(codes), digest(scale)
+        if self.digests is not None and found[0] != self.digests[0] and found[1] == self.digests[1]:
+            return False
+        self.digests = found
+        return True
 
 
-def has_values(*tensors: Tensor) -> bool:
-    """Whether these are plain tensors whose values can be read now, without being recorded."""
+def may_read(tensor: Tensor) -> bool:
+    """Whether values of ``tensor`` may be read now: no operators are recorded or faked, nor captured for CUDA graphs."""
     if is_traced() or _get_dispatch_mode(_TorchDispatchModeKey.FAKE) is not None:
         return False
-    if any(type(t) not in (Tensor, nn.Parameter) or not is_readable(t) for t in tensors):
-        return False
-    return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _are_plain(*tensors: Tensor) -> bool:
+    return all(type(t) in (Tensor, nn.Parameter) and is_readable(t) for t in tensors)
 
 
 def version(codes: Tensor | None) -> int | None:

@@ -55,7 +55,7 @@ from ..schemes.weight import (
 )
 from .accelerate import OFFLOADED, refuse_partial_offload
 from .callers import is_called_in_trace
-from .contents import UNCHECKED, Checked, Contents, version
+from .contents import UNCHECKED, Checked, Contents, may_read, version
 from .format import FORMAT, format_tensor, read_scheme, same_arithmetic
 from .loading import (
     PLAIN_HOOKS,
@@ -73,7 +73,7 @@ from .loading import (
 )
 from .peft import refuse_targets, refuse_trained_copy
 from .reparametrize import Parameters, is_read_by_torch_utils, parametrized_name, refused
-from .view import PackedWeight, is_captured, is_differentiated, is_traced, is_transformed, unwrapped
+from .view import PackedWeight, is_captured, is_differentiated, is_transformed, unwrapped
 
 
 @dataclass(frozen=True)
@@ -589,7 +589,7 @@ class PackedModule(PackedState):
                 raise self._lost(name, suffix)
         form, (codes, scale, columns, *_) = self._buffers[name + FORMAT], tensors_of(self, name)
         values = None if form is None else unwrapped(form)
-        if type(values) is not Tensor or not is_readable(values) or values.dim() != 1 or is_traced():
+        if type(values) is not Tensor or not is_readable(values) or values.dim() != 1 or not may_read(codes):
             return None
         self._check_format(name, values)
         scheme, found = self.packed_weights[name].scheme, 0 if columns is None else columns.numel()

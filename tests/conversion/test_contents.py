@@ -12,6 +12,8 @@ from support import models
 from support.conversion import SCHEMES, outputs
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim.swa_utils import AveragedModel
 
 import int8fx
@@ -276,11 +278,26 @@ def test_a_model_on_meta_and_an_exported_one():
     torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
 
 
-def test_checks_wait_while_a_graph_is_recorded():
+def faked(model: nn.Module, x: Tensor) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model(x)
+
+
+RECORDED = {
+    "jit.trace": lambda model, x: torch.jit.trace(model, x, check_trace=False),
+    "make_fx": lambda model, x: make_fx(model)(x),
+    "fake": faked,
+}
+
+
+@pytest.mark.parametrize("how", RECORDED)
+def test_checks_wait_while_operators_are_recorded(how):
     """Not accepted unseen."""
     model, other, x = converted(0), converted(1), torch.randn(3, 40)
     model(x)
+    copy_parameters(model, model)
+    RECORDED[how](model, x)
     copy_parameters(model, other)
-    torch.jit.trace(model, x, check_trace=False)
+    RECORDED[how](model, x)
     with pytest.raises(ValueError, match=WRITTEN.format("'0'")):
         model(x)
