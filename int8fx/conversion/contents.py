@@ -57,7 +57,7 @@ class Contents:
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Whether values of ``tensor`` may be read now: no operators are recorded or faked, nor captured for CUDA graphs."""
+    """Whether values of ``tensor`` may be read now: operators are not recorded, faked or captured for CUDA graphs."""
     if is_traced() or _get_dispatch_mode(_TorchDispatchModeKey.FAKE) is not None:
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
