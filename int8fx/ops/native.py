@@ -2,7 +2,7 @@
 
 There is one library for each instruction set. It calls torch by its stable ABI, so it serves the torch that it is
 compiled with and later ones. A wheel carries all of them, in `CARRIED`. In a checkout the first `int8fx.convert` of a
-model on the CPU compiles one (half a minute, one file), or ``int8fx build`` does so ahead of time. It is then stored in
+model on the CPU compiles one (a minute, one file), or ``int8fx build`` does so ahead of time. It is then stored in
 the first of `folders` that can be written, under a name with a hash of the sources, the flags and torch's version.
 Loading it registers its kernels for CPU tensors, before `fallback`.
 
@@ -247,7 +247,7 @@ def _build(folder: Path, library: Library, broken: int | None = None) -> Path:
         if _is_complete(path) and path.stat().st_mtime_ns != broken:  # by another process
             return path
         what = "what links them to torch" if library == AUTOGRAD else f"the CPU kernels for {library.name}"
-        print(f"int8fx: compiling {what}, once: about half a minute", file=sys.stderr)
+        print(f"int8fx: compiling {what}, once: about a minute", file=sys.stderr)
         compile_to(path, lambda output: command(library, output))
         _digest_file(path).write_text(_digest(path))
     return path
