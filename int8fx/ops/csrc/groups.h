@@ -109,14 +109,14 @@ struct VnniGroupTile : VnniTile {
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) sums[n][v] = *(const Vector*)(x_sums + v * 16) * -(zero[n] + excess[n]);
     for (int64_t i = 0; i < k; i += KG, x += MR * KG) {
-      Codes rows[VECTORS];
+      Vector rows[VECTORS];
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) std::memcpy(&rows[v], x + v * 64, 64);
 #pragma GCC unroll 12
       for (int n = 0; n < NR; ++n) {
         int32_t four;
         std::memcpy(&four, w + n * STRIDE + i, sizeof four);
-        const Bytes all = (Bytes)(Vector{} + four);
+        const Vector all = Vector{} + four;
 #pragma GCC unroll 2
         for (int v = 0; v < VECTORS; ++v) sums[n][v] = dot(sums[n][v], all, rows[v]);
       }
@@ -126,16 +126,6 @@ struct VnniGroupTile : VnniTile {
 #pragma GCC unroll 4
       for (int m = 0; m < VECTORS * 16; m += Lanes<T>::N)
         *(V*)(values + n * MR + m) += convert<T>((const int32_t*)&sums[n] + m) * scale[n];
-  }
-
-  // sum[i] + sum_j(u[4 * i + j] * s[4 * i + j])
-  static inline Vector dot(Vector sum, Bytes u, Codes s) {
-#ifdef __AVX512VNNI__
-    return (Vector)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)u, (__m512i)s);
-#else
-    for (int i = 0; i < 64; ++i) sum[i / 4] += int32_t(u[i]) * int32_t(s[i]);
-    return sum;
-#endif
   }
 };
 

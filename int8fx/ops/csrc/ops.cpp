@@ -32,7 +32,8 @@ constexpr char LINEAR[] = "int8fx::linear", LINEAR_QUANTIZED[] = "int8fx::linear
 // torch's codes of dtypes. Tensor::scalar_type() is much slower: it asks for one code after the other.
 const int32_t BFLOAT16 = aoti_torch_dtype_bfloat16(), HALF = aoti_torch_dtype_float16(),
               FLOAT = aoti_torch_dtype_float32(), DOUBLE = aoti_torch_dtype_float64(), INT8 = aoti_torch_dtype_int8(),
-              UINT8 = aoti_torch_dtype_uint8(), INT32 = aoti_torch_dtype_int32(), INT64 = aoti_torch_dtype_int64(), BOOL = aoti_torch_dtype_bool();
+              UINT8 = aoti_torch_dtype_uint8(), INT32 = aoti_torch_dtype_int32(), INT64 = aoti_torch_dtype_int64(),
+              BOOL = aoti_torch_dtype_bool();
 
 int32_t dtype(const Tensor& t) {
   int32_t code;
@@ -269,8 +270,7 @@ Floats floats_of(const Tensor& t) {
 
 Floats operator+(Floats values, int64_t offset) {
   if (values.data == nullptr) return values;
-  const int64_t size = values.dtype == Dtype::float64 ? 8 : values.dtype == Dtype::float32 ? 4 : 2;
-  return {static_cast<const char*>(values.data) + offset * size, values.dtype};
+  return {static_cast<const char*>(values.data) + offset * size_of(values.dtype), values.dtype};
 }
 
 std::vector<int64_t> values_of(const Tensor& integers) {
@@ -361,58 +361,33 @@ struct Weight {
   template <typename scalar_t>
   void multiply(int64_t e, const scalar_t* x, int64_t M, const Quantized<compute_t<scalar_t>>* quantized,
                 Floats other, Binary binary, scalar_t* y) const {
-    if (groups) return multiply_groups(e, x, M, quantized, other, binary, y);
-    Product<scalar_t> p{};
-    p.M = M, p.N = N, p.K = K;
-    p.x = x;
-    p.columns = columns;
-    p.rotated = block != 1;
-    if (columns_weight.has_value()) p.columns_weight = floats_of(*columns_weight) + e * N * int64_t(columns.size());
-    p.weight_only = weight_only(M, block);
-    using T = compute_t<scalar_t>;
-    std::optional<Buffer> buffer;
-    Quantized<T> q{};
-    if (!p.weight_only) {
-      if (quantized != nullptr) {
-        q = *quantized;
-      } else {
-        buffer.emplace(M * int64_t(sizeof(T)) + M * K + K);
-        q.scale = buffer->as<T>();
-        q.codes = reinterpret_cast<int8_t*>(q.scale + M);
-        q.mask = reinterpret_cast<bool*>(q.codes + M * K);
-        quantize(x, M, K, threshold, block, columns, q);
-      }
-      p.codes = q.codes;
-      p.x_scale = q.scale;
-      if (threshold.has_value())
-        for (int64_t k = 0; k < K; ++k)
-          if (q.mask[k]) p.outliers.push_back(k);
+    if (groups) {
+      GroupProduct<scalar_t> p{};
+      p.weight = groups->of_expert(e);
+      return run(p, e, x, M, threshold != 0., quantized, other, binary, y);
     }
+    Product<scalar_t> p{};
+    p.N = N, p.K = K;
+    p.rotated = block != 1;
     p.weight = static_cast<const int8_t*>(codes.const_data_ptr()) + e * N * K;
     p.weight_scale = floats_of(scale) + e * N;
-    p.epilogue.activation = activation;
-    if (bias.has_value()) p.epilogue.bias = floats_of(*bias) + e * N;
-    p.epilogue.other = other;
-    p.epilogue.binary = binary;
-    p.y = y;
-    p.run();
+    run(p, e, x, M, true, quantized, other, binary, y);
   }
 
  private:
-  template <typename scalar_t>
-  void multiply_groups(int64_t e, const scalar_t* x, int64_t M, const Quantized<compute_t<scalar_t>>* quantized,
-                       Floats other, Binary binary, scalar_t* y) const {
+  // Runs p, a Product or a GroupProduct that has its weight. `quantizes`: whether more than few rows of x are quantised.
+  template <typename P, typename scalar_t>
+  void run(P& p, int64_t e, const scalar_t* x, int64_t M, bool quantizes,
+           const Quantized<compute_t<scalar_t>>* quantized, Floats other, Binary binary, scalar_t* y) const {
     using T = compute_t<scalar_t>;
-    GroupProduct<scalar_t> p{};
     p.M = M;
     p.x = x;
-    p.weight = groups->of_expert(e);
     p.columns = columns;
     if (columns_weight.has_value()) p.columns_weight = floats_of(*columns_weight) + e * N * int64_t(columns.size());
     p.weight_only = weight_only(M, block);
     std::optional<Buffer> buffer;
     Quantized<T> q{};
-    if (!p.weight_only && threshold != 0.) {
+    if (!p.weight_only && quantizes) {
       if (quantized != nullptr) {
         q = *quantized;
       } else {

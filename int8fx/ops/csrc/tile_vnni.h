@@ -238,6 +238,7 @@ struct VnniTile {
     return v;
   }
 
+ protected:
   // sum[i] += sum_j(u[4 * i + j] * s[4 * i + j]), the bytes of u unsigned and those of s signed
   template <typename V>
   static inline V dot(V sum, V u, V s) {
