@@ -72,6 +72,11 @@ def last_level_cache() -> int:
     return max(sizes, default=CACHE_BYTES)
 
 
+def total_memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _cpu_name() -> str:
     return torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
 

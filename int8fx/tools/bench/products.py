@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import int8fx
 from int8fx.ops import native
 
-from ..machine import last_level_cache
+from ..machine import last_level_cache, total_memory
 from .candidates import (
     BFLOAT16,
     BFLOAT16_FROZEN,
@@ -42,9 +42,13 @@ PLAIN = of_scheme(int8fx.plain())
 SCHEMES = (of_scheme(int8fx.llm_int8()), PLAIN, of_scheme(int8fx.rotated(columns=0)), of_scheme(int8fx.rotated()))
 
 
-def weights_beyond_cache(N: int, K: int, cache: int) -> int:
-    """How many int8 ``[N, K]`` weights fill 1.5 times the ``cache`` bytes of the last-level cache: at least 2."""
-    return max(2, math.ceil(1.5 * cache / (N * K)))
+def weights_beyond_cache(N: int, K: int, cache: int, memory: float = math.inf) -> int:
+    """How many int8 ``[N, K]`` weights fill 1.5 times the ``cache`` bytes of the last-level cache: at least 2.
+
+    They fill at most 1/64 of ``memory`` bytes, since each candidate holds them, some in float32. Where the cache is
+    larger, the other candidates of a round and the buffer of `limits` displace them before their next turn.
+    """
+    return max(2, math.ceil(min(1.5 * cache, memory / 64) / (N * K)))
 
 
 def products(settings: Settings) -> Iterator[Case]:
@@ -149,7 +153,7 @@ def compare(
 
 
 def _linears(N: int, K: int, rows: Sequence[int], cold_rows: int = COLD_ROWS) -> list[nn.Linear]:
-    count = weights_beyond_cache(N, K, last_level_cache()) if min(rows) <= cold_rows else 1
+    count = weights_beyond_cache(N, K, last_level_cache(), total_memory()) if min(rows) <= cold_rows else 1
     return [linear(N, K) for _ in range(count)]
 
 

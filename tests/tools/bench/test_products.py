@@ -20,6 +20,7 @@ def test_cold_weights_do_not_fit_the_cache():
     assert products.weights_beyond_cache(4096, 4096, 32 << 20) == 3
     assert products.weights_beyond_cache(576, 576, 32 << 20) * 576 * 576 >= 1.5 * (32 << 20)
     assert products.weights_beyond_cache(11008, 4096, 1 << 20) == 2
+    assert products.weights_beyond_cache(4096, 4096, 480 << 20, memory=24 << 30) == 24
 
 
 def test_every_candidate_is_in_every_case():
