@@ -64,7 +64,7 @@ AVX512_VNNI = _kernels(
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"),
 )
 AVX512_BF16 = Library("avx512_bf16", (*AVX512_VNNI.flags, "-mavx512bf16", "-mavx512vbmi"))
-AMX = Library("amx", (*AVX512_BF16.flags, "-mamx-tile", "-mamx-int8"))
+AMX = Library("amx", (*AVX512_BF16.flags, "-mamx-tile", "-mamx-int8", "-mamx-bf16"))
 INSTRUCTION_SETS = (
     (DEFAULT, AVX2, AVX512_VNNI, AVX512_BF16, AMX) if platform.machine() in ("x86_64", "AMD64") else (DEFAULT,)
 )
@@ -79,7 +79,8 @@ def instruction_set() -> Library:
     if capability == "AVX512" and features.get("avx512_vnni", False):
         if not all(features.get(name, False) for name in ("avx512_bf16", "avx512_vbmi")):
             return AVX512_VNNI
-        return AMX if features.get("amx_int8", False) and _tiles_permitted() else AVX512_BF16
+        has_amx = all(features.get(name, False) for name in ("amx_int8", "amx_bf16"))
+        return AMX if has_amx and _tiles_permitted() else AVX512_BF16
     return AVX2 if capability in ("AVX2", "AVX512") else DEFAULT
 
 

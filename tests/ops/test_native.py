@@ -441,7 +441,8 @@ BFLOAT16 = ("avx512_bf16", "avx512_vbmi")
         ("AVX512", ("avx512_vnni", "amx_int8"), False, native.AVX512_VNNI),
         ("AVX512", ("avx512_vnni", *BFLOAT16[1:], "amx_int8"), True, native.AVX512_VNNI),
         ("AVX512", ("avx512_vnni", *BFLOAT16), True, native.AVX512_BF16),
-        ("AVX512", ("avx512_vnni", *BFLOAT16, "amx_int8"), True, native.AMX),
+        ("AVX512", ("avx512_vnni", *BFLOAT16, "amx_int8"), True, native.AVX512_BF16),
+        ("AVX512", ("avx512_vnni", *BFLOAT16, "amx_int8", "amx_bf16"), True, native.AMX),
     ],
 )
 def test_instructions_are_those_of_the_cpu_and_within_torchs(monkeypatch, capability, has, permitted, expected):
@@ -519,7 +520,7 @@ PORTABLE = [portable("VnniTile"), portable("VnniTile", "-DINT8FX_BFLOAT16"), por
     [
         (native.AVX512_VNNI, ["vpdpbusd"]),
         (native.AVX512_BF16, ["vpdpbusd", "vdpbf16ps", "vpermb"]),
-        (native.AMX, ["tdpbssd", "vdpbf16ps"]),
+        (native.AMX, ["tdpbssd", "tdpbf16ps", "vdpbf16ps"]),
     ],
     ids=lambda value: getattr(value, "name", None),
 )

@@ -71,29 +71,47 @@ inline void round(const T* from, scalar_t* to, int64_t n) {
 #ifdef __AVX512BF16__
 constexpr int NAN_OR_SUBNORMAL = 0x01 | 0x20 | 0x80;  // which the instructions round to others than c10
 
-// Rounds lane m of v[n] to y[m * stride + n], for m < rows. False if it has stored nothing, as there is a value that the
-// instructions do not round.
-template <typename V>
-inline bool round_transposed(const V (&v)[16], c10::BFloat16* y, int64_t stride, int64_t rows) {
+// Rounds lane m of v(n) to y[m * stride + n], for n < 16 and m < rows. False if it has stored nothing, as there is a value that
+// the instructions do not round. If SCALES, of v(n) * scale[n] + bias[n].
+//
+// Four n at a time, so that GCC keeps all in registers.
+template <bool SCALES, typename Values>
+[[gnu::always_inline]] inline bool round_transposed(const Values& v, const float* scale, const float* bias,
+                                                    c10::BFloat16* y, int64_t stride, int64_t rows) {
   __mmask16 others = 0;
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) others |= _mm512_fpclass_ps_mask((__m512)v[i], NAN_OR_SUBNORMAL);
+  const auto fours = [&](int n, __m512 (&b)[4]) __attribute__((always_inline)) {
+    transpose_four(v(n), v(n + 1), v(n + 2), v(n + 3), b);
+    const __m512 scales = SCALES ? _mm512_broadcast_f32x4(_mm_loadu_ps(scale + n)) : __m512{};
+    const __m512 biases = SCALES ? _mm512_broadcast_f32x4(_mm_loadu_ps(bias + n)) : __m512{};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      if (SCALES) b[i] = _mm512_fmadd_ps(b[i], scales, biases);
+      others = _kor_mask16(others, _mm512_fpclass_ps_mask(b[i], NAN_OR_SUBNORMAL));
+    }
+  };
+  const auto eights = [&](int n, __m512i (&pairs)[4]) __attribute__((always_inline)) {
+    __m512 first[4], last[4];
+    fours(n, first);
+    fours(n + 4, last);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) pairs[i] = (__m512i)_mm512_cvtne2ps_pbh(last[i], first[i]);
+  };
+  __m512i low[4], high[4];
+  eights(0, low);
+  eights(8, high);
   if (others) return false;
-  __m512 fours[16];
-  transpose_fours(v, fours);
   const __m512i first = _mm512_setr_epi64(0, 4, 8, 12, 1, 5, 9, 13);
   const __m512i last = _mm512_setr_epi64(2, 6, 10, 14, 3, 7, 11, 15);
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const __m512i low = (__m512i)_mm512_cvtne2ps_pbh(fours[4 + i], fours[i]);
-    const __m512i high = (__m512i)_mm512_cvtne2ps_pbh(fours[12 + i], fours[8 + i]);
-    const __m512i pairs[2] = {_mm512_permutex2var_epi64(low, first, high), _mm512_permutex2var_epi64(low, last, high)};
+    const __m512i of_rows[2] = {
+        _mm512_permutex2var_epi64(low[i], first, high[i]), _mm512_permutex2var_epi64(low[i], last, high[i])};
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const int64_t m = half * 8 + i;
-      if (m < rows) _mm256_storeu_si256((__m256i*)(y + m * stride), _mm512_castsi512_si256(pairs[half]));
+      if (m < rows) _mm256_storeu_si256((__m256i*)(y + m * stride), _mm512_castsi512_si256(of_rows[half]));
       if (m + 4 < rows)
-        _mm256_storeu_si256((__m256i*)(y + (m + 4) * stride), _mm512_extracti64x4_epi64(pairs[half], 1));
+        _mm256_storeu_si256((__m256i*)(y + (m + 4) * stride), _mm512_extracti64x4_epi64(of_rows[half], 1));
     }
   }
   return true;

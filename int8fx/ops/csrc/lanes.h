@@ -41,11 +41,12 @@ inline Lanes<float>::V widen<float>(const int8_t* codes) {
 }
 #endif
 
-// Lanes<T>::N differences of int32, as T.
+// Lanes<T>::N differences of int32, as T; b is nullptr for zeros.
 template <typename T>
 inline typename Lanes<T>::V convert_difference(const int32_t* a, const int32_t* b) {
   typedef uint32_t Unsigned __attribute__((vector_size(Lanes<T>::N * 4), aligned(4), may_alias));  // they wrap around
-  typedef int32_t Signed __attribute__((vector_size(Lanes<T>::N * 4)));
+  typedef int32_t Signed __attribute__((vector_size(Lanes<T>::N * 4), aligned(4), may_alias));
+  if (b == nullptr) return __builtin_convertvector(*(const Signed*)a, typename Lanes<T>::V);
   return __builtin_convertvector((Signed)(*(const Unsigned*)a - *(const Unsigned*)b), typename Lanes<T>::V);
 }
 
@@ -57,22 +58,17 @@ inline V interleave(const V& a, const V& b, std::integer_sequence<int, I...>) {
 }
 
 #ifdef __AVX512F__
-// Lanes 4 * l to 4 * l + 3 of b[4 * g + i] become lane 4 * l + i of rows[4 * g] to rows[4 * g + 3].
+// Lanes 4 * l to 4 * l + 3 of b[i] become lane 4 * l + i of each vector.
 template <typename V>
-inline void transpose_fours(const V (&rows)[16], __m512 (&b)[16]) {
-  __m512 a[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]);
-    a[i + 1] = _mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int g = 0; g < 16; g += 4)
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      b[g + 2 * i] = (__m512)_mm512_unpacklo_pd((__m512d)a[g + i], (__m512d)a[g + i + 2]);
-      b[g + 2 * i + 1] = (__m512)_mm512_unpackhi_pd((__m512d)a[g + i], (__m512d)a[g + i + 2]);
-    }
+[[gnu::always_inline]] inline void transpose_four(V v0, V v1, V v2, V v3, __m512 (&b)[4]) {
+  const __m512d low01 = (__m512d)_mm512_unpacklo_ps((__m512)v0, (__m512)v1);
+  const __m512d high01 = (__m512d)_mm512_unpackhi_ps((__m512)v0, (__m512)v1);
+  const __m512d low23 = (__m512d)_mm512_unpacklo_ps((__m512)v2, (__m512)v3);
+  const __m512d high23 = (__m512d)_mm512_unpackhi_ps((__m512)v2, (__m512)v3);
+  b[0] = (__m512)_mm512_unpacklo_pd(low01, low23);
+  b[1] = (__m512)_mm512_unpackhi_pd(low01, low23);
+  b[2] = (__m512)_mm512_unpacklo_pd(high01, high23);
+  b[3] = (__m512)_mm512_unpackhi_pd(high01, high23);
 }
 #endif
 
@@ -82,14 +78,16 @@ template <typename V, int L>
 inline void transpose(V (&rows)[L]) {
 #ifdef __AVX512F__
   if constexpr (L == 16 && sizeof(V) == 64) {
-    __m512 b[16];
-    transpose_fours(rows, b);
+    __m512 b[4][4];
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g)
+      transpose_four(rows[4 * g], rows[4 * g + 1], rows[4 * g + 2], rows[4 * g + 3], b[g]);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const __m512 even0 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88);
-      const __m512 odd0 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
-      const __m512 even1 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
-      const __m512 odd1 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+      const __m512 even0 = _mm512_shuffle_f32x4(b[0][i], b[1][i], 0x88);
+      const __m512 odd0 = _mm512_shuffle_f32x4(b[0][i], b[1][i], 0xdd);
+      const __m512 even1 = _mm512_shuffle_f32x4(b[2][i], b[3][i], 0x88);
+      const __m512 odd1 = _mm512_shuffle_f32x4(b[2][i], b[3][i], 0xdd);
       rows[i] = (V)_mm512_shuffle_f32x4(even0, even1, 0x88);
       rows[i + 4] = (V)_mm512_shuffle_f32x4(odd0, odd1, 0x88);
       rows[i + 8] = (V)_mm512_shuffle_f32x4(even0, even1, 0xdd);

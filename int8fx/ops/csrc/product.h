@@ -5,9 +5,10 @@
 // weight-only  M <= INT8FX_WEIGHT_ONLY_ROWS, not rotated. Reading the weight takes the time and arithmetic is free, so x
 //              is not quantised: the weight is widened to floats, and the result is more exact than the scheme requires.
 // few          M <= FEW_ROWS. Sums run along K over the weight as it is stored: a copy of it would serve too few rows.
-// blocked      more rows. x is packed once, so that its rows are in the lanes of vectors, and codes of the weight are
-//              broadcast to them. A task is at most BLOCK_M rows x PANEL channels. It copies its channels' weights,
-//              DEPTH columns at a time, and multiplies them by all rows of the task.
+// blocked      more rows, or any number with AMX. x is packed once, so that its rows are in the lanes of vectors, and codes
+//              of the weight are broadcast to them. A task is at most BLOCK_M rows x PANEL channels. It copies its channels'
+//              weights, DEPTH columns at a time, and multiplies them by all rows of the task. AMX copies no weight, unless
+//              rows do not begin and end with cache lines, or columns are taken out.
 //
 // The last two sum in int32, scale, add the 16-bit part in floating point, and store. The order of these sums does not
 // depend on M, so a row's result does not depend on how many other rows there are.
@@ -58,7 +59,11 @@ constexpr bool HAS_BFLOAT16 = false;
 template <typename AnyTile>
 constexpr bool HAS_FEW = requires { AnyTile::FEW_AT_ONCE; };  // sums along K by instructions of its own
 constexpr bool TILE_HAS_FEW = HAS_FEW<Tile>;
-constexpr int64_t FEW_ROWS = TILE_HAS_FEW ? 24 : 12;
+template <typename AnyTile>
+constexpr bool MULTIPLIES_IN_PLACE = requires { AnyTile::IN_PLACE; };  // the weight where it is stored
+constexpr bool TILE_IN_PLACE = MULTIPLIES_IN_PLACE<Tile>;
+constexpr int64_t FEW_ROWS = TILE_HAS_FEW ? 24 : TILE_IN_PLACE ? 0 : 12;
+constexpr int64_t X_IN_CACHE = 5 << 18;  // bytes of x that stay in the second-level cache of 2 MiB, if the tile is in place
 
 // Whether M rows are multiplied without quantising x. rows.py has the rule for all devices.
 inline bool weight_only(int64_t M, int64_t block) { return M <= INT8FX_WEIGHT_ONLY_ROWS && block == 1; }
@@ -109,12 +114,13 @@ struct Product {
  private:
   static constexpr int MR = Tile::MR, NR = Tile::NR, PANEL = Tile::PANEL, L = Lanes<T>::N;
   static constexpr int64_t DEPTH = Tile::DEPTH;
-  static constexpr int UNIT = 16;  // channels that a thread takes at least
-  static_assert(PANEL % NR == 0 && PANEL % UNIT == 0 && UNIT % L == 0 && MR % L == 0 && Tile::BLOCK_M % MR == 0);
+  static constexpr int UNIT = Tile::UNIT;
+  static_assert(PANEL % NR == 0 && PANEL % UNIT == 0 && UNIT % 16 == 0 && MR % L == 0 && Tile::BLOCK_M % MR == 0);
 
   using InT = FloatTile<T, MR, PANEL>;
   static constexpr bool MAY_USE_BFLOAT16 = HAS_BFLOAT16 && std::is_same_v<scalar_t, c10::BFloat16>;
-  using OutlierTile = std::conditional_t<MAY_USE_BFLOAT16, Bfloat16Tile<MR, PANEL>, InT>;
+  using BF16 = std::conditional_t<std::is_same_v<Tile, AmxTile>, AmxBfloat16Tile<PANEL>, Bfloat16Tile<MR, PANEL>>;
+  using OutlierTile = std::conditional_t<MAY_USE_BFLOAT16, BF16, InT>;
 
   static constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -224,16 +230,20 @@ struct Product {
   // x as the tiles want it
   struct Packed {
     std::vector<Block> blocks;
-    int64_t tile_size = 0, float_tile_size = 0, columns_at = 0;  // of a tile's rows: codes; bytes of floats
-    std::unique_ptr<Buffer> x;  // [tiles][blocks][kept / KG][MR][KG] of Tile::X; few rows: [M][K] of int16, or `pack_few`
+    int64_t x_size = 0, float_tile_size = 0, columns_at = 0;  // of all codes; bytes of a tile's floats
+    std::unique_ptr<Buffer> x;  // [blocks][tiles][kept / KG][MR][KG] of Tile::X; few rows: [M][K] of int16, or `pack_few`
     std::unique_ptr<Buffer> floats;  // [tiles][blocks][outliers / KG][MR][KG] of OutlierTile::X, and of the columns
     std::vector<T> x_scale;  // 0 where there is no row
     std::vector<int32_t> excess;  // of a row's sums
+
+    typename Tile::X* x_of(const Block& block, int64_t tile) const {
+      return x->as<typename Tile::X>() + block.x_at + tile * round_up(block.kept, 64) * MR;
+    }
   };
 
   struct Scratch {
     [[no_unique_address]] typename Tile::Setup setup;
-    alignas(64) int32_t sums[Tile::BLOCK_M * PANEL];  // [tiles][PANEL][MR]
+    alignas(64) int32_t sums[std::max(Tile::BLOCK_M, 2 * MR) * PANEL];  // [tiles][PANEL][MR]
     alignas(64) T values[Tile::BLOCK_M * PANEL];  // of outlier columns
     alignas(64) T unquantised[Tile::BLOCK_M * PANEL];
     alignas(64) typename Tile::W w[PANEL * Tile::STRIDE];
@@ -257,17 +267,19 @@ struct Product {
     const Packed p = pack(few);
     const int64_t units = (N + UNIT - 1) / UNIT;
     const int64_t tasks = threads > 1 ? 8 * threads : 1;  // at least, so that threads get equal work
-    const int64_t by_size = (tiles * MR + Tile::BLOCK_M - 1) / Tile::BLOCK_M, by_threads = (tasks + units - 1) / units;
+    int64_t at_most = Tile::BLOCK_M;  // rows
+    if (TILE_IN_PLACE) at_most = std::clamp<int64_t>(X_IN_CACHE / std::max<int64_t>(K, 1), 2 * MR, at_most);
+    const int64_t by_size = (tiles + at_most / MR - 1) / (at_most / MR), by_threads = (tasks + units - 1) / units;
     const int64_t wanted = std::max(by_size, by_threads);
     const int64_t block_tiles = (tiles + wanted - 1) / wanted;  // blocks of one size
     const int64_t blocks = (tiles + block_tiles - 1) / block_tiles;
     const int64_t operations = K * UNIT * std::max<int64_t>(1, std::min(M, block_tiles * MR) / 8);
     parallel_for(blocks * units, grain_of(operations), [&](int64_t begin, int64_t end) {
-      Scratch scratch;
+      const auto scratch = std::make_unique_for_overwrite<Scratch>();
       while (begin < end) {
         const int64_t first = begin / units * block_tiles, last = std::min(tiles, first + block_tiles);
         const int64_t unit = begin % units, count = std::min({int64_t(PANEL / UNIT), units - unit, end - begin});
-        panel(unit * UNIT, std::min(count * UNIT, N - unit * UNIT), first, last, few, p, scratch);
+        panel(unit * UNIT, std::min(count * UNIT, N - unit * UNIT), first, last, few, p, *scratch);
         begin += count;
       }
     });
@@ -284,13 +296,13 @@ struct Product {
     const int64_t count = (K + DEPTH - 1) / DEPTH, depth = count == 0 ? 0 : round_up((K + count - 1) / count, 64);
     for (int64_t k = 0; k < K || p.blocks.empty(); k += depth) {  // at least one block, and all of nearly one size
       Block& block = p.blocks.emplace_back(k, std::min(depth, K - k), outliers, excluded);
-      block.x_at = p.tile_size;
+      block.x_at = p.x_size;
       block.floats_at = p.float_tile_size;
-      p.tile_size += round_up(block.kept, 64) * MR;
-      p.float_tile_size += round_up(block.outliers.size(), OutlierTile::KG) * MR * sizeof(typename OutlierTile::X);
+      p.x_size += tiles * round_up(block.kept, 64) * MR;
+      p.float_tile_size += round_up(block.outliers.size(), OutlierTile::STEP) * MR * sizeof(typename OutlierTile::X);
     }
     p.columns_at = p.float_tile_size;
-    p.float_tile_size += round_up(columns.size(), 2) * MR * sizeof(T);
+    p.float_tile_size += round_up(columns.size(), std::max(InT::STEP, OutlierTile::STEP)) * MR * sizeof(T);
     p.x_scale.resize(tiles * MR);
     std::copy(x_scale, x_scale + M, p.x_scale.begin());
     p.excess.resize(tiles * MR);
@@ -303,7 +315,7 @@ struct Product {
         for (int64_t i = 0; i < M * K; ++i) p.x->template as<int16_t>()[i] = codes[i];
       }
     } else
-      p.x = std::make_unique<Buffer>(tiles * p.tile_size * sizeof(typename Tile::X));
+      p.x = std::make_unique<Buffer>(p.x_size * sizeof(typename Tile::X));
     parallel_for(tiles, grain_of(K * MR), [&](int64_t begin, int64_t end) {
       Buffer kept(MR * (DEPTH + 64));
       for (int64_t tile = begin; tile < end; ++tile) {
@@ -312,10 +324,7 @@ struct Product {
         if (Tile::OFFSET != 0 && !few)
           for (int64_t m = m0; m < m0 + rows; ++m) p.excess[m] = Tile::OFFSET * sum_codes(codes + m * K, K);
         for (const Block& block : p.blocks) {
-          if (!few) {
-            auto* out = p.x->template as<typename Tile::X>() + tile * p.tile_size + block.x_at;
-            pack_codes(block, m0, rows, kept.as<int8_t>(), out);
-          }
+          if (!few) pack_codes(block, m0, rows, kept.as<int8_t>(), p.x_of(block, tile));
           pack_floats<OutlierTile>(block.k, block.outliers, m0, rows, floats + block.floats_at);
         }
         with_columns_tile([&](auto of) { pack_floats<decltype(of)>(0, columns, m0, rows, floats + p.columns_at); });
@@ -332,14 +341,14 @@ struct Product {
     Tile::pack_x(buffer, WIDTH, rows, block.kept, out);
   }
 
-  // [columns / KG][MR][KG] of F::X, 0 where there is no row or no column
+  // [columns / KG][MR][KG] of F::X, 0 where there is no row or no column up to a multiple of STEP
   template <typename F>
   void pack_floats(int64_t k, const std::vector<int64_t>& of_columns, int64_t m0, int64_t rows, void* out) const {
     constexpr int KG = F::KG;
     const int64_t C = of_columns.size();
     if (C == 0) return;
     auto* to = static_cast<typename F::X*>(out);
-    if (C % KG != 0 || rows < MR) std::fill_n(to, round_up(C, KG) * MR, typename F::X(0));
+    if (C % F::STEP != 0 || rows < MR) std::fill_n(to, round_up(C, F::STEP) * MR, typename F::X(0));
     for (int64_t m = 0; m < rows; ++m) {
       const scalar_t* from = x + (m0 + m) * K + k;
       if constexpr (KG == 2) {
@@ -396,17 +405,43 @@ struct Product {
         no_values = false;
       }
       const bool is_last = &block == &p.blocks.back(), multiplies = !few && block.kept > 0, is_first = no_sums;
-      Channels channels{count, true, rows, K};
+      const int8_t* ahead = is_last ? rows - block.k + count * K : rows + block.depth;
+      const int64_t ahead_count = is_last ? std::min(count, N - n0 - count) : count;
+      Channels channels{count, true, rows, K, ahead, K, ahead_count, false};
       if (block.compacts()) channels.rows = reinterpret_cast<const int8_t*>(s.w), channels.stride = Tile::STRIDE;
-      channels.ahead = is_last ? weight + (n0 + PANEL) * K : rows + block.depth;
-      channels.ahead_stride = K, channels.ahead_count = is_last ? N - n0 - PANEL : count;
+      const bool aligned = K % 64 == 0 && reinterpret_cast<uintptr_t>(weight) % 64 == 0;  // to cache lines
+      if (TILE_IN_PLACE && !block.compacts() && aligned && count % NR == 0)
+        channels.in_place = true, channels.load = false;
       no_sums &= !multiplies;
+      // Sums of one block are read once, from the first-level cache: two tiles have room.
+      const auto sums_of = [&](int64_t tile) {
+        return s.sums + (p.blocks.size() == 1 ? tile % 2 : tile - first) * PANEL * MR;
+      };
+      Pieces pieces{};  // of the tile before
+      const auto store_next = [&] {
+        const int64_t at = (pieces.tile - first) * PANEL * MR;
+        store(pieces, n0, no_sums ? nullptr : sums_of(pieces.tile), no_values ? nullptr : s.values + at,
+              columns.empty() ? nullptr : s.unquantised + at, p, s);
+      };
       for (int64_t tile = first; tile < last; ++tile) {
-        if (multiplies)
-          Tile::run(block.kept, p.x->template as<typename Tile::X>() + tile * p.tile_size + block.x_at, channels, s.w,
-                    s.sums + (tile - first) * PANEL * MR, is_first, rows_of(tile));
+        if (multiplies) {
+          if constexpr (TILE_IN_PLACE) {
+            const int64_t of_tile = (ahead_count + last - first - 1) / (last - first), from = of_tile * (tile - first);
+            channels.ahead = ahead + from * K, channels.ahead_count = std::min(of_tile, ahead_count - from);
+            const int64_t number = pieces.number(), steps = round_up(block.kept, 64) / 64 * ((count + NR - 1) / NR);
+            int64_t due = 0;
+            Tile::run(block.kept, p.x_of(block, tile), channels, s.w, sums_of(tile), is_first, rows_of(tile), [&] {
+              for (due += number; due >= steps; due -= steps) store_next();
+            });
+          } else
+            Tile::run(block.kept, p.x_of(block, tile), channels, s.w, sums_of(tile), is_first, rows_of(tile));
+        }
         channels.load = false;
-        if (is_last) store(n0, count, tile, first, no_sums, no_values, p, s);  // while the next tile is multiplied
+        while (pieces.left()) store_next();
+        if (!is_last) continue;
+        pieces = {tile, rows_of(tile), count};
+        if (!TILE_IN_PLACE || tile + 1 == last)
+          while (pieces.left()) store_next();
       }
     }
   }
@@ -437,42 +472,89 @@ struct Product {
     }
   }
 
-  // Rounds ((sums - excess) * x_scale + values) * scale + bias + unquantised of a tile to y.
-  void store(int64_t n0, int64_t count, int64_t tile, int64_t first, bool no_sums, bool no_values, const Packed& p,
-             const Scratch& s) const {
+  // L rows of L channels of a tile, channels MR apart.
+  struct Piece {
     using V = typename Lanes<T>::V;
-    const int64_t rows = rows_of(tile);
-    const bool plain = epilogue.activation == Activation::none && epilogue.binary == Binary::none;
-    for (int64_t m0 = 0; m0 < rows; m0 += L) {
-      const V x_scale = *(const V*)(p.x_scale.data() + tile * MR + m0);
-      const int32_t* excess = p.excess.data() + tile * MR + m0;
-      for (int64_t n = 0; n < count; n += L) {
-        const int64_t at = ((tile - first) * PANEL + n) * MR + m0;
-        V block[L];
-        const auto for_each = [](auto&& f) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-          for (int i = 0; i < L; ++i) f(i);
-        };
-        if (no_values)
-          for_each([&](int i) { block[i] = V{}; });
-        else
-          for_each([&](int i) { block[i] = *(const V*)(s.values + at + i * MR); });
-        if (!no_sums)
-          for_each([&](int i) { block[i] += convert_difference<T>(s.sums + at + i * MR, excess) * x_scale; });
-        for_each([&](int i) { block[i] = block[i] * s.scale[n + i] + s.bias[n + i]; });
-        if (!columns.empty()) for_each([&](int i) { block[i] += *(const V*)(s.unquantised + at + i * MR); });
-        const int64_t rows_here = std::min<int64_t>(L, rows - m0), channels = std::min<int64_t>(L, count - n);
-#ifdef __AVX512BF16__
-        if constexpr (std::is_same_v<scalar_t, c10::BFloat16>)
-          if (plain && channels == L && round_transposed(block, y + (tile * MR + m0) * N + n0 + n, N, rows_here))
-            continue;
-#endif
-        transpose(block);
-        for (int64_t i = 0; i < rows_here; ++i)
-          epilogue.store((T*)&block[i], tile * MR + m0 + i, n0 + n, channels, L, N, y);
-      }
+    const int32_t* sums;  // null: zeros
+    const int32_t* excess;
+    V x_scale;
+    const T *values, *unquantised;  // null: zeros
+    const T *scale, *bias;
+
+    // ((sums - excess) * x_scale + values) * scale + bias + unquantised
+    V of_channel(int n) const {
+      V v = values == nullptr ? V{} : *(const V*)(values + n * MR);
+      if (sums != nullptr)
+        v += convert_difference<T>(sums + n * MR, Tile::OFFSET == 0 ? nullptr : excess) * x_scale;
+      v = v * scale[n] + bias[n];
+      return unquantised == nullptr ? v : v + *(const V*)(unquantised + n * MR);
     }
+  };
+  using V = typename Lanes<T>::V;
+
+  // The pieces of a tile, row by row.
+  struct Pieces {
+    int64_t tile, rows, count, m = 0, n = 0;
+
+    int64_t number() const { return (rows + L - 1) / L * ((count + L - 1) / L); }
+    bool left() const { return m < rows; }
+    void next() {
+      n += L;
+      if (n >= count) n = 0, m += L;
+    }
+  };
+
+  // Rounds the next one of `pieces` to y.
+  void store(Pieces& pieces, int64_t n0, const int32_t* sums, const T* values, const T* unquantised, const Packed& p,
+             const Scratch& s) const {
+    const int64_t m = pieces.tile * MR + pieces.m, n = pieces.n, at = n * MR + pieces.m;
+    const int64_t rows = std::min<int64_t>(L, pieces.rows - pieces.m), channels = std::min<int64_t>(L, pieces.count - n);
+    const Piece piece{
+        sums == nullptr ? nullptr : sums + at,
+        p.excess.data() + m,
+        *(const V*)(p.x_scale.data() + m),
+        values == nullptr ? nullptr : values + at,
+        unquantised == nullptr ? nullptr : unquantised + at,
+        s.scale + n,
+        s.bias + n,
+    };
+    scalar_t* to = y + m * N + n0 + n;
+    pieces.next();
+#ifdef __AVX512BF16__
+    const bool plain = epilogue.activation == Activation::none && epilogue.binary == Binary::none;
+    if constexpr (std::is_same_v<scalar_t, c10::BFloat16>)
+      if (plain && channels == L)
+        if (sums == nullptr || unquantised != nullptr ? round_all(piece, to, N, rows)
+                : values == nullptr                   ? round_sums<false>(piece, to, N, rows)
+                                                      : round_sums<true>(piece, to, N, rows))
+          return;
+#endif
+    V block[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) block[i] = piece.of_channel(i);
+    transpose(block);
+    for (int64_t i = 0; i < rows; ++i) epilogue.store((T*)&block[i], m + i, n0 + n, channels, L, N, y);
   }
+
+#ifdef __AVX512BF16__
+  // `round_transposed` of a piece of which there are sums, and nothing unquantised. Not inline: GCC would spill the addresses.
+  template <bool VALUES>
+  [[gnu::noinline]] static bool round_sums(const Piece& piece, c10::BFloat16* y, int64_t stride, int64_t rows) {
+    const int32_t *sums = piece.sums, *excess = Tile::OFFSET == 0 ? nullptr : piece.excess;
+    const T* values = piece.values;
+    const V x_scale = piece.x_scale;
+    const auto of = [&](int n) __attribute__((always_inline)) {
+      const V sum = convert_difference<T>(sums + n * MR, excess);
+      return VALUES ? sum * x_scale + *(const V*)(values + n * MR) : sum * x_scale;
+    };
+    return round_transposed<true>(of, piece.scale, piece.bias, y, stride, rows);
+  }
+
+  [[gnu::noinline]] static bool round_all(const Piece& piece, c10::BFloat16* y, int64_t stride, int64_t rows) {
+    return round_transposed<false>([&](int n) __attribute__((always_inline)) { return piece.of_channel(n); }, nullptr,
+                                   nullptr, y, stride, rows);
+  }
+#endif
 
   // sums[n][m] of all rows, with the weight as it is stored.
   void multiply_few(int64_t n0, int64_t count, const Packed& p, int32_t* sums) const {

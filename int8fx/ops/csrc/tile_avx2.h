@@ -15,7 +15,7 @@
 namespace int8fx {
 
 struct Avx2Tile {
-  static constexpr int MR = 16, NR = 6, PANEL = 48, KG = 2, BLOCK_M = 128, OFFSET = 0;
+  static constexpr int MR = 16, NR = 6, PANEL = 48, UNIT = 16, KG = 2, BLOCK_M = 128, OFFSET = 0;
   static constexpr int64_t DEPTH = 512, STRIDE = stride_of<int16_t>(DEPTH);
   using X = int16_t;
   using W = int16_t;

@@ -2,7 +2,7 @@
 //
 //   y[NR, MR] += w[NR, k] @ x[MR, k].T
 //
-//   x  [k / KG][MR][KG] of X
+//   x  [k / KG][MR][KG] of X, zeros from k to the next multiple of STEP
 //   w  NR rows of W, STRIDE apart
 //
 // A weight is either int8 codes, to be scaled after the sum, or floats.
@@ -28,7 +28,7 @@ constexpr int largest_divisor(int n, int at_most) {
 // Sums in T by multiply-adds.
 template <typename T, int MR_, int PANEL>
 struct FloatTile {
-  static constexpr int MR = MR_, L = Lanes<T>::N, VECTORS = MR / L, KG = 1;
+  static constexpr int MR = MR_, L = Lanes<T>::N, VECTORS = MR / L, KG = 1, STEP = 1;
   static constexpr int NR = largest_divisor(PANEL, std::max(1, (VECTOR_BYTES == 64 ? 24 : 12) / VECTORS));
   using X = T;
   using W = T;
@@ -86,7 +86,7 @@ constexpr CodesInBfloat16 CODES_IN_BFLOAT16;
 template <int MR_, int PANEL>
 struct Bfloat16Tile {
   static_assert(MR_ == 32);
-  static constexpr int MR = MR_, NR = largest_divisor(PANEL, 12), KG = 2;
+  static constexpr int MR = MR_, NR = largest_divisor(PANEL, 12), KG = 2, STEP = 2;
   using X = uint16_t;  // bits
   using W = uint16_t;
   static constexpr int64_t STRIDE = stride_of<W>(FLOAT_DEPTH);

@@ -14,9 +14,12 @@
 // DEPTH    columns of x and of the weight that are multiplied at a time at most, a multiple of 64
 // OFFSET   what is added to codes of w: sums of row m are OFFSET * sum_k(x[m, k]) too large
 //
+// UNIT     channels that a thread takes at least, a multiple of 16
+//
 // `pack_x` writes x. `run` multiplies the channels of a panel by a tile's first `rows` rows; those after them get any sums.
 // It loads w first where `Channels` says so. `Setup` is what a thread holds while it runs tiles. A tile may have a `few`
-// for few rows of x, as VnniTile has it; `dot` of lanes.h serves the others.
+// for few rows of x, as VnniTile has it; `dot` of lanes.h serves the others. A tile that is IN_PLACE may multiply the
+// weight where it is stored, and calls back between its instructions, as AmxTile does.
 #pragma once
 
 #include <algorithm>
@@ -36,6 +39,7 @@ struct Channels {
   int64_t stride;
   const int8_t* ahead;  // rows that are loaded next, which are fetched while w is loaded
   int64_t ahead_stride, ahead_count;
+  bool in_place;  // whether w is `rows`, with NR of them for each tile, and a multiple of KG columns
 
   // Column k of rows n to n + NR
   template <int NR>
@@ -44,6 +48,10 @@ struct Channels {
     for (int64_t i = std::min<int64_t>(NR, ahead_count - n); i > 0; --i, row += ahead_stride)
       __builtin_prefetch(row, 0, 2);
   }
+};
+
+struct Nothing {
+  void operator()() const {}
 };
 
 // `run` of a tile that loads w a row at a time, and multiplies NR channels at a time.
@@ -70,7 +78,7 @@ inline void pack_rows(const int8_t* codes, int64_t stride, int64_t rows, int64_t
 }
 
 struct GenericTile {
-  static constexpr int MR = 16, NR = 4, PANEL = 48, KG = 1, BLOCK_M = 96, OFFSET = 0;
+  static constexpr int MR = 16, NR = 4, PANEL = 48, UNIT = 16, KG = 1, BLOCK_M = 96, OFFSET = 0;
   static constexpr int64_t DEPTH = 512, STRIDE = stride_of<int16_t>(DEPTH);
   using X = int16_t;
   using W = int16_t;

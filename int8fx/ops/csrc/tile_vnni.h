@@ -26,7 +26,7 @@
 namespace int8fx {
 
 struct VnniTile {
-  static constexpr int MR = 32, NR = 24, PANEL = 48, KG = 4, BLOCK_M = 256, OFFSET = 128;
+  static constexpr int MR = 32, NR = 24, PANEL = 48, UNIT = 16, KG = 4, BLOCK_M = 256, OFFSET = 128;
   static constexpr int64_t DEPTH = 2048, STRIDE = stride_of<int8_t>(DEPTH);
   using X = int8_t;
   using W = uint8_t;
