@@ -19,8 +19,11 @@ import torch
 Work = Sequence[Callable[[], object]]  # calls that take turns: the same layer with distinct weights
 
 SLICE = 0.01  # seconds that one candidate runs in a round, at least one call
-WARM = 0.1  # seconds: in each round an untimed call precedes shorter ones, to fetch what other candidates evicted
-PAUSE = 0.02  # seconds before a turn, in which threads that wait by spinning (ONNX Runtime has such) stop
+WARM = 0.1  # seconds: untimed calls precede the timed ones of a round, if one is shorter
+PAUSE = (
+    0.02  # seconds of untimed calls, or of nothing if calls are longer: caches are filled, an idle CPU gets its clock
+)
+# rates back, and threads of other candidates that wait by spinning (ONNX Runtime has such) stop
 SLOW, SLOWEST = 2.0, 30.0  # seconds a call: above these, a candidate gets a fifth of the rounds, or one call
 PARALLEL = 1e-3  # seconds: it is legal for shorter calls to run on one thread
 
@@ -174,7 +177,6 @@ def interleave(
         begin = i % max(len(labels), 1)
         for label in labels[begin:] + labels[:begin]:
             if i < turns[label].rounds:
-                time.sleep(PAUSE)
                 seconds, cpus = turns[label].run()
                 measured[label].values.append(seconds)
                 measured[label].cpus.append(cpus)
@@ -234,12 +236,22 @@ class _Turns:
         """One round: seconds a call, and CPU seconds per second."""
         with self._threads():
             if self.warms:
-                next(self.turns)()
+                self._run_for(PAUSE)
+            else:
+                time.sleep(PAUSE)
             begin, begin_cpu = time.perf_counter(), time.process_time()
             for call in islice(self.turns, self.count):
                 call()
             seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
         return seconds / self.count, cpu_seconds / max(seconds, 1e-9)
+
+    def _run_for(self, seconds: float) -> None:
+        call = next(self.turns)  # the same one, so that the other weights are not fetched
+        until = time.perf_counter() + seconds
+        while True:
+            call()
+            if time.perf_counter() >= until:
+                break
 
     @contextmanager
     def _threads(self) -> Iterator[None]:

@@ -14,6 +14,12 @@ from int8fx.tools.bench.timing import Case, Measured, interleave, on_threads, ro
 LONGER_THAN_A_SLICE = 1.2 * timing.SLICE
 
 
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    """Then one untimed call precedes the timed ones."""
+    monkeypatch.setattr(timing, "PAUSE", 0)
+
+
 def test_rounds_are_interleaved_and_begin_in_turn():
     order: list[str] = []
 
