@@ -24,16 +24,18 @@ namespace int8fx {
 struct Block {
   int64_t k, depth;
   int64_t kept;  // that are multiplied in int8
-  std::vector<int64_t> outliers;  // that are multiplied in floating point with the weight's codes; from k on
+  std::vector<int64_t> outliers;  // from k on; if it compacts: that are multiplied in floating point with codes it takes out
   int64_t x_at = 0, floats_at = 0;  // where x's tiles have them: see Packed in product.h
 
   // Sorted columns. `excluded` are outliers and unquantised ones.
-  Block(int64_t k, int64_t depth, const std::vector<int64_t>& all_outliers, const std::vector<int64_t>& excluded)
-      : k(k), depth(depth), kept(depth), outliers(within(all_outliers)) {
+  Block(int64_t k, int64_t depth, [[maybe_unused]] const std::vector<int64_t>& all_outliers,
+        [[maybe_unused]] const std::vector<int64_t>& excluded)
+      : k(k), depth(depth), kept(depth) {
 #ifdef INT8FX_COMPACTS
     const std::vector<int64_t> out = within(excluded);
     if (int64_t(out.size()) * 32 < depth) return;  // multiplying zeros is cheaper than taking out one code of 32
     kept -= out.size();
+    outliers = within(all_outliers);
     std::vector<char> is(depth, KEPT);
     for (const int64_t i : out) is[i] = UNQUANTISED;
     for (const int64_t i : outliers) is[i] = OUTLIER;
@@ -83,11 +85,6 @@ struct Block {
     for (int r = 0; r < ROWS; ++r)
       _mm512_mask_storeu_epi8(to_kept + r * kept_stride, low_bits(left), _mm512_setzero_si512());
 #endif
-  }
-
-  // The codes of a row in the outlier columns.
-  void gather(const int8_t* row, int8_t* out) const {
-    for (const int64_t i : outliers) *out++ = row[i];
   }
 
  private:

@@ -230,9 +230,12 @@ struct Product {
   // x as the tiles want it
   struct Packed {
     std::vector<Block> blocks;
-    int64_t x_size = 0, float_tile_size = 0, columns_at = 0;  // of all codes; bytes of a tile's floats
+    std::vector<int64_t> outliers;  // of blocks that do not compact
+    int64_t x_size = 0, float_tile_size = 0;  // of all codes; bytes of a tile's floats
+    int64_t outliers_at = 0, columns_at = 0;
     std::unique_ptr<Buffer> x;  // [blocks][tiles][kept / KG][MR][KG] of Tile::X; few rows: [M][K] of int16, or `pack_few`
-    std::unique_ptr<Buffer> floats;  // [tiles][blocks][outliers / KG][MR][KG] of OutlierTile::X, and of the columns
+    std::unique_ptr<Buffer> floats;  // [tiles][outliers / KG][MR][KG] of OutlierTile::X: of `outliers`, of
+    // blocks that compact, and of the columns
     std::vector<T> x_scale;  // 0 where there is no row
     std::vector<int32_t> excess;  // of a row's sums
 
@@ -300,7 +303,12 @@ struct Product {
       block.floats_at = p.float_tile_size;
       p.x_size += tiles * round_up(block.kept, 64) * MR;
       p.float_tile_size += round_up(block.outliers.size(), OutlierTile::STEP) * MR * sizeof(typename OutlierTile::X);
+      if (block.compacts()) continue;
+      const auto from = std::lower_bound(outliers.begin(), outliers.end(), block.k);
+      p.outliers.insert(p.outliers.end(), from, std::lower_bound(from, outliers.end(), block.k + block.depth));
     }
+    p.outliers_at = p.float_tile_size;
+    p.float_tile_size += round_up(p.outliers.size(), OutlierTile::STEP) * MR * sizeof(typename OutlierTile::X);
     p.columns_at = p.float_tile_size;
     p.float_tile_size += round_up(columns.size(), std::max(InT::STEP, OutlierTile::STEP)) * MR * sizeof(T);
     p.x_scale.resize(tiles * MR);
@@ -327,6 +335,7 @@ struct Product {
           if (!few) pack_codes(block, m0, rows, kept.as<int8_t>(), p.x_of(block, tile));
           pack_floats<OutlierTile>(block.k, block.outliers, m0, rows, floats + block.floats_at);
         }
+        pack_floats<OutlierTile>(0, p.outliers, m0, rows, floats + p.outliers_at);
         with_columns_tile([&](auto of) { pack_floats<decltype(of)>(0, columns, m0, rows, floats + p.columns_at); });
       }
     });
@@ -388,22 +397,21 @@ struct Product {
       multiply_few(n0, count, p, s.sums);
       no_sums = false;
     }
+    const int64_t gathered = p.outliers.size();
+    for (int64_t c = 0; c < gathered; c += FLOAT_DEPTH) {
+      const int64_t depth = std::min(FLOAT_DEPTH, gathered - c);
+      for (int64_t n = 0; n < count; ++n)
+        for (int64_t i = 0; i < depth; ++i) s.codes[n][i] = weight[(n0 + n) * K + p.outliers[c + i]];
+      add_outliers(depth, 0, count, first, last, p, p.outliers_at + c * MR * sizeof(typename OutlierTile::X), no_values, s);
+    }
     for (const Block& block : p.blocks) {
       const int8_t* rows = weight + n0 * K + block.k;
       const int64_t outliers_here = block.outliers.size();
       if (block.compacts())
         for (int64_t n = 0; n < count;) n += split(block, rows + n * K, n, count - n, few, s);
-      else if (outliers_here > 0)
-        for (int64_t n = 0; n < count; ++n) block.gather(rows + n * K, s.codes[n]);
-      for (int64_t c = 0; c < outliers_here; c += FLOAT_DEPTH) {
-        using F = OutlierTile;
-        const int64_t depth = std::min(FLOAT_DEPTH, outliers_here - c);
-        auto* w = reinterpret_cast<typename F::W*>(s.float_w);
-        for (int64_t n = 0; n < count; ++n) F::load_codes(s.codes[n] + c, depth, w + n * F::STRIDE);
-        const int64_t at = block.floats_at + c * MR * sizeof(typename F::X);
-        run_floats<F>(depth, count, first, last, p, at, no_values, s.values, s);
-        no_values = false;
-      }
+      for (int64_t c = 0; c < outliers_here; c += FLOAT_DEPTH)
+        add_outliers(std::min(FLOAT_DEPTH, outliers_here - c), c, count, first, last, p,
+                     block.floats_at + c * MR * sizeof(typename OutlierTile::X), no_values, s);
       const bool is_last = &block == &p.blocks.back(), multiplies = !few && block.kept > 0, is_first = no_sums;
       const int8_t* ahead = is_last ? rows - block.k + count * K : rows + block.depth;
       const int64_t ahead_count = is_last ? std::min(count, N - n0 - count) : count;
@@ -458,6 +466,16 @@ struct Product {
     else
       block.template split<1>(rows, K, w, Tile::STRIDE, s.codes[n], DEPTH + 64);
     return done;
+  }
+
+  // values (+)= columns c to c + depth of s.codes times floats `at` a place in a tile's
+  void add_outliers(int64_t depth, int64_t c, int64_t count, int64_t first, int64_t last, const Packed& p, int64_t at,
+                    bool& no_values, Scratch& s) const {
+    using F = OutlierTile;
+    auto* w = reinterpret_cast<typename F::W*>(s.float_w);
+    for (int64_t n = 0; n < count; ++n) F::load_codes(s.codes[n] + c, depth, w + n * F::STRIDE);
+    run_floats<F>(depth, count, first, last, p, at, no_values, s.values, s);
+    no_values = false;
   }
 
   template <typename F>
