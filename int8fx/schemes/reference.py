@@ -63,6 +63,11 @@ def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue = NO_EPILOGUE) -> T
 
         D = 2**-126 * (sum_k(abs(w[n, k]) + weight_scale[n]) + sum_columns(abs(x[m, k]) + abs(w[n, k]) + 1))
 
+    Where x is not quantised, a kernel may multiply rows of 16-bit x as fixed-point numbers of 31 bits, exactly. Then S
+    is larger by F::
+
+        F = 2**-30 * max_k(abs(x[m, k])) * sum_k(abs(w[n, k]))
+
     A weight of another format, or with groups, has ``w = (level - zero_point) * scale`` (`quantize.dequantize`) in
     place of ``codes * scale``. Its sums run in floating point, so ``outliers`` is K in S.
 

@@ -2,6 +2,7 @@
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -235,6 +236,25 @@ def error_of_codes(y: torch.Tensor, p: Problem) -> float:
     exact, terms = oracle(p.x, p.weight, p.bias), bound(p.x, p.weight._replace(threshold=0.0), p.bias, slices=200)
     allowed = terms.sums + output_rounding(exact.abs() + terms.sums, p.x.dtype)
     return float(((y.double() - exact).abs() / allowed).max())
+
+
+@given(
+    st.sampled_from(DTYPES),
+    st.integers(1, WEIGHT_ONLY_ROWS_CPU),
+    st.sampled_from((1, 63, 64, 128, 1100)),
+    st.integers(0, 100),
+    seeds,
+)
+def test_few_rows_are_as_exact_beside_a_large_value_whose_weight_is_zero(dtype, M, K, exponent, seed):
+    """A kernel that multiplies x as fixed-point numbers has the resolution of the largest value."""
+    p = problem(M, K, 19, dtype=dtype, outliers="none", seed=seed)
+    p.x[:, 0] = 2.0 ** min(exponent, math.floor(math.log2(torch.finfo(dtype).max)))
+    p.weight.codes[:, 0] = 0
+    assert_within_bound(ops.linear(*p.args), *p)
+    without = replace(p, x=p.x.clone())
+    without.x[:, 0] = 0
+    if exponent <= 16:  # four times the resolution of bfloat16 sums
+        assert error_of_codes(ops.linear(*p.args), without) <= 1
 
 
 @pytest.mark.parametrize(("name", "M"), FORMS)

@@ -312,6 +312,8 @@ def bound(x: Tensor, weight: Int8Weight, bias: Tensor | None = None, slices: int
         if columns is not None:
             of_x, of_w = x2d[:, columns].double().abs().sum(-1), columns_weight.double().abs().sum(-1)
             sums = sums + torch.finfo(x.dtype).tiny * (of_x.unsqueeze(-1) + of_w + len(columns))
+    if x.dtype in (torch.bfloat16, torch.float16) and K > 0 and form_of(x, weight) is Form.WEIGHT_ONLY:  # F
+        sums = sums + 2.0**-30 * x2d.double().abs().nan_to_num().amax(-1, keepdim=True) * v.sum(-1)
     sums = sums + (K + 3) * unit_roundoff(torch.float64) * magnitude  # the oracle's own
     if block != 1:
         sums = sums + rotation_error(quantised, block, ct) @ v.T

@@ -4,6 +4,7 @@
 //
 // weight-only  M <= INT8FX_WEIGHT_ONLY_ROWS, not rotated. Reading the weight takes the time and arithmetic is free, so x
 //              is not quantised: the weight is widened to floats, and the result is more exact than the scheme requires.
+//              AMX multiplies x of 16 bits as four int8 digits of a fixed-point number, which is as exact.
 // few          M <= FEW_ROWS. Sums run along K over the weight as it is stored: a copy of it would serve too few rows.
 // blocked      more rows, or any number with AMX. x is packed once, so that its rows are in the lanes of vectors, and codes
 //              of the weight are broadcast to them. A task is at most BLOCK_M rows x PANEL channels. It copies its channels'
@@ -18,6 +19,7 @@
 #include <cstdlib>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <utility>
 
 #include "columns.h"
@@ -130,30 +132,46 @@ struct Product {
 
   template <int ROWS>
   void multiply_floats() const {
-    using Row = std::conditional_t<MAY_USE_BFLOAT16, uint16_t, T>;
-    const int64_t C = columns.size(), stride = MAY_USE_BFLOAT16 ? round_up(K, 64) : K;
-    std::vector<Row> rows(ROWS * stride);
+    const int64_t C = columns.size();
     std::vector<T> unquantised(ROWS * C);
-    std::vector<scalar_t> row(K);
-    for (int r = 0; r < ROWS; ++r) {
-      std::copy_n(x + r * K, K, row.begin());
-      for (int64_t c = 0; c < C; ++c) unquantised[r * C + c] = static_cast<T>(std::exchange(row[columns[c]], scalar_t(0)));
+    std::vector<scalar_t> values(x, x + ROWS * K);
+    for (int r = 0; r < ROWS; ++r)
+      for (int64_t c = 0; c < C; ++c)
+        unquantised[r * C + c] = static_cast<T>(std::exchange(values[r * K + columns[c]], scalar_t(0)));
+    if constexpr (TILE_IN_PLACE && sizeof(scalar_t) == 2)
+      if (const std::optional<Digits<ROWS>> digits = digits_of<ROWS>(values.data()))
+        return multiply_channels<ROWS>(unquantised, [&](int64_t n0, int64_t count, T (&sums)[ROWS][WIDTH]) {
+          dot_digits(*digits, n0, count, sums);
+        });
+    using Row = std::conditional_t<MAY_USE_BFLOAT16, uint16_t, T>;
+    const int64_t stride = MAY_USE_BFLOAT16 ? round_up(K, 64) : K;
+    std::vector<Row> rows(ROWS * stride);
+    for (int r = 0; r < ROWS; ++r)
       if constexpr (MAY_USE_BFLOAT16)
-        OutlierTile::order_few(reinterpret_cast<const uint16_t*>(row.data()), K, rows.data() + r * stride);
+        OutlierTile::order_few(reinterpret_cast<const uint16_t*>(values.data()) + r * K, K, rows.data() + r * stride);
       else
-        load(row.data(), rows.data() + r * stride, K);
-    }
+        load(values.data() + r * K, rows.data() + r * stride, K);
+    multiply_channels<ROWS>(unquantised, [&](int64_t n0, int64_t count, T (&sums)[ROWS][WIDTH]) {
+      if constexpr (MAY_USE_BFLOAT16)
+        dot_bfloat16<ROWS>(rows.data(), stride, n0, count, sums);
+      else
+        dot_floats<ROWS>(rows.data(), n0, count, sums);
+    });
+  }
+
+  // dot(n0, count, sums): sums[r][n] of channels n0 on, of which `count` exist, not scaled.
+  template <int ROWS, typename Dot>
+  void multiply_channels(const std::vector<T>& unquantised, const Dot& dot) const {
+    const int64_t C = columns.size();
     parallel_for((N + WIDTH - 1) / WIDTH, grain_of(K * WIDTH), [&](int64_t begin, int64_t end) {
+      [[maybe_unused]] typename Tile::Setup setup;
       std::vector<T> channel(C);  // of columns_weight
       T sums[ROWS][WIDTH] = {}, scale[WIDTH], bias[WIDTH] = {};
       for (int64_t block = begin; block < end; ++block) {
         const int64_t n0 = block * WIDTH, count = std::min(WIDTH, N - n0);
         load_any(weight_scale, n0, count, WIDTH, scale);
         if (epilogue.bias.data) load_any(epilogue.bias, n0, count, WIDTH, bias);
-        if constexpr (MAY_USE_BFLOAT16)
-          dot_bfloat16<ROWS>(rows.data(), stride, n0, count, sums);
-        else
-          dot_floats<ROWS>(rows.data(), n0, count, sums);
+        dot(n0, count, sums);
         for (int64_t n = 0; n < count; ++n) {
           for (int r = 0; r < ROWS; ++r) sums[r][n] *= scale[n];
           if (C == 0) continue;
@@ -168,6 +186,68 @@ struct Product {
       }
     });
   }
+
+  // Rows as fixed-point numbers: x[r, k] = number * unit[r], with an error of at most unit[r] / 2. The largest number of a row
+  // has 30 bits, so errors are below 2 ** -30 of a row's largest value.
+  template <int ROWS>
+  struct Digits {
+    Buffer x;  // as AmxTile::pack_digits has it
+    double unit[ROWS];
+  };
+
+  // Nothing if a value is not finite, or if sums may overflow.
+  template <int ROWS>
+  std::optional<Digits<ROWS>> digits_of(const scalar_t* values) const {
+    if (K > AmxTile::MOST_K) return {};
+    Digits<ROWS> digits{Buffer(round_up(K, 64) * 16), {}};
+    auto* out = digits.x.template as<int8_t>();
+    std::memset(out, 0, round_up(K, 64) * 16);
+    std::vector<float> row(K);
+    std::vector<int32_t> numbers(K);
+    for (int r = 0; r < ROWS; ++r) {
+      load(values + r * K, row.data(), K);
+      int32_t bits = 0;
+      for (int64_t k = 0; k < K; ++k) bits = std::max(bits, abs_bits(row[k]));
+      const float largest = std::bit_cast<float>(bits);
+      if (!std::isfinite(largest)) return {};
+      int exponent = 0;
+      std::frexp(largest, &exponent);  // largest < 2 ** exponent
+      digits.unit[r] = std::ldexp(1.0, exponent - 30);
+      // Powers of two are exact, but no float is that of a subnormal `largest`.
+      const float first = std::ldexp(1.0f, -exponent / 2), second = std::ldexp(1.0f, 30 - exponent + exponent / 2);
+      for (int64_t k = 0; k < K; ++k) numbers[k] = static_cast<int32_t>(std::nearbyint(row[k] * first * second));
+      AmxTile::pack_digits(numbers.data(), K, r, out);
+    }
+    return digits;
+  }
+
+  template <int ROWS>
+  void dot_digits(const Digits<ROWS>& digits, int64_t n0, int64_t count, T (&sums)[ROWS][WIDTH]) const {
+    static_assert(WIDTH == 16);
+    const auto* x = digits.x.template as<int8_t>();
+    alignas(64) int32_t all[WIDTH][AmxTile::DIGIT_ROWS][AmxTile::DIGITS];
+    if (is_aligned() && count == WIDTH) {
+      const int8_t* w = weight + n0 * K;
+      AmxTile::dot_digits(K, x, w, K, n0 + 2 * WIDTH <= N ? w + WIDTH * K : w, true, all[0][0]);
+    } else {
+      alignas(64) int8_t w[WIDTH * AmxTile::STRIDE];
+      for (int64_t k = 0; k < K; k += AmxTile::DEPTH) {
+        const int64_t depth = std::min(AmxTile::DEPTH, K - k);
+        for (int64_t n = 0; n < WIDTH; ++n)
+          AmxTile::load_w(weight + (n0 + std::min(n, count - 1)) * K + k, depth, w + n * AmxTile::STRIDE);
+        AmxTile::dot_digits(round_up(depth, 64), x + k * 16, w, AmxTile::STRIDE, w, k == 0, all[0][0]);
+      }
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int64_t n = 0; n < WIDTH; ++n) {
+        int64_t total = 0;
+        for (int d = AmxTile::DIGITS - 1; d >= 0; --d) total = total * 256 + all[n][r][d];
+        sums[r][n] = static_cast<T>(total * digits.unit[r]);
+      }
+  }
+
+  // Whether rows of the weight begin and end with cache lines.
+  bool is_aligned() const { return K % 64 == 0 && reinterpret_cast<uintptr_t>(weight) % 64 == 0; }
 
   // sums[r][n] = sum_k(rows[r, k] * weight[n0 + n, k]), AT_ONCE k at a time, so that the first-level cache holds the rows
   template <int ROWS>
@@ -417,8 +497,7 @@ struct Product {
       const int64_t ahead_count = is_last ? std::min(count, N - n0 - count) : count;
       Channels channels{count, true, rows, K, ahead, K, ahead_count, false};
       if (block.compacts()) channels.rows = reinterpret_cast<const int8_t*>(s.w), channels.stride = Tile::STRIDE;
-      const bool aligned = K % 64 == 0 && reinterpret_cast<uintptr_t>(weight) % 64 == 0;  // to cache lines
-      if (TILE_IN_PLACE && !block.compacts() && aligned && count % NR == 0)
+      if (TILE_IN_PLACE && !block.compacts() && is_aligned() && count % NR == 0)
         channels.in_place = true, channels.load = false;
       no_sums &= !multiplies;
       // Sums of one block are read once, from the first-level cache: two tiles have room.

@@ -133,6 +133,57 @@ struct AmxTile {
       run_channels<AmxTile>(k, channels, w, [&](int64_t n, const W* w) { of(n, w, STRIDE); });
   }
 
+  // Up to four rows of fixed-point numbers of 32 bits, exactly: each is four digits to the base of 256, from -128 to 127, and a
+  // digit is a row of x. Digit d has weight 256 ** d.
+  //
+  //   x  [k / 4][4 rows][4 digits][4 k] int8
+  //   y  [16 channels][4 rows][4 digits] int32
+  static constexpr int DIGIT_ROWS = 4, DIGITS = 4;
+  static constexpr int64_t MOST_K = INT32_MAX / (128 * 127);  // sums of more may overflow
+
+  static void pack_digits(const int32_t* numbers, int64_t k, int row, X* out) {
+    typedef uint32_t Four __attribute__((vector_size(16)));
+    typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+    const auto pack = [&](const int32_t* from, X* to) __attribute__((always_inline)) {
+      Four four;
+      std::memcpy(&four, from, sizeof four);
+      const Bytes16 bytes = (Bytes16)((four + 0x80808080u) ^ 0x80808080u);  // 0 to 255 less 128
+      const Bytes16 digits =
+          __builtin_shufflevector(bytes, bytes, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      std::memcpy(to, &digits, sizeof digits);
+    };
+    out += row * 16;
+    int64_t i = 0;
+    for (; i + 4 <= k; i += 4, out += DIGIT_ROWS * 16) pack(numbers + i, out);
+    if (i < k) {
+      int32_t rest[4] = {};
+      std::copy(numbers + i, numbers + k, rest);
+      pack(rest, out);
+    }
+  }
+
+  // w: 16 channels, `stride` apart, of a multiple of KG columns. Fetches as much `ahead`.
+  static void dot_digits(int64_t k, const X* x, const W* w, int64_t stride, const W* ahead, bool first, int32_t* y) {
+    if (first)
+      INT8FX_TILE_ZERO(0);
+    else
+      INT8FX_TILE_LOAD(0, y, 64);
+    INT8FX_TILE_ZERO(1);
+    for (int64_t i = 0; i < k; i += KG) {
+      for (int64_t n = 0; n < 16; ++n) __builtin_prefetch(ahead + n * stride + i, 0, 2);
+      INT8FX_TILE_LOAD(4, w + i, stride);
+      INT8FX_TILE_LOAD(6, x + i * 16, 64);
+      if (i / KG % 2 == 0)
+        INT8FX_TILE_DOT(0, 4, 6);
+      else
+        INT8FX_TILE_DOT(1, 4, 6);
+    }
+    alignas(64) int32_t odd[16 * 16];
+    INT8FX_TILE_STORE(0, y, 64);
+    INT8FX_TILE_STORE(1, odd, 64);
+    for (int i = 0; i < 16 * 16; ++i) y[i] += odd[i];
+  }
+
  private:
   template <bool HALF, typename Between>
   static void sums(int64_t k, const X* x, const W* w, int64_t stride, int32_t* y, bool first, const Channels& channels,
