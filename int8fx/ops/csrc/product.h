@@ -65,6 +65,7 @@ template <typename AnyTile>
 constexpr bool MULTIPLIES_IN_PLACE = requires { AnyTile::IN_PLACE; };  // the weight where it is stored
 constexpr bool TILE_IN_PLACE = MULTIPLIES_IN_PLACE<Tile>;
 constexpr int64_t FEW_ROWS = TILE_HAS_FEW ? 24 : TILE_IN_PLACE ? 0 : 12;
+constexpr int64_t COMPACTS_ONE_OF = TILE_IN_PLACE ? 4 : 32;  // columns of a block that compacts: AMX copies no weight else
 constexpr int64_t X_IN_CACHE = 5 << 18;  // bytes of x that stay in the second-level cache of 2 MiB, if the tile is in place
 
 // Whether M rows are multiplied without quantising x. rows.py has the rule for all devices.
@@ -310,12 +311,12 @@ struct Product {
   // x as the tiles want it
   struct Packed {
     std::vector<Block> blocks;
-    std::vector<int64_t> outliers;  // of blocks that do not compact
+    std::vector<int64_t> outliers;  // of blocks that do not split
     int64_t x_size = 0, float_tile_size = 0;  // of all codes; bytes of a tile's floats
     int64_t outliers_at = 0, columns_at = 0;
     std::unique_ptr<Buffer> x;  // [blocks][tiles][kept / KG][MR][KG] of Tile::X; few rows: [M][K] of int16, or `pack_few`
     std::unique_ptr<Buffer> floats;  // [tiles][outliers / KG][MR][KG] of OutlierTile::X: of `outliers`, of
-    // blocks that compact, and of the columns
+    // blocks that split, and of the columns
     std::vector<T> x_scale;  // 0 where there is no row
     std::vector<int32_t> excess;  // of a row's sums
 
@@ -351,7 +352,8 @@ struct Product {
     const int64_t units = (N + UNIT - 1) / UNIT;
     const int64_t tasks = threads > 1 ? 8 * threads : 1;  // at least, so that threads get equal work
     int64_t at_most = Tile::BLOCK_M;  // rows
-    if (TILE_IN_PLACE) at_most = std::clamp<int64_t>(X_IN_CACHE / std::max<int64_t>(K, 1), 2 * MR, at_most);
+    const int64_t row_bytes = K + 2 * outliers.size() + 1;  // of x as tiles have it
+    if (TILE_IN_PLACE) at_most = std::clamp<int64_t>(X_IN_CACHE / row_bytes, 2 * MR, at_most);
     const int64_t by_size = (tiles + at_most / MR - 1) / (at_most / MR), by_threads = (tasks + units - 1) / units;
     const int64_t wanted = std::max(by_size, by_threads);
     const int64_t block_tiles = (tiles + wanted - 1) / wanted;  // blocks of one size
@@ -378,12 +380,12 @@ struct Product {
     }
     const int64_t count = (K + DEPTH - 1) / DEPTH, depth = count == 0 ? 0 : round_up((K + count - 1) / count, 64);
     for (int64_t k = 0; k < K || p.blocks.empty(); k += depth) {  // at least one block, and all of nearly one size
-      Block& block = p.blocks.emplace_back(k, std::min(depth, K - k), outliers, excluded);
+      Block& block = p.blocks.emplace_back(k, std::min(depth, K - k), outliers, excluded, COMPACTS_ONE_OF);
       block.x_at = p.x_size;
       block.floats_at = p.float_tile_size;
       p.x_size += tiles * round_up(block.kept, 64) * MR;
       p.float_tile_size += round_up(block.outliers.size(), OutlierTile::STEP) * MR * sizeof(typename OutlierTile::X);
-      if (block.compacts()) continue;
+      if (block.splits()) continue;
       const auto from = std::lower_bound(outliers.begin(), outliers.end(), block.k);
       p.outliers.insert(p.outliers.end(), from, std::lower_bound(from, outliers.end(), block.k + block.depth));
     }
@@ -487,8 +489,8 @@ struct Product {
     for (const Block& block : p.blocks) {
       const int8_t* rows = weight + n0 * K + block.k;
       const int64_t outliers_here = block.outliers.size();
-      if (block.compacts())
-        for (int64_t n = 0; n < count;) n += split(block, rows + n * K, n, count - n, few, s);
+      if (block.splits())
+        for (int64_t n = 0; n < count;) n += split(block, rows + n * K, n, count - n, few || !block.compacts(), s);
       for (int64_t c = 0; c < outliers_here; c += FLOAT_DEPTH)
         add_outliers(std::min(FLOAT_DEPTH, outliers_here - c), c, count, first, last, p,
                      block.floats_at + c * MR * sizeof(typename OutlierTile::X), no_values, s);
@@ -535,10 +537,9 @@ struct Product {
 
   int64_t rows_of(int64_t tile) const { return std::min<int64_t>(MR, M - tile * MR); }
 
-  // Channels n on, of which `count` exist, of a weight's block that compacts. Returns how many it has done. Few rows need
-  // the outlier columns only.
-  int64_t split(const Block& block, const int8_t* rows, int64_t n, int64_t count, bool few, Scratch& s) const {
-    auto* w = few ? nullptr : reinterpret_cast<int8_t*>(s.w + n * Tile::STRIDE);
+  // Channels n on, of which `count` exist, of a weight's block that splits. Returns how many it has done.
+  int64_t split(const Block& block, const int8_t* rows, int64_t n, int64_t count, bool outliers_only, Scratch& s) const {
+    auto* w = outliers_only ? nullptr : reinterpret_cast<int8_t*>(s.w + n * Tile::STRIDE);
     const int64_t done = count >= 4 ? 4 : 1;
     if (done == 4)
       block.template split<4>(rows, K, w, Tile::STRIDE, s.codes[n], DEPTH + 64);

@@ -258,12 +258,12 @@ struct AmxBfloat16Tile : Bfloat16Tile<AmxTile::MR, PANEL> {
     }
     for (int64_t i = 0; i < k; i += STEP, x += MR * STEP, w += STEP) {
       INT8FX_TILE_LOAD(4, w, STRIDE * 2);
-      INT8FX_TILE_LOAD(6, x, MR * 4);
+      INT8FX_TILE_LOAD_PAST_CACHE(6, x, MR * 4);
       INT8FX_TILE_DOT_BFLOAT16(0, 4, 6);
       INT8FX_TILE_LOAD(5, w + 16 * STRIDE, STRIDE * 2);
       INT8FX_TILE_DOT_BFLOAT16(2, 5, 6);
       if (half) continue;
-      INT8FX_TILE_LOAD(7, x + 32, MR * 4);
+      INT8FX_TILE_LOAD_PAST_CACHE(7, x + 32, MR * 4);
       INT8FX_TILE_DOT_BFLOAT16(1, 4, 7);
       INT8FX_TILE_DOT_BFLOAT16(3, 5, 7);
     }
