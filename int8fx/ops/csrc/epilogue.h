@@ -63,6 +63,31 @@ inline void load_any(const Floats& values, int64_t offset, int64_t n, int64_t wi
   for (int64_t i = n; i < width; ++i) to[i] = T(0);
 }
 
+// As many values as a vector of T has lanes, zeros where there are less than these, n. Whole vectors stay in registers: one that
+// is stored in parts cannot be loaded before all stores up to it are done.
+template <typename T>
+inline at::vec::Vectorized<T> load_lanes(const Floats& values, int64_t offset, int64_t n) {
+  using Vec = at::vec::Vectorized<T>;
+  if constexpr (std::is_same_v<T, float>) {
+    Vec v;
+    if (n >= Vec::size()) switch (values.dtype) {
+        case Dtype::bfloat16:
+          at::vec::load_fp32_from_bf16(static_cast<const c10::BFloat16*>(values.data) + offset, v);
+          return v;
+        case Dtype::half:
+          at::vec::load_fp32_from_fp16(static_cast<const c10::Half*>(values.data) + offset, v);
+          return v;
+        case Dtype::float32:
+          return Vec::loadu(static_cast<const float*>(values.data) + offset);
+        default:
+          break;
+      }
+  }
+  T lanes[Vec::size()];
+  load_any(values, offset, std::clamp<int64_t>(n, 0, Vec::size()), Vec::size(), lanes);
+  return Vec::loadu(lanes);
+}
+
 template <typename T, typename scalar_t>
 inline void round(const T* from, scalar_t* to, int64_t n) {
   at::vec::convert(from, to, n);
@@ -147,14 +172,28 @@ struct Epilogue {
   template <typename scalar_t, typename T>
   void store(T* v, int64_t m, int64_t n, int64_t count, int64_t width, int64_t N, scalar_t* y) const {
     using Vec = at::vec::Vectorized<T>;
-    if (activation != Activation::none)
-      for (int64_t i = 0; i < width; i += Vec::size()) activate(activation, Vec::loadu(v + i)).store(v + i);
-    if (binary != Binary::none) {
-      T operand[64];
-      load_any(other, m * N + n, count, width, operand);
-      for (int64_t i = 0; i < width; ++i) v[i] = binary == Binary::add ? v[i] + operand[i] : v[i] * operand[i];
-    }
+    if (activation != Activation::none || binary != Binary::none)
+      for (int64_t i = 0; i < width; i += Vec::size()) {
+        Vec values = activate(activation, Vec::loadu(v + i));
+        if (binary != Binary::none) {
+          const Vec operand = load_lanes<T>(other, m * N + n + i, count - i);
+          values = binary == Binary::add ? values + operand : values * operand;
+        }
+        values.store(v + i);
+      }
     round(v, y + m * N + n, count);
+  }
+
+  // `store` of a row of a vector's lanes, all of which exist, without leaving registers.
+  template <typename scalar_t, typename T>
+  void store_lanes(const T* v, int64_t m, int64_t n, int64_t N, scalar_t* y) const {
+    constexpr int L = at::vec::Vectorized<T>::size();
+    auto values = activate(activation, at::vec::Vectorized<T>::loadu(v));
+    if (binary == Binary::add) values = values + load_lanes<T>(other, m * N + n, L);
+    if (binary == Binary::mul) values = values * load_lanes<T>(other, m * N + n, L);
+    T lanes[L];
+    values.store(lanes);
+    round(lanes, y + m * N + n, L);
   }
 };
 

@@ -631,7 +631,11 @@ struct Product {
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) block[i] = piece.of_channel(i);
     transpose(block);
-    for (int64_t i = 0; i < rows; ++i) epilogue.store((T*)&block[i], m + i, n0 + n, channels, L, N, y);
+    for (int64_t i = 0; i < rows; ++i)
+      if (channels == L)
+        epilogue.store_lanes((const T*)&block[i], m + i, n0 + n, N, y);
+      else
+        epilogue.store((T*)&block[i], m + i, n0 + n, channels, L, N, y);
   }
 
 #ifdef __AVX512BF16__
