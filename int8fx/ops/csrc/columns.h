@@ -14,8 +14,8 @@
 
 namespace int8fx {
 
-// Whether there is vpermb, which splits 64 codes of a row into those of columns that are multiplied in floating point and the
-// others.
+// Whether there is vpermb, which splits 64 codes of a row into those of columns that are multiplied in floating point
+// and the others.
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 #define INT8FX_SPLITS
 #endif
@@ -24,11 +24,11 @@ namespace int8fx {
 struct Block {
   int64_t k, depth;
   int64_t kept;  // that are multiplied in int8: all, where x has zeros in the others, or only these
-  std::vector<int64_t> outliers;  // from k on; if it splits: that are multiplied in floating point with the weight's codes
+  std::vector<int64_t> outliers;  // from k on, if it splits: that are multiplied in floating point with codes
   int64_t x_at = 0, floats_at = 0;  // where x's tiles have them: see Packed in product.h
 
-  // Sorted columns. `excluded` are outliers and unquantised ones. Of 32 columns one is excluded at least if it splits, of
-  // `one_of` columns if it compacts: multiplying zeros is cheaper than taking out fewer.
+  // Sorted columns. `excluded` are outliers and unquantised ones. Of 32 columns one is excluded at least if it splits,
+  // of `one_of` columns if it compacts: multiplying zeros is cheaper than taking out fewer.
   Block(int64_t k, int64_t depth, [[maybe_unused]] const std::vector<int64_t>& all_outliers,
         [[maybe_unused]] const std::vector<int64_t>& excluded, [[maybe_unused]] int64_t one_of)
       : k(k), depth(depth), kept(depth) {
@@ -60,8 +60,8 @@ struct Block {
   bool splits() const { return false; }
 #endif
 
-  // Rows of codes, `stride` apart, to the kept ones, then zeros up to a multiple of 64, and to those of the outlier columns,
-  // then up to 63 of any value; either may be null.
+  // Rows of codes, `stride` apart, to the kept ones, then zeros up to a multiple of 64, and to those of the outlier
+  // columns, then up to 63 of any value; either may be null.
   template <int ROWS>
   void split([[maybe_unused]] const int8_t* rows, [[maybe_unused]] int64_t stride, [[maybe_unused]] int8_t* to_kept,
              [[maybe_unused]] int64_t kept_stride, [[maybe_unused]] int8_t* to_outliers,

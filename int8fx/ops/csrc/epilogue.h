@@ -63,8 +63,8 @@ inline void load_any(const Floats& values, int64_t offset, int64_t n, int64_t wi
   for (int64_t i = n; i < width; ++i) to[i] = T(0);
 }
 
-// As many values as a vector of T has lanes, zeros where there are less than these, n. Whole vectors stay in registers: one that
-// is stored in parts cannot be loaded before all stores up to it are done.
+// As many values as a vector of T has lanes, zeros where there are less than these, n. Whole vectors stay in registers:
+// one that is stored in parts cannot be loaded before all stores up to it are done.
 template <typename T>
 inline at::vec::Vectorized<T> load_lanes(const Floats& values, int64_t offset, int64_t n) {
   using Vec = at::vec::Vectorized<T>;
@@ -96,8 +96,8 @@ inline void round(const T* from, scalar_t* to, int64_t n) {
 #ifdef __AVX512BF16__
 constexpr int NAN_OR_SUBNORMAL = 0x01 | 0x20 | 0x80;  // which the instructions round to others than c10
 
-// Rounds lane m of v(n) to y[m * stride + n], for n < 16 and m < rows. False if it has stored nothing, as there is a value that
-// the instructions do not round. If SCALES, of v(n) * scale[n] + bias[n].
+// Rounds lane m of v(n) to y[m * stride + n], for n < 16 and m < rows. False if it has stored nothing, as there is a
+// value that the instructions do not round. If SCALES, of v(n) * scale[n] + bias[n].
 //
 // Four n at a time, so that GCC keeps all in registers.
 template <bool SCALES, typename Values>
@@ -167,8 +167,8 @@ struct Epilogue {
   Floats other;  // [M, N], unless `binary` is none
   Binary binary = Binary::none;
 
-  // Rounds what follows from `v`, the sums with the bias: `width` (a multiple of the vector's) values of row m from channel
-  // n on, of which `count` exist.
+  // Rounds what follows from `v`, the sums with the bias: `width` (a multiple of the vector's) values of row m from
+  // channel n on, of which `count` exist.
   template <typename scalar_t, typename T>
   void store(T* v, int64_t m, int64_t n, int64_t count, int64_t width, int64_t N, scalar_t* y) const {
     using Vec = at::vec::Vectorized<T>;

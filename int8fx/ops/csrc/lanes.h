@@ -72,8 +72,8 @@ template <typename V>
 }
 #endif
 
-// An L x L transpose, L a power of two: rounds that interleave row i with row i + L / 2. Of 16 x 16 lanes of four bytes, with
-// AVX512, rounds inside 16 bytes first: those instructions need no indices in registers.
+// An L x L transpose, L a power of two: rounds that interleave row i with row i + L / 2. Of 16 x 16 lanes of four
+// bytes, with AVX512, rounds inside 16 bytes first: those instructions need no indices in registers.
 template <typename V, int L>
 inline void transpose(V (&rows)[L]) {
 #ifdef __AVX512F__
@@ -113,8 +113,8 @@ inline void transpose(V (&rows)[L]) {
     for (int i = 0; i < L; ++i) rows[i] = other[i];
 }
 
-// Into the second-level cache: fetching into the first takes the buffers that its misses need. One row of [4096, 4096] on
-// one core of an AMD EPYC (Zen 4), 16 to 64 KiB ahead: 21 GB/s, 17 into the first-level cache, 19 without fetching.
+// Into the second-level cache: fetching into the first takes the buffers that its misses need. One row of [4096, 4096]
+// on one core of an AMD EPYC (Zen 4), 16 to 64 KiB ahead: 21 GB/s, 17 into the first-level cache, 19 without fetching.
 inline void fetch(const int8_t* codes) { __builtin_prefetch(codes, 0, 2); }
 
 // Lane i is the sum of the lanes of v[i]. Each round adds neighbouring lanes of all vectors, and halves their number.

@@ -2,14 +2,14 @@
 //
 // The weight is read as it is stored, [N, K] int8. Three forms:
 //
-// weight-only  M <= INT8FX_WEIGHT_ONLY_ROWS, not rotated. Reading the weight takes the time and arithmetic is free, so x
-//              is not quantised: the weight is widened to floats, and the result is more exact than the scheme requires.
-//              AMX multiplies x of 16 bits as four int8 digits of a fixed-point number, which is as exact.
+// weight-only  M <= INT8FX_WEIGHT_ONLY_ROWS, not rotated. Reading the weight takes the time and arithmetic is free, so
+//              x is not quantised: the weight is widened to floats, and the result is more exact than the scheme
+//              requires. AMX multiplies x of 16 bits as four int8 digits of a fixed-point number, which is as exact.
 // few          M <= FEW_ROWS. Sums run along K over the weight as it is stored: a copy of it would serve too few rows.
-// blocked      more rows, or any number with AMX. x is packed once, so that its rows are in the lanes of vectors, and codes
-//              of the weight are broadcast to them. A task is at most BLOCK_M rows x PANEL channels. It copies its channels'
-//              weights, DEPTH columns at a time, and multiplies them by all rows of the task. AMX copies no weight, unless
-//              rows do not begin and end with cache lines, or columns are taken out.
+// blocked      more rows, or any number with AMX. x is packed once, so that its rows are in the lanes of vectors, and
+//              codes of the weight are broadcast to them. A task is at most BLOCK_M rows x PANEL channels. It copies
+//              its channels' weights, DEPTH columns at a time, and multiplies them by all rows of the task. AMX copies
+//              no weight, unless rows do not begin and end with cache lines, or columns are taken out.
 //
 // The last two sum in int32, scale, add the 16-bit part in floating point, and store. The order of these sums does not
 // depend on M, so a row's result does not depend on how many other rows there are.
@@ -65,8 +65,10 @@ template <typename AnyTile>
 constexpr bool MULTIPLIES_IN_PLACE = requires { AnyTile::IN_PLACE; };  // the weight where it is stored
 constexpr bool TILE_IN_PLACE = MULTIPLIES_IN_PLACE<Tile>;
 constexpr int64_t FEW_ROWS = TILE_HAS_FEW ? 24 : TILE_IN_PLACE ? 0 : 12;
-constexpr int64_t COMPACTS_ONE_OF = TILE_IN_PLACE ? 4 : 32;  // columns of a block that compacts: AMX copies no weight else
-constexpr int64_t X_IN_CACHE = 5 << 18;  // bytes of x that stay in the second-level cache of 2 MiB, if the tile is in place
+// One of so many columns is taken out of a block that compacts. In place no weight is copied unless a block does.
+constexpr int64_t COMPACTS_ONE_OF = TILE_IN_PLACE ? 4 : 32;
+// Bytes of x that stay in a second-level cache of 2 MiB, beside the weight. Used in place.
+constexpr int64_t X_IN_CACHE = 5 << 18;
 
 // Whether M rows are multiplied without quantising x. rows.py has the rule for all devices.
 inline bool weight_only(int64_t M, int64_t block) { return M <= INT8FX_WEIGHT_ONLY_ROWS && block == 1; }
@@ -188,8 +190,8 @@ struct Product {
     });
   }
 
-  // Rows as fixed-point numbers: x[r, k] = number * unit[r], with an error of at most unit[r] / 2. The largest number of a row
-  // has 30 bits, so errors are below 2 ** -30 of a row's largest value.
+  // Rows as fixed-point numbers: x[r, k] = number * unit[r], with an error of at most unit[r] / 2. The largest number
+  // of a row has 30 bits, so errors are below 2 ** -30 of a row's largest value.
   template <int ROWS>
   struct Digits {
     Buffer x;  // as AmxTile::pack_digits has it
@@ -250,7 +252,8 @@ struct Product {
   // Whether rows of the weight begin and end with cache lines.
   bool is_aligned() const { return K % 64 == 0 && reinterpret_cast<uintptr_t>(weight) % 64 == 0; }
 
-  // sums[r][n] = sum_k(rows[r, k] * weight[n0 + n, k]), AT_ONCE k at a time, so that the first-level cache holds the rows
+  // sums[r][n] = sum_k(rows[r, k] * weight[n0 + n, k]), AT_ONCE k at a time, so that the first-level cache holds
+  // the rows
   template <int ROWS>
   void dot_bfloat16(const uint16_t* rows, int64_t stride, int64_t n0, int64_t count, T (&sums)[ROWS][WIDTH]) const {
     constexpr int64_t AT_ONCE = 4096 / ROWS / 64 * 64;
@@ -265,8 +268,8 @@ struct Product {
   }
 
   // The same in floats, in enough vectors of partial sums that additions (four cycles each) do not wait for each other.
-  // Several rows take two channels at a time, and AT_ONCE k of them, which the first-level cache holds. One row is bound by
-  // bandwidth, so it reads the weight in the order of memory.
+  // Several rows take two channels at a time, and AT_ONCE k of them, which the first-level cache holds. One row is
+  // bound by bandwidth, so it reads the weight in the order of memory.
   template <int ROWS>
   void dot_floats(const T* rows, int64_t n0, int64_t count, T (&sums)[ROWS][WIDTH]) const {
     constexpr int L = Lanes<T>::N, PARTS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1, CHANNELS = ROWS == 1 ? 1 : 2;
@@ -484,7 +487,8 @@ struct Product {
       const int64_t depth = std::min(FLOAT_DEPTH, gathered - c);
       for (int64_t n = 0; n < count; ++n)
         for (int64_t i = 0; i < depth; ++i) s.codes[n][i] = weight[(n0 + n) * K + p.outliers[c + i]];
-      add_outliers(depth, 0, count, first, last, p, p.outliers_at + c * MR * sizeof(typename OutlierTile::X), no_values, s);
+      const int64_t at = p.outliers_at + c * MR * sizeof(typename OutlierTile::X);
+      add_outliers(depth, 0, count, first, last, p, at, no_values, s);
     }
     for (const Block& block : p.blocks) {
       const int8_t* rows = weight + n0 * K + block.k;
@@ -538,7 +542,8 @@ struct Product {
   int64_t rows_of(int64_t tile) const { return std::min<int64_t>(MR, M - tile * MR); }
 
   // Channels n on, of which `count` exist, of a weight's block that splits. Returns how many it has done.
-  int64_t split(const Block& block, const int8_t* rows, int64_t n, int64_t count, bool outliers_only, Scratch& s) const {
+  int64_t split(const Block& block, const int8_t* rows, int64_t n, int64_t count, bool outliers_only,
+                Scratch& s) const {
     auto* w = outliers_only ? nullptr : reinterpret_cast<int8_t*>(s.w + n * Tile::STRIDE);
     const int64_t done = count >= 4 ? 4 : 1;
     if (done == 4)
@@ -606,7 +611,8 @@ struct Product {
   void store(Pieces& pieces, int64_t n0, const int32_t* sums, const T* values, const T* unquantised, const Packed& p,
              const Scratch& s) const {
     const int64_t m = pieces.tile * MR + pieces.m, n = pieces.n, at = n * MR + pieces.m;
-    const int64_t rows = std::min<int64_t>(L, pieces.rows - pieces.m), channels = std::min<int64_t>(L, pieces.count - n);
+    const int64_t rows = std::min<int64_t>(L, pieces.rows - pieces.m);
+    const int64_t channels = std::min<int64_t>(L, pieces.count - n);
     const Piece piece{
         sums == nullptr ? nullptr : sums + at,
         p.excess.data() + m,
@@ -639,7 +645,8 @@ struct Product {
   }
 
 #ifdef __AVX512BF16__
-  // `round_transposed` of a piece of which there are sums, and nothing unquantised. Not inline: GCC would spill the addresses.
+  // `round_transposed` of a piece of which there are sums, and nothing unquantised. Not inline: GCC would spill the
+  // addresses.
   template <bool VALUES>
   [[gnu::noinline]] static bool round_sums(const Piece& piece, c10::BFloat16* y, int64_t stride, int64_t rows) {
     const int32_t *sums = piece.sums, *excess = Tile::OFFSET == 0 ? nullptr : piece.excess;

@@ -8,8 +8,8 @@
 //   [k / 4][32][4] int8     [32][STRIDE] int8, or where the weight is stored
 //
 // A tile is loaded from rows that are any distance apart, so the weight is multiplied where it is stored. Only the rows
-// whose ends are not the end of a cache line are copied. What is loaded of the weight stays in the first-level cache for all
-// rows of x, which are loaded past it. tdpbf16ps multiplies pairs of bfloat16 in the same shapes.
+// whose ends are not the end of a cache line are copied. What is loaded of the weight stays in the first-level cache
+// for all rows of x, which are loaded past it. tdpbf16ps multiplies pairs of bfloat16 in the same shapes.
 //
 // These instructions leave the vector units idle, so other work is done between them: see `between`.
 //
@@ -133,8 +133,8 @@ struct AmxTile {
       run_channels<AmxTile>(k, channels, w, [&](int64_t n, const W* w) { of(n, w, STRIDE); });
   }
 
-  // Up to four rows of fixed-point numbers of 32 bits, exactly: each is four digits to the base of 256, from -128 to 127, and a
-  // digit is a row of x. Digit d has weight 256 ** d.
+  // Up to four rows of fixed-point numbers of 32 bits, exactly: each is four digits to the base of 256, from -128 to
+  // 127, and a digit is a row of x. Digit d has weight 256 ** d.
   //
   //   x  [k / 4][4 rows][4 digits][4 k] int8
   //   y  [16 channels][4 rows][4 digits] int32

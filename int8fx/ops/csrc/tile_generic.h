@@ -16,10 +16,10 @@
 //
 // UNIT     channels that a thread takes at least, a multiple of 16
 //
-// `pack_x` writes x. `run` multiplies the channels of a panel by a tile's first `rows` rows; those after them get any sums.
-// It loads w first where `Channels` says so. `Setup` is what a thread holds while it runs tiles. A tile may have a `few`
-// for few rows of x, as VnniTile has it; `dot` of lanes.h serves the others. A tile that is IN_PLACE may multiply the
-// weight where it is stored, and calls back between its instructions, as AmxTile does.
+// `pack_x` writes x. `run` multiplies the channels of a panel by a tile's first `rows` rows; those after them get any
+// sums. It loads w first where `Channels` says so. `Setup` is what a thread holds while it runs tiles. A tile may have
+// a `few` for few rows of x, as VnniTile has it; `dot` of lanes.h serves the others. A tile that is IN_PLACE may
+// multiply the weight where it is stored, and calls back between its instructions, as AmxTile does.
 #pragma once
 
 #include <algorithm>
