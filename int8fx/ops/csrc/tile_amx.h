@@ -25,18 +25,25 @@
 
 #ifdef __AMX_INT8__
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <stdexcept>
 // Macros, since the number of a tile must be a literal: it is part of the instruction.
 #define INT8FX_TILE_ZERO(t) _tile_zero(t)
 #define INT8FX_TILE_LOAD(t, from, stride) _tile_loadd(t, from, stride)
 #define INT8FX_TILE_LOAD_PAST_CACHE(t, from, stride) _tile_stream_loadd(t, from, stride)
 #define INT8FX_TILE_STORE(t, to, stride) _tile_stored(t, to, stride)
 #define INT8FX_TILE_DOT(sums, w, x) _tile_dpbssd(sums, w, x)
+// GCC's tile loads do not say that they read memory: what was written before must be there.
+#define INT8FX_TILE_READS(x, w, y) asm volatile("" ::"r"(x), "r"(w), "r"(y) : "memory")
 #define INT8FX_TILE_DOT_BFLOAT16(sums, w, x) _tile_dpbf16ps(sums, w, x)
 #else
 #define INT8FX_TILE_ZERO(t) amx_arrays[t].zero()
 #define INT8FX_TILE_LOAD(t, from, stride) amx_arrays[t].load(from, stride)
 #define INT8FX_TILE_LOAD_PAST_CACHE(t, from, stride) amx_arrays[t].load(from, stride)
 #define INT8FX_TILE_STORE(t, to, stride) amx_arrays[t].store(to, stride)
+#define INT8FX_TILE_READS(x, w, y)
 #define INT8FX_TILE_DOT(sums, w, x) amx_arrays[sums].dot(amx_arrays[w], amx_arrays[x])
 #define INT8FX_TILE_DOT_BFLOAT16(sums, w, x) amx_arrays[sums].dot_bfloat16(amx_arrays[w], amx_arrays[x])
 #endif
@@ -98,7 +105,12 @@ struct AmxTile {
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     };
     Setup() {
-      const Shapes shapes;
+      // Linux ends a process that has not requested it. One that runs a package of AOTInductor has loaded nothing else.
+      constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+      static const bool permitted = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+      if (!permitted)
+        throw std::runtime_error("int8fx: this system does not permit AMX's tiles; legal: ATEN_CPU_CAPABILITY=avx2");
+      static constexpr Shapes shapes;  // constant: GCC would not know that all of a local one is read
       _tile_loadconfig(&shapes);
     }
     Setup(const Setup&) = delete;
@@ -164,6 +176,7 @@ struct AmxTile {
 
   // w: 16 channels, `stride` apart, of a multiple of KG columns. Fetches as much `ahead`.
   static void dot_digits(int64_t k, const X* x, const W* w, int64_t stride, const W* ahead, bool first, int32_t* y) {
+    INT8FX_TILE_READS(x, w, y);
     if (first)
       INT8FX_TILE_ZERO(0);
     else
@@ -188,6 +201,7 @@ struct AmxTile {
   template <bool HALF, typename Between>
   static void sums(int64_t k, const X* x, const W* w, int64_t stride, int32_t* y, bool first, const Channels& channels,
                    int64_t channel, const Between& between) {
+    INT8FX_TILE_READS(x, w, y);
     if (first) {
       INT8FX_TILE_ZERO(0);
       INT8FX_TILE_ZERO(1);
@@ -245,6 +259,7 @@ struct AmxBfloat16Tile : Bfloat16Tile<AmxTile::MR, PANEL> {
   }
 
   static void run(int64_t k, const X* x, const W* w, float* y, bool first, bool half) {
+    INT8FX_TILE_READS(x, w, y);
     if (first) {
       INT8FX_TILE_ZERO(0);
       INT8FX_TILE_ZERO(1);
@@ -283,5 +298,6 @@ struct AmxBfloat16Tile : Bfloat16Tile<AmxTile::MR, PANEL> {
 #undef INT8FX_TILE_LOAD
 #undef INT8FX_TILE_LOAD_PAST_CACHE
 #undef INT8FX_TILE_STORE
+#undef INT8FX_TILE_READS
 #undef INT8FX_TILE_DOT
 #undef INT8FX_TILE_DOT_BFLOAT16
