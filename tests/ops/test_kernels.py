@@ -156,10 +156,12 @@ def test_the_longest_inner_dimension(kernels, M):
 
 @pytest.mark.parametrize("K", [0, 1, 2])
 @pytest.mark.parametrize("M", [0, 1, WEIGHT_ONLY_ROWS_CPU, WEIGHT_ONLY_ROWS_CPU + 1, 40])
-def test_the_shortest_dimensions(kernels, scheme, M, K):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_shortest_dimensions(kernels, scheme, dtype, M, K):
     """With one column, `torch._int_mm` must not be called: `support.kernels` fails if it is, on any CPU."""
     for N in (0, 1, 5):
-        p = problem(M, K, N, seed=M, **{**scheme, "columns": min(K, scheme.get("columns", 0))})
+        columns = min(K, scheme.get("columns", 0))
+        p = problem(M, K, N, dtype=dtype, seed=M, **{**scheme, "columns": columns})
         y = kernels.linear(p)
         assert y.shape == (M, N)
         assert_within_budget(y, *p)

@@ -234,7 +234,7 @@ struct Product {
       AmxTile::dot_digits(K, x, w, K, n0 + 2 * WIDTH <= N ? w + WIDTH * K : w, true, all[0][0]);
     } else {
       alignas(64) int8_t w[WIDTH * AmxTile::STRIDE];
-      for (int64_t k = 0; k < K; k += AmxTile::DEPTH) {
+      for (int64_t k = 0; k == 0 || k < K; k += AmxTile::DEPTH) {  // once if K is 0, to write zeros
         const int64_t depth = std::min(AmxTile::DEPTH, K - k);
         for (int64_t n = 0; n < WIDTH; ++n)
           AmxTile::load_w(weight + (n0 + std::min(n, count - 1)) * K + k, depth, w + n * AmxTile::STRIDE);
