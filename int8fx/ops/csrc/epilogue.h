@@ -63,28 +63,28 @@ inline void load_any(const Floats& values, int64_t offset, int64_t n, int64_t wi
   for (int64_t i = n; i < width; ++i) to[i] = T(0);
 }
 
-// As many values as a vector of T has lanes, zeros where there are less than these, n. Whole vectors stay in registers:
-// one that is stored in parts cannot be loaded before all stores up to it are done.
+// As many values as a vector of T has lanes, in registers: a vector that is stored in parts cannot be loaded before all
+// stores up to it are done.
 template <typename T>
-inline at::vec::Vectorized<T> load_lanes(const Floats& values, int64_t offset, int64_t n) {
+inline at::vec::Vectorized<T> load_lanes(const Floats& values, int64_t offset) {
   using Vec = at::vec::Vectorized<T>;
   if constexpr (std::is_same_v<T, float>) {
     Vec v;
-    if (n >= Vec::size()) switch (values.dtype) {
-        case Dtype::bfloat16:
-          at::vec::load_fp32_from_bf16(static_cast<const c10::BFloat16*>(values.data) + offset, v);
-          return v;
-        case Dtype::half:
-          at::vec::load_fp32_from_fp16(static_cast<const c10::Half*>(values.data) + offset, v);
-          return v;
-        case Dtype::float32:
-          return Vec::loadu(static_cast<const float*>(values.data) + offset);
-        default:
-          break;
-      }
+    switch (values.dtype) {
+      case Dtype::bfloat16:
+        at::vec::load_fp32_from_bf16(static_cast<const c10::BFloat16*>(values.data) + offset, v);
+        return v;
+      case Dtype::half:
+        at::vec::load_fp32_from_fp16(static_cast<const c10::Half*>(values.data) + offset, v);
+        return v;
+      case Dtype::float32:
+        return Vec::loadu(static_cast<const float*>(values.data) + offset);
+      default:
+        break;
+    }
   }
   T lanes[Vec::size()];
-  load_any(values, offset, std::clamp<int64_t>(n, 0, Vec::size()), Vec::size(), lanes);
+  load_any(values, offset, Vec::size(), Vec::size(), lanes);
   return Vec::loadu(lanes);
 }
 
@@ -167,33 +167,40 @@ struct Epilogue {
   Floats other;  // [M, N], unless `binary` is none
   Binary binary = Binary::none;
 
-  // Rounds what follows from `v`, the sums with the bias: `width` (a multiple of the vector's) values of row m from
-  // channel n on, of which `count` exist.
+  // Rounds what follows from `v`, the sums with the bias: values of row m from channel n on, of which
+  // `count` exist and the others fill a vector.
   template <typename scalar_t, typename T>
-  void store(T* v, int64_t m, int64_t n, int64_t count, int64_t width, int64_t N, scalar_t* y) const {
+  void store(const T* v, int64_t m, int64_t n, int64_t count, int64_t N, scalar_t* y) const {
     using Vec = at::vec::Vectorized<T>;
-    if (activation != Activation::none || binary != Binary::none)
-      for (int64_t i = 0; i < width; i += Vec::size()) {
-        Vec values = activate(activation, Vec::loadu(v + i));
-        if (binary != Binary::none) {
-          const Vec operand = load_lanes<T>(other, m * N + n + i, count - i);
-          values = binary == Binary::add ? values + operand : values * operand;
-        }
-        values.store(v + i);
-      }
-    round(v, y + m * N + n, count);
+    constexpr int L = Vec::size();
+    int64_t i = 0;
+    for (; i + L <= count; i += L) {
+      T lanes[L];
+      Vec operand;
+      if (binary != Binary::none) operand = load_lanes<T>(other, m * N + n + i);
+      apply(Vec::loadu(v + i), operand).store(lanes);
+      round(lanes, y + m * N + n + i, L);
+    }
+    for (; i < count; i += L) {
+      T lanes[L] = {};
+      if (binary != Binary::none) load_any(other, m * N + n + i, count - i, L, lanes);
+      apply(Vec::loadu(v + i), Vec::loadu(lanes)).store(lanes);
+      round(lanes, y + m * N + n + i, count - i);
+    }
   }
 
-  // `store` of a row of a vector's lanes, all of which exist, without leaving registers.
-  template <typename scalar_t, typename T>
-  void store_lanes(const T* v, int64_t m, int64_t n, int64_t N, scalar_t* y) const {
-    constexpr int L = at::vec::Vectorized<T>::size();
-    auto values = activate(activation, at::vec::Vectorized<T>::loadu(v));
-    if (binary == Binary::add) values = values + load_lanes<T>(other, m * N + n, L);
-    if (binary == Binary::mul) values = values * load_lanes<T>(other, m * N + n, L);
-    T lanes[L];
-    values.store(lanes);
-    round(lanes, y + m * N + n, L);
+ private:
+  template <typename Vec>
+  Vec apply(const Vec& v, const Vec& operand) const {
+    const Vec activated = activate(activation, v);
+    switch (binary) {
+      case Binary::add:
+        return activated + operand;
+      case Binary::mul:
+        return activated * operand;
+      default:
+        return activated;
+    }
   }
 };
 

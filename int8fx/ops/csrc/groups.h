@@ -313,7 +313,7 @@ struct GroupProduct {
         }
         for (int r = 0; r < ROWS; ++r) {
           for (int64_t n = 0; n < WIDTH; ++n) sums[r][n] += bias[n];
-          epilogue.store(sums[r], r, n0, count, WIDTH, N, y);
+          epilogue.store(sums[r], r, n0, count, N, y);
         }
       }
     });
@@ -534,7 +534,7 @@ struct GroupProduct {
           for (int i = 0; i < L; ++i) *(V*)(&row[i][n]) = block[i];
         }
         for (int64_t m = m0; m < std::min(rows, m0 + L); ++m)
-          epilogue.store(row[m - m0], tile * MR + m, task.n0, task.count, round_up(task.count, L), weight.N, y);
+          epilogue.store(row[m - m0], tile * MR + m, task.n0, task.count, weight.N, y);
       }
     }
   }

@@ -120,7 +120,8 @@ struct Product {
   static constexpr int MR = Tile::MR, NR = Tile::NR, PANEL = Tile::PANEL, L = Lanes<T>::N;
   static constexpr int64_t DEPTH = Tile::DEPTH;
   static constexpr int UNIT = Tile::UNIT;
-  static_assert(PANEL % NR == 0 && PANEL % UNIT == 0 && UNIT % 16 == 0 && MR % L == 0 && Tile::BLOCK_M % MR == 0);
+  static_assert(PANEL % NR == 0 && PANEL % UNIT == 0 && UNIT % 16 == 0 && MR % L == 0);
+  static_assert(Tile::BLOCK_M % MR == 0 && Tile::BLOCK_M >= 2 * MR);
 
   using InT = FloatTile<T, MR, PANEL>;
   static constexpr bool MAY_USE_BFLOAT16 = HAS_BFLOAT16 && std::is_same_v<scalar_t, c10::BFloat16>;
@@ -184,7 +185,7 @@ struct Product {
         }
         for (int r = 0; r < ROWS; ++r) {
           for (int64_t n = 0; n < WIDTH; ++n) sums[r][n] += bias[n];
-          epilogue.store(sums[r], r, n0, count, WIDTH, N, y);
+          epilogue.store(sums[r], r, n0, count, N, y);
         }
       }
     });
@@ -317,9 +318,10 @@ struct Product {
     std::vector<int64_t> outliers;  // of blocks that do not split
     int64_t x_size = 0, float_tile_size = 0;  // of all codes; bytes of a tile's floats
     int64_t outliers_at = 0, columns_at = 0;
-    std::unique_ptr<Buffer> x;  // [blocks][tiles][kept / KG][MR][KG] of Tile::X; few rows: [M][K] of int16, or `pack_few`
-    std::unique_ptr<Buffer> floats;  // [tiles][outliers / KG][MR][KG] of OutlierTile::X: of `outliers`, of
-    // blocks that split, and of the columns
+    // [blocks][tiles][kept / KG][MR][KG] of Tile::X; few rows: [M][K] of int16, or `pack_few`
+    std::unique_ptr<Buffer> x;
+    // [tiles][outliers / KG][MR][KG] of OutlierTile::X: of blocks that split, of `outliers`, and of the columns
+    std::unique_ptr<Buffer> floats;
     std::vector<T> x_scale;  // 0 where there is no row
     std::vector<int32_t> excess;  // of a row's sums
 
@@ -330,7 +332,7 @@ struct Product {
 
   struct Scratch {
     [[no_unique_address]] typename Tile::Setup setup;
-    alignas(64) int32_t sums[std::max(Tile::BLOCK_M, 2 * MR) * PANEL];  // [tiles][PANEL][MR]
+    alignas(64) int32_t sums[Tile::BLOCK_M * PANEL];  // [tiles][PANEL][MR]
     alignas(64) T values[Tile::BLOCK_M * PANEL];  // of outlier columns
     alignas(64) T unquantised[Tile::BLOCK_M * PANEL];
     alignas(64) typename Tile::W w[PANEL * Tile::STRIDE];
@@ -575,9 +577,10 @@ struct Product {
     }
   }
 
+  using V = typename Lanes<T>::V;
+
   // L rows of L channels of a tile, channels MR apart.
   struct Piece {
-    using V = typename Lanes<T>::V;
     const int32_t* sums;  // null: zeros
     const int32_t* excess;
     V x_scale;
@@ -593,7 +596,6 @@ struct Product {
       return unquantised == nullptr ? v : v + *(const V*)(unquantised + n * MR);
     }
   };
-  using V = typename Lanes<T>::V;
 
   // The pieces of a tile, row by row.
   struct Pieces {
@@ -637,11 +639,7 @@ struct Product {
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) block[i] = piece.of_channel(i);
     transpose(block);
-    for (int64_t i = 0; i < rows; ++i)
-      if (channels == L)
-        epilogue.store_lanes((const T*)&block[i], m + i, n0 + n, N, y);
-      else
-        epilogue.store((T*)&block[i], m + i, n0 + n, channels, L, N, y);
+    for (int64_t i = 0; i < rows; ++i) epilogue.store((const T*)&block[i], m + i, n0 + n, channels, N, y);
   }
 
 #ifdef __AVX512BF16__

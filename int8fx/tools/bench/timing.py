@@ -19,11 +19,10 @@ import torch
 Work = Sequence[Callable[[], object]]  # calls that take turns: the same layer with distinct weights
 
 SLICE = 0.01  # seconds that one candidate runs in a round, at least one call
-WARM = 0.1  # seconds: untimed calls precede the timed ones of a round, if one is shorter
-PAUSE = (
-    0.02  # seconds of untimed calls, or of nothing if calls are longer: caches are filled, an idle CPU gets its clock
-)
-# rates back, and threads of other candidates that wait by spinning (ONNX Runtime has such) stop
+WARM = 0.1  # seconds: shorter calls are made untimed for PAUSE before a turn
+# Seconds before a turn, of untimed calls or, if they are longer than WARM, of sleep. Caches are filled, an idle CPU
+# gets its clock rates back, and threads of other candidates that wait by spinning (ONNX Runtime has such) stop.
+PAUSE = 0.02
 SLOW, SLOWEST = 2.0, 30.0  # seconds a call: above these, a candidate gets a fifth of the rounds, or one call
 PARALLEL = 1e-3  # seconds: it is legal for shorter calls to run on one thread
 
@@ -248,10 +247,9 @@ class _Turns:
     def _run_for(self, seconds: float) -> None:
         call = next(self.turns)  # the same one, so that the other weights are not fetched
         until = time.perf_counter() + seconds
-        while True:
+        call()
+        while time.perf_counter() < until:
             call()
-            if time.perf_counter() >= until:
-                break
 
     @contextmanager
     def _threads(self) -> Iterator[None]:
