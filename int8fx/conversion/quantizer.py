@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,8 +12,11 @@ from torch._guards import detect_fake_mode
 
 from ..schemes import Scheme
 from ..schemes.calibration import Calibration
+from ..schemes.formats import ChooseScales, absmax_scales
 from ..schemes.gptq import round_weight
+from ..schemes.hqq import hqq_scales
 from ..schemes.quantize import pack_weight
+from ..schemes.search import searched_scales
 from ..schemes.weight import PackedTensors
 from .layers import Layer
 from .packed import Reading, frozen
@@ -70,6 +74,18 @@ def _squares(layer: Layer) -> Tensor:
     return layer.oriented().float().square().flatten(0, -2).sum(0)
 
 
+def _pack(weight: Tensor, scheme: Scheme, columns: Tensor | None, moments: Tensor | None) -> PackedTensors:
+    """The packed tensors of ``weight``. Without the moments that a scheme needs, only their form is right."""
+    choose: ChooseScales = absmax_scales
+    if scheme.scales == "hqq":
+        choose = hqq_scales
+    elif scheme.scales == "search" and moments is not None:
+        choose = partial(searched_scales, moments=moments)
+    if scheme.rounding == "gptq" and moments is not None:
+        return round_weight(weight, scheme.grouping, moments, scheme.rotation, columns, choose)
+    return pack_weight(weight, scheme.grouping, scheme.rotation, columns, choose)
+
+
 class Quantizer:
     """Quantises weights for a scheme: ``quantizer([layer, ...])`` the one weight that these layers share.
 
@@ -97,9 +113,10 @@ class Quantizer:
     def check(self, layers: Iterable[Layer]) -> None:
         """Raises ValueError if a scheme needs moments of a layer for which the calibration has none."""
         for layer in layers:
-            if self.scheme_of(layer).needs_moments and layer.name not in self.calibration.moments:
+            scheme = self.scheme_of(layer)
+            if scheme.needs_moments and layer.name not in self.calibration.moments:
                 raise ValueError(
-                    f"int8fx.convert: rounding='gptq' has no moments of the inputs of layer {layer.name!r}; legal: "
+                    f"int8fx.convert: {scheme} needs moments of the inputs of layer {layer.name!r}; legal: "
                     "calibration=int8fx.calibrate(model, data, moments=True), with data that reaches it, or skip it"
                 )
 
@@ -109,13 +126,12 @@ class Quantizer:
         with torch.inference_mode(False), torch.no_grad(), detect_fake_mode(weight) or nullcontext() as fake:
             count = scheme.static_columns(weight.shape[-1])
             columns = self.columns.choose(tied, count) if count else None
-            if scheme.rounding == "gptq" and fake is None and not weight.is_meta:
-                tensors = round_weight(weight, self.calibration.moments[tied[0].name], scheme.rotation, columns)
-            else:
-                try:
-                    tensors = pack_weight(weight, scheme.grouping, scheme.rotation, columns)
-                except ValueError as error:
-                    raise ValueError(f"int8fx.convert: layer {tied[0].name!r}: {error}") from None
+            has_values = fake is None and not weight.is_meta
+            moments = self.calibration.moments.get(tied[0].name) if has_values and scheme.needs_moments else None
+            try:
+                tensors = _pack(weight, scheme, columns, moments)
+            except ValueError as error:
+                raise ValueError(f"int8fx.convert: layer {tied[0].name!r}: {error}") from None
             tensors = tensors._replace(codes=frozen(tensors.codes))
         self._done += 1
         if self.progress is not None:

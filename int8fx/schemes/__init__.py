@@ -46,7 +46,7 @@ class LLMInt8:
         object.__setattr__(self, "threshold", threshold)
         object.__setattr__(self, "columns", _share_of_columns(self.columns))
 
-    rotation, rounding, needs_moments, grouping = 1, "nearest", False, Grouping()
+    rotation, scales, rounding, needs_moments, grouping = 1, "absmax", "nearest", False, Grouping()
 
     def static_columns(self, K: int) -> int:
         """How many of K input columns are not quantised, chosen when the model is converted."""
@@ -76,13 +76,12 @@ class Rotated:
         is_int = isinstance(self.block, int) and not isinstance(self.block, bool)
         if not is_int or not 1 <= self.block <= MAX_K or self.block & (self.block - 1):
             raise ValueError(f"block must be a power of two up to {MAX_K:,}, found {self.block!r}")
-        if self.rounding not in ("nearest", "gptq"):
-            raise ValueError(f"rounding must be 'nearest' or 'gptq', found {self.rounding!r}")
+        _choose("rounding", self.rounding, ROUNDINGS)
         if self.hadamard not in ("regular", "sylvester"):
             raise ValueError(f"hadamard must be 'regular' or 'sylvester', found {self.hadamard!r}")
         object.__setattr__(self, "columns", _share_of_columns(self.columns))
 
-    threshold, grouping = None, Grouping()
+    threshold, scales, grouping = None, "absmax", Grouping()
 
     @property
     def rotation(self) -> int:
@@ -117,11 +116,15 @@ class WeightOnly:
     scale_dtype: str = "float32"
     double_quant: bool = False
     compute: str = "fp32"
+    scales: str = "absmax"
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         _choose("dtype", self.dtype, FORMATS)
         _choose("scale_dtype", self.scale_dtype, SCALE_DTYPES)
         _choose("compute", self.compute, _COMPUTE)
+        _choose("scales", self.scales, SCALES)
+        _choose("rounding", self.rounding, ROUNDINGS)
         size = self.group_size
         if not isinstance(size, int) or isinstance(size, bool) or not (size == -1 or 1 <= size <= MAX_K):
             raise ValueError(f"group_size must be -1 or 1 to {MAX_K:,}, found {size!r}")
@@ -137,7 +140,12 @@ class WeightOnly:
         if self.compute == "int8" and not FORMATS[self.dtype].is_integer:
             raise ValueError(f"dtype {self.dtype!r} is a table of floats; compute must be 'fp32', found 'int8'")
 
-    rotation, rounding, needs_moments, needs_columns = 1, "nearest", False, False
+    rotation, needs_columns = 1, False
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether the scheme requires ``calibrate(moments=True)``."""
+        return self.scales == "search" or self.rounding == "gptq"
 
     @property
     def threshold(self) -> float | None:
@@ -160,6 +168,8 @@ class WeightOnly:
 
 
 _COMPUTE = ("fp32", "int8")
+SCALES = ("absmax", "hqq", "search")
+ROUNDINGS = ("nearest", "gptq")
 
 
 def _choose(name: str, value: object, legal: Iterable[str]) -> None:
@@ -202,6 +212,8 @@ def weight_only(
     scale_dtype: str = "float32",
     double_quant: bool = False,
     compute: str = "fp32",
+    scales: str = "absmax",
+    rounding: str = "nearest",
 ) -> WeightOnly:
     """Weights of 8 or 4 bits, in groups along the input channels, with activations that are not stored quantised.
 
@@ -218,11 +230,17 @@ def weight_only(
             (bitsandbytes does it with the scales of 256 groups.)
         compute: ``fp32`` multiplies x as it is, and sums in float32. ``int8`` quantises each row of x to int8 first,
             except where few rows are multiplied without (`ops.rows`); integer formats only.
+        scales: how the scale of a group is chosen. ``absmax``: its largest value gets the largest code. ``hqq``: most
+            weights get a small error (`hqq.hqq_scales`). ``search``: the matmul's error is small on the data of
+            ``calibrate(moments=True)``, as in AWQ's clipping (`search.searched_scales`).
+        rounding: of values to codes. ``nearest`` rounds each value alone. ``gptq`` makes the matmul's error small on
+            the data of ``calibrate(moments=True)`` (`gptq.round_weight`). Like ``scales``, it takes time when the model
+            is converted and none later: what is stored has the same form.
 
     Raises:
         ValueError: an argument is illegal, or two do not fit each other.
     """
-    return WeightOnly(dtype, group_size, asymmetric, scale_dtype, double_quant, compute)
+    return WeightOnly(dtype, group_size, asymmetric, scale_dtype, double_quant, compute, scales, rounding)
 
 
 def plain() -> LLMInt8:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -141,13 +141,36 @@ def format_of(name: str | None) -> Format:
     return FORMATS["int8" if name is None else name]
 
 
-def quantize_groups(weight: Tensor, grouping: Grouping) -> GroupCodes:
-    """Rounds each value to the nearest one that its group has a code for.
+class GroupScales(NamedTuple):
+    """Scales and zero points of R rows in G groups, as they are stored and as numbers.
 
-    Symmetric scales are those of `FORMATS`. An asymmetric group has ``low = min(0, min(w))``, ``high = max(0,
-    max(w))``, ``scale = (high - low) / (2**bits - 1)`` and ``zero_point = round(-low / scale)``. Scales are rounded to
-    their dtype first and values to codes of these after. Ties of integers go to even, those of codebooks to the lower
-    value.
+    stored, scale_range: as in `GroupCodes`, but always ``[R, G]``.
+    scale: ``[R, G]``, the values of ``stored``, of the weight's dtype.
+    zero: ``[R, G]`` of the weight's dtype: whole numbers, within the codes; None if symmetric.
+    """
+
+    stored: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    scale_range: Tensor | None
+
+
+ChooseScales = Callable[[Tensor, Grouping], GroupScales]
+"""The scales of a weight ``[R, K]``, float32 or float64."""
+
+
+def split_groups(weight: Tensor, grouping: Grouping) -> Tensor:
+    """``[R, K]`` as ``[R, G, size]``; zeros fill the last group of a row."""
+    R, K = weight.shape
+    size = K if grouping.size is None else grouping.size
+    return torch.nn.functional.pad(weight, (0, grouping.count(K) * size - K)).view(R, grouping.count(K), size)
+
+
+def absmax_scales(weight: Tensor, grouping: Grouping) -> GroupScales:
+    """The scales of `FORMATS`, whose largest code is the group's largest value, and zero points.
+
+    An asymmetric group has ``low = min(0, min(w))``, ``high = max(0, max(w))``, ``scale = (high - low) / (2**bits -
+    1)`` and ``zero_point = round(-low / scale)``. Scales are rounded to their dtype.
 
     Source: the weight-only quantisation of Intel's neural-compressor.
 
@@ -157,33 +180,96 @@ def quantize_groups(weight: Tensor, grouping: Grouping) -> GroupCodes:
     Raises:
         ValueError: the scale's dtype cannot hold a scale.
     """
+    groups = split_groups(weight, grouping)
+    scales = store_scales(_scales(groups, grouping), grouping)
+    if not grouping.asymmetric:
+        return scales
+    smallest, largest = code_range(grouping)
+    low = groups.amin(-1).clamp_max(0) if groups.shape[-1] else torch.zeros_like(scales.scale)
+    zero = (-low / scales.scale.where(scales.scale != 0, 1)).round().clamp(0, largest - smallest) + smallest
+    return scales._replace(zero=zero)
+
+
+def store_scales(scale: Tensor, grouping: Grouping) -> GroupScales:
+    """The scales ``[R, G]`` as the grouping stores them, without zero points.
+
+    Raises:
+        ValueError: the scale's dtype cannot hold a scale.
+    """
+    if not grouping.double_quant:
+        scale = _rounded(scale, grouping.scale_dtype)
+        return GroupScales(scale.to(grouping.scale_dtype), scale, None, None)
+    low, high = scale.amin(-1, keepdim=True), scale.amax(-1, keepdim=True)
+    scale_range = torch.cat([low, (high - low) / _LARGEST_SCALE_CODE], -1).float()
+    low, step = scale_range.double().split(1, -1)
+    codes = ((scale.double() - low) / step.where(step != 0, 1)).round().clamp(0, _LARGEST_SCALE_CODE)
+    stored = codes.to(torch.uint8)
+    return GroupScales(stored, read_scale(stored, scale_range, scale.dtype), None, scale_range)
+
+
+def code_range(grouping: Grouping) -> tuple[int, int]:
+    """The smallest and the largest code."""
+    if FORMATS[grouping.format].bits == 4:
+        return 0, 15
+    return (-128, 127) if grouping.asymmetric else (-127, 127)
+
+
+def encode(values: Tensor, scale: Tensor, zero: Tensor | None, grouping: Grouping) -> Tensor:
+    """The codes of the levels that are nearest to ``values``. Ties of integers go to even, others to the lower value.
+
+    Args:
+        values: any shape.
+        scale, zero: of the group of each value; shapes that broadcast to that of ``values``.
+
+    Returns:
+        int8 in [-128, 127], or uint8 in [0, 15], one per value.
+    """
     spec = FORMATS[grouping.format]
-    R, K = weight.shape
-    size = K if grouping.size is None else grouping.size
-    groups = torch.nn.functional.pad(weight, (0, grouping.count(K) * size - K)).view(R, grouping.count(K), size)
-    stored, scale, scale_range = _store_scales(_scales(groups, grouping), grouping)
-    divisor = scale.where(scale != 0, 1).unsqueeze(-1)
-    steps = (groups / divisor).where(scale.unsqueeze(-1) != 0, 0)  # double quantisation may round a scale to 0
-    zero_point = _zero_points(groups, divisor, spec) if grouping.asymmetric else None
+    steps = (values / scale.where(scale != 0, 1)).where(scale != 0, 0)  # double quantisation may round a scale to 0
     if spec.is_integer:
-        zero: Tensor | int = spec.zero_point if zero_point is None else zero_point.unsqueeze(-1)
-        codes = (steps.round() + zero).clamp(*_code_range(spec, zero_point is not None))
+        codes = (steps.round() + (spec.zero_point if zero is None else zero)).clamp(*code_range(grouping))
     else:
         codes = _nearest_level(steps, spec)
-    codes = codes.flatten(1)[:, :K]
-    one = grouping.size is None
+    return codes.to(torch.int8 if spec.bits == 8 else torch.uint8)
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, grouping: Grouping) -> Tensor:
+    """``(level - zero_point) * scale`` of what `encode` returned, in the dtype of ``scale``."""
+    return steps_of(codes, zero, grouping, scale.dtype) * scale
+
+
+def steps_of(codes: Tensor, zero: Tensor | None, grouping: Grouping, dtype: torch.dtype) -> Tensor:
+    """``level - zero_point`` of what `encode` returned."""
+    spec = FORMATS[grouping.format]
+    levels = _levels_of(codes, spec, dtype)
+    return levels - (spec.zero_point if zero is None else zero)
+
+
+def group_codes(codes: Tensor, scales: GroupScales, grouping: Grouping) -> GroupCodes:
+    """What is stored of codes ``[R, K]`` of `encode`."""
+    spec, one = FORMATS[grouping.format], grouping.size is None
+    zero = None if scales.zero is None else scales.zero.to(torch.int8 if spec.bits == 8 else torch.uint8)
     return GroupCodes(
-        codes.to(torch.int8) if spec.bits == 8 else _pack(codes.to(torch.uint8)),
-        stored.squeeze(1) if one else stored,
-        None if zero_point is None else _store_zero_point(zero_point.squeeze(1) if one else zero_point, spec),
-        scale_range,
+        codes if spec.bits == 8 else _pack(codes),
+        scales.stored.squeeze(1) if one else scales.stored,
+        zero.squeeze(1) if one and zero is not None else zero,
+        scales.scale_range,
     )
 
 
-def _code_range(spec: Format, asymmetric: bool) -> tuple[int, int]:
-    if spec.bits == 4:
-        return 0, 15
-    return (-128, 127) if asymmetric else (-127, 127)
+def quantize_groups(weight: Tensor, grouping: Grouping, choose: ChooseScales = absmax_scales) -> GroupCodes:
+    """Rounds each value to the nearest one that its group has a code for, with the scales that ``choose`` returns.
+
+    Args:
+        weight: ``[R, K]``, float32 or float64, finite.
+
+    Raises:
+        ValueError: the scale's dtype cannot hold a scale.
+    """
+    scales = choose(weight, grouping)
+    zero = None if scales.zero is None else scales.zero.unsqueeze(-1)
+    codes = encode(split_groups(weight, grouping), scales.scale.unsqueeze(-1), zero, grouping)
+    return group_codes(codes.flatten(1)[:, : weight.shape[1]], scales, grouping)
 
 
 def _scales(groups: Tensor, grouping: Grouping) -> Tensor:
@@ -199,13 +285,6 @@ def _scales(groups: Tensor, grouping: Grouping) -> Tensor:
     return groups.abs().amax(-1) / largest
 
 
-def _zero_points(groups: Tensor, scale: Tensor, spec: Format) -> Tensor:
-    """The zero points ``[R, G]`` of groups ``[R, G, size]`` with ``scale [R, G, 1]``."""
-    low = groups.amin(-1).clamp_max(0) if groups.shape[-1] else groups.new_zeros(groups.shape[:-1])
-    zero_point = (-low / scale.squeeze(-1)).round().clamp(0, 2**spec.bits - 1)
-    return zero_point - (128 if spec.bits == 8 else 0)
-
-
 def _rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``scale`` rounded to ``dtype``, and at least as large as its smallest positive value, with the sign it had."""
     rounded = scale.to(dtype).to(scale.dtype)
@@ -217,23 +296,6 @@ def _rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
         )
     smallest = _SMALLEST_SCALE[dtype]
     return torch.where(rounded.abs() < smallest, torch.copysign(torch.full_like(rounded, smallest), rounded), rounded)
-
-
-def _store_scales(scale: Tensor, grouping: Grouping) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scales ``[R, G]`` as they are stored, the values of these, and the range of their codes."""
-    if not grouping.double_quant:
-        scale = _rounded(scale, grouping.scale_dtype)
-        return scale.to(grouping.scale_dtype), scale, None
-    low, high = scale.amin(-1, keepdim=True), scale.amax(-1, keepdim=True)
-    scale_range = torch.cat([low, (high - low) / _LARGEST_SCALE_CODE], -1).float()
-    low, step = scale_range.double().split(1, -1)
-    codes = ((scale.double() - low) / step.where(step != 0, 1)).round().clamp(0, _LARGEST_SCALE_CODE)
-    stored = codes.to(torch.uint8)
-    return stored, read_scale(stored, scale_range, scale.dtype), scale_range
-
-
-def _store_zero_point(zero_point: Tensor, spec: Format) -> Tensor:
-    return zero_point.to(torch.int8 if spec.bits == 8 else torch.uint8)
 
 
 def read_scale(scale: Tensor, scale_range: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -274,8 +336,10 @@ def unpack(codes: Tensor, K: int) -> Tensor:
 
 def read_levels(codes: Tensor, spec: Format, K: int, dtype: torch.dtype) -> Tensor:
     """The levels of packed codes: ``[..., K]`` of ``dtype``, float32 or float64."""
-    if spec.bits == 4:
-        codes = unpack(codes, K)
+    return _levels_of(unpack(codes, K) if spec.bits == 4 else codes, spec, dtype)
+
+
+def _levels_of(codes: Tensor, spec: Format, dtype: torch.dtype) -> Tensor:
     if spec.levels is None:
         return codes.to(dtype)
     return torch.tensor(spec.levels, dtype=torch.float32, device=codes.device).to(dtype)[codes.int()]

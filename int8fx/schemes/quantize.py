@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formats import GroupCodes, Grouping, format_of, per_column, quantize_groups, read_levels, read_scale
+from .formats import (
+    ChooseScales,
+    GroupCodes,
+    Grouping,
+    absmax_scales,
+    format_of,
+    per_column,
+    quantize_groups,
+    read_levels,
+    read_scale,
+)
 from .rotate import rotate
 from .weight import Int8Weight, PackedTensors
 
@@ -110,21 +120,28 @@ def quantize_weight(weight: Tensor, block: int = 1, columns: Tensor | None = Non
     return codes, scale
 
 
-def pack_weight(weight: Tensor, grouping: Grouping, block: int = 1, columns: Tensor | None = None) -> PackedTensors:
+def pack_weight(
+    weight: Tensor,
+    grouping: Grouping,
+    block: int = 1,
+    columns: Tensor | None = None,
+    choose: ChooseScales = absmax_scales,
+) -> PackedTensors:
     """The packed tensors of ``rotate(weight without columns, block)``, rounded to nearest.
 
-    `quantize_weight` for int8 with one scale per output channel, else `formats.quantize_groups`.
+    `quantize_weight` for int8 with one absmax scale per output channel, else `formats.quantize_groups`.
 
     Args:
         weight: ``[N, K]`` or ``[E, N, K]``, finite, any float dtype, any strides, on any device.
         block: of the rotation (`rotate`); 1 for none.
         columns: ``[C]`` int64, the columns that are not quantised. Their weights keep their dtype.
+        choose: how groups get their scales and zero points.
 
     Raises:
         ValueError: the dtype of the scales cannot hold one.
     """
     columns_weight = None if columns is None else weight.index_select(-1, columns).clone()
-    if grouping.is_plain:
+    if grouping.is_plain and choose is absmax_scales:
         return PackedTensors(*quantize_weight(weight, block, columns), columns, columns_weight)
     *lead, K = weight.shape
     step = max(1, _CHUNK // max(K, 1))
@@ -134,7 +151,7 @@ def pack_weight(weight: Tensor, grouping: Grouping, block: int = 1, columns: Ten
         part = rows[i : i + step]
         if columns is not None:
             part = part.index_fill(-1, columns, 0)
-        parts.append(quantize_groups(rotate(part.to(compute_dtype(part.dtype)), block), grouping))
+        parts.append(quantize_groups(rotate(part.to(compute_dtype(part.dtype)), block), grouping, choose))
 
     def joined(tensors: tuple) -> Any:
         return None if tensors[0] is None else (t := torch.cat(tensors)).view(*lead, *t.shape[1:])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import int8fx
 from int8fx import Calibration, calibrate
 from int8fx.conversion.packed import tensors_of
+from int8fx.schemes.formats import Grouping
 from int8fx.schemes.gptq import round_weight
 
 GPTQ = int8fx.rotated(rounding="gptq")
@@ -31,7 +32,9 @@ def test_a_converted_model_holds_these_codes_and_loses_less():
     twins = [int8fx.convert(copy.deepcopy(model), s, calibration=calibration) for s in (GPTQ, int8fx.rotated())]
     packed, nearest = (tensors_of(twin[0], "weight") for twin in twins)
     assert torch.equal(packed.columns, nearest.columns)
-    expected = round_weight(model[0].weight.detach(), calibration.moments["0"], GPTQ.rotation, packed.columns)
+    expected = round_weight(
+        model[0].weight.detach(), Grouping(), calibration.moments["0"], GPTQ.rotation, packed.columns
+    )
     for name in ("codes", "scale", "columns_weight"):
         assert torch.equal(getattr(packed, name), getattr(expected, name))
     with torch.no_grad():

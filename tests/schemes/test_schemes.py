@@ -116,7 +116,7 @@ def test_a_block_that_is_no_power_of_two_is_refused(block):
 
 @pytest.mark.parametrize("rounding", ["up", None, "", 1])
 def test_other_roundings_are_named(rounding):
-    with pytest.raises(ValueError, match=f"rounding must be 'nearest' or 'gptq', found {rounding!r}"):
+    with pytest.raises(ValueError, match=f"rounding must be one of nearest, gptq, found {rounding!r}"):
         rotated(rounding=rounding)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from int8fx.ops.rows import Form, form
 from int8fx.schemes import reference
-from int8fx.schemes.formats import FORMATS, Grouping, read_scale
+from int8fx.schemes.formats import FORMATS, ChooseScales, Grouping, absmax_scales, read_scale
 from int8fx.schemes.quantize import (
     compute_dtype,
     dequantize,
@@ -501,9 +501,10 @@ def in_groups(
     block: int = 1,
     columns: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    choose: ChooseScales = absmax_scales,
 ) -> Int8Weight:
     """``weight [..., N, K]`` as ``grouping`` has it; ``dtype``: of unquantised columns."""
-    tensors = pack_weight(weight, grouping, block, columns)
+    tensors = pack_weight(weight, grouping, block, columns, choose)
     columns_weight = None if tensors.columns_weight is None else tensors.columns_weight.to(dtype)
     is_int8 = grouping.format == "int8"
     name, K = None if is_int8 else grouping.format, None if is_int8 else weight.shape[-1]
