@@ -73,17 +73,29 @@ def _rows(func: object, x: Tensor, on_the_left: bool) -> Tensor:
 
 
 @contextmanager
-def observe(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """In this context, matmuls of ``model`` with its float weights call ``see(layer name, x [M, K])`` before they run.
+def without_fast_path() -> Iterator[None]:
+    """Disables the fused inference paths of ``nn.TransformerEncoder`` and ``nn.MultiheadAttention``.
 
-    If layers share a weight, each call is reported for all of them. The fused inference paths of
-    ``nn.TransformerEncoder`` and ``nn.MultiheadAttention`` hide their matmuls, so the context disables them.
+    They hide their matmuls. The switch is global.
     """
-    layers = [layer for layer in walk(model) if layer.layout is not None]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with _Matmuls(layers, see):
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def matmuls(model: nn.Module, see: Callable[[str, Tensor], None]) -> TorchDispatchMode:
+    """`observe` for this thread, without `without_fast_path`."""
+    return _Matmuls([layer for layer in walk(model) if layer.layout is not None], see)
+
+
+@contextmanager
+def observe(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """In this context, matmuls of ``model`` with its float weights call ``see(layer name, x [M, K])`` before they run.
+
+    If layers share a weight, each call is reported for all of them.
+    """
+    with without_fast_path(), matmuls(model, see):
+        yield
