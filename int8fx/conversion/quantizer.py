@@ -75,7 +75,7 @@ def _squares(layer: Layer) -> Tensor:
 
 
 def _pack(weight: Tensor, scheme: Scheme, columns: Tensor | None, moments: Tensor | None) -> PackedTensors:
-    """The packed tensors of ``weight``. Without the moments that a scheme needs, only their form is right."""
+    """The packed tensors of ``weight``. It is fake or on meta if the scheme needs moments and there are none."""
     choose: ChooseScales = absmax_scales
     if scheme.scales == "hqq":
         choose = hqq_scales
@@ -111,14 +111,25 @@ class Quantizer:
         return self.scheme[layer.name] if isinstance(self.scheme, Mapping) else self.scheme
 
     def check(self, layers: Iterable[Layer]) -> None:
-        """Raises ValueError if a scheme needs moments of a layer for which the calibration has none."""
+        """Raises ValueError if a scheme needs moments of a layer for which the calibration has none.
+
+        Layers on meta have no values to quantise. They get those of a checkpoint.
+        """
         for layer in layers:
-            scheme = self.scheme_of(layer)
-            if scheme.needs_moments and layer.name not in self.calibration.moments:
-                raise ValueError(
-                    f"int8fx.convert: {scheme} needs moments of the inputs of layer {layer.name!r}; legal: "
-                    "calibration=int8fx.calibrate(model, data, moments=True), with data that reaches it, or skip it"
-                )
+            if not layer.weight.is_meta:
+                self._moments_of(layer)
+
+    def _moments_of(self, layer: Layer) -> Tensor | None:
+        """The moments that the scheme of ``layer`` needs; None if it needs none."""
+        scheme = self.scheme_of(layer)
+        if not scheme.needs_moments:
+            return None
+        if layer.name not in self.calibration.moments:
+            raise ValueError(
+                f"int8fx.convert: {scheme} needs moments of the inputs of layer {layer.name!r}; legal: "
+                "calibration=int8fx.calibrate(model, data, moments=True), with data that reaches it, or skip it"
+            )
+        return self.calibration.moments[layer.name]
 
     def __call__(self, tied: list[Layer]) -> PackedTensors:
         """The packed tensors: ordinary ones in any grad mode; fake ones for a fake weight."""
@@ -126,8 +137,7 @@ class Quantizer:
         with torch.inference_mode(False), torch.no_grad(), detect_fake_mode(weight) or nullcontext() as fake:
             count = scheme.static_columns(weight.shape[-1])
             columns = self.columns.choose(tied, count) if count else None
-            has_values = fake is None and not weight.is_meta
-            moments = self.calibration.moments.get(tied[0].name) if has_values and scheme.needs_moments else None
+            moments = None if fake is not None or weight.is_meta else self._moments_of(tied[0])
             try:
                 tensors = _pack(weight, scheme, columns, moments)
             except ValueError as error:

@@ -204,6 +204,11 @@ class Int8FxQuantizer(HfQuantizer):
             self._convert_as_stored(model, stored)
             return model
         config = self.quantization_config
+        if config.scheme.needs_moments:
+            raise ValueError(
+                f"int8fx: {config.scheme} needs data, which from_pretrained does not have; legal: load the float "
+                "model, then int8fx.calibrate(model, data, moments=True) and int8fx.convert"
+            )
         self.prepared = conversion.prepare(model, config.scheme, select=config.select, skip=config.skip)
         chosen = self.prepared.chosen
         leave_fast_paths(model, {id(layer.module) for layer in chosen})

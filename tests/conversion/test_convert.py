@@ -156,7 +156,7 @@ def test_a_plan_may_name_a_shared_module_by_any_of_its_paths():
     [
         (plan_of(up=int8fx.plain(), wup=int8fx.plain()), ValueError, "a scheme for layer 'wup', which this model does"),
         (plan_of(up=int8fx.plain(), w="rotated"), TypeError, "the plan has 'rotated' for layer 'w'; legal: a scheme"),
-        (plan_of(up=int8fx.plain(), w=int8fx.rotated(rounding="gptq")), ValueError, "has no moments of .* layer 'w'"),
+        (plan_of(up=int8fx.plain(), w=int8fx.rotated(rounding="gptq")), ValueError, "needs moments of .* layer 'w'"),
         (plan_of("data", up=int8fx.plain()), TypeError, "calibration is 'data'"),
     ],
 )

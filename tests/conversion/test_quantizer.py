@@ -114,6 +114,6 @@ def test_norms_are_computed_once_for_all_schemes(monkeypatch):
 
 def test_gptq_needs_the_moments_of_every_layer():
     model, scheme = linears(24, 24), int8fx.rotated(rounding="gptq")
-    with pytest.raises(ValueError, match=r"rounding='gptq' has no moments of the inputs of layer '1'; legal"):
+    with pytest.raises(ValueError, match=r"rotated\(rounding='gptq'\) needs moments of the inputs of layer '1'; legal"):
         Quantizer(scheme, Calibration(moments={"0": torch.eye(K)})).check(walk(model))
     Quantizer({"0": scheme, "1": int8fx.plain()}, Calibration(moments={"0": torch.eye(K)})).check(walk(model))

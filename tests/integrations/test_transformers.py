@@ -102,6 +102,33 @@ def test_a_scheme_for_each_layer_comes_back(tmp_path):
     assert torch.equal(outputs(again, inputs)[0], outputs(model, inputs)[0])
 
 
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        int8fx.rotated(16, rounding="gptq"),
+        int8fx.weight_only("int4_clip", 16, asymmetric=True, scales="search", rounding="gptq"),
+        int8fx.weight_only("nf4", 16, scales="hqq"),
+    ],
+    ids=str,
+)
+def test_a_model_that_was_rounded_by_data_comes_back_without_them(scheme, tmp_path):
+    model, inputs = made("llama")
+    calibration = int8fx.calibrate(model, [inputs], moments=True)
+    int8fx.convert(model, scheme, calibration=calibration).save_pretrained(tmp_path / "1")
+    again = type(model).from_pretrained(tmp_path / "1").eval()
+    assert torch.equal(outputs(again, inputs)[0], outputs(model, inputs)[0])
+    again.save_pretrained(tmp_path / "2")
+    assert_same_files(tmp_path / "1", tmp_path / "2")
+
+
+def test_a_scheme_that_needs_data_is_refused_before_any_weight_is_read(tmp_path):
+    model, _ = made("llama")
+    model.save_pretrained(tmp_path)
+    config = int8fx.Int8FxConfig(int8fx.weight_only("int4_clip", 16, rounding="gptq"))
+    with pytest.raises(ValueError, match=r"needs data, which from_pretrained does not have; legal: load the float mod"):
+        type(model).from_pretrained(tmp_path, quantization_config=config)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_another_dtype(dtype, tmp_path):
     model, _ = made("llama")

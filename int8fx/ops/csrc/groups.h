@@ -170,7 +170,7 @@ struct GroupProduct {
   using T = compute_t<scalar_t>;
 
   const scalar_t* x;  // [M, K]
-  bool weight_only;  // x is not quantised: codes, x_scale and outliers are not read
+  bool weight_only;  // few rows: x is not quantised, unless it has codes, which `takes_few_codes` allows
   const int8_t* codes;  // [M, K]; null if all columns are outliers
   const T* x_scale;  // [M]
   std::vector<int64_t> outliers;  // columns of x with a value at or above the threshold, unless these are all
@@ -181,9 +181,18 @@ struct GroupProduct {
   scalar_t* y;  // [M, N]
   int64_t M;
 
+  // Whether few rows of x may be codes, without outliers.
+  bool takes_few_codes() const {
+    if constexpr (FewCodes::EXISTS && std::is_same_v<T, float>) {
+      const std::optional<Steps> steps = integer_steps();
+      return steps && FewCodes::serves(weight, *steps);
+    }
+    return false;
+  }
+
   void run() const {
     if (M == 0 || weight.N == 0) return;
-    if (weight_only) return multiply_few();
+    if (weight_only) return codes == nullptr ? multiply_few() : multiply_few_codes();
     const std::optional<Steps> steps = integer_steps();
     if (codes != nullptr) {
       if (steps && steps->are_int8()) return multiply_blocks(InGroups<IntegerTile>(*this, *steps, codes));
@@ -286,26 +295,57 @@ struct GroupProduct {
     }
   }
 
+  void multiply_few_codes() const {
+    static_assert(INT8FX_WEIGHT_ONLY_ROWS == 4);
+    switch (M) {
+      case 1: return multiply_few_codes<1>();
+      case 2: return multiply_few_codes<2>();
+      case 3: return multiply_few_codes<3>();
+      default: return multiply_few_codes<4>();
+    }
+  }
+
+  template <int ROWS>
+  void multiply_few_codes() const {
+    if constexpr (FewCodes::EXISTS && std::is_same_v<T, float>) {
+      const FewCodes few(weight, *integer_steps(), codes, ROWS);
+      store_few<ROWS>(WIDTH * weight.G, [&](int64_t n0, int64_t count, T* scratch, T (&sums)[ROWS][WIDTH]) {
+        few.template multiply<ROWS>(n0, count, scratch, sums);
+        for (int r = 0; r < ROWS; ++r)
+          for (int64_t n = 0; n < WIDTH; ++n) sums[r][n] *= x_scale[r];
+      });
+    }
+  }
+
   template <typename Kernel, int ROWS, typename Table>
   void multiply_few_by(const Table& table, float unit) const {
     using Row = std::conditional_t<std::is_same_v<typename Kernel::Row, uint16_t>, c10::BFloat16, T>;  // of whose bits
-    const int64_t N = weight.N, K = weight.K, C = columns.size(), stride = Kernel::padded(K);
+    const int64_t K = weight.K, stride = Kernel::padded(K);
     const std::vector<Row> quantised = without_columns<Row>();
     std::vector<typename Kernel::Row> rows(ROWS * stride);
-    std::vector<T> unquantised(ROWS * C);
-    for (int r = 0; r < ROWS; ++r) {
+    for (int r = 0; r < ROWS; ++r)
       Kernel::order(reinterpret_cast<const typename Kernel::Row*>(quantised.data()) + r * K, K, rows.data() + r * stride);
+    store_few<ROWS>(Kernel::scratch_size(weight), [&](int64_t n0, int64_t count, T* scratch, T (&sums)[ROWS][WIDTH]) {
+      Kernel::template multiply<ROWS>(weight, table, rows.data(), n0, count, scratch, sums);
+      for (int r = 0; r < ROWS; ++r)
+        for (int64_t n = 0; n < WIDTH; ++n) sums[r][n] *= unit;
+    });
+  }
+
+  // Adds unquantised columns and the bias to what `multiply`(first channel, channels, scratch, sums) makes, and stores it.
+  template <int ROWS, typename Multiply>
+  void store_few(int64_t scratch_size, const Multiply& multiply) const {
+    const int64_t N = weight.N, K = weight.K, C = columns.size();
+    std::vector<T> unquantised(ROWS * C);
+    for (int r = 0; r < ROWS; ++r)
       for (int64_t c = 0; c < C; ++c) unquantised[r * C + c] = static_cast<T>(x[r * K + columns[c]]);
-    }
     parallel_for((N + WIDTH - 1) / WIDTH, grain_of(K * WIDTH), [&](int64_t begin, int64_t end) {
-      std::vector<T> scratch(Kernel::scratch_size(weight)), channel(C);
+      std::vector<T> scratch(scratch_size), channel(C);
       T sums[ROWS][WIDTH] = {}, bias[WIDTH] = {};
       for (int64_t block = begin; block < end; ++block) {
         const int64_t n0 = block * WIDTH, count = std::min(WIDTH, N - n0);
         if (epilogue.bias.data) load_any(epilogue.bias, n0, count, WIDTH, bias);
-        Kernel::template multiply<ROWS>(weight, table, rows.data(), n0, count, scratch.data(), sums);
-        for (int r = 0; r < ROWS; ++r)
-          for (int64_t n = 0; n < WIDTH; ++n) sums[r][n] *= unit;
+        multiply(n0, count, scratch.data(), sums);
         for (int64_t n = 0; n < count && C > 0; ++n) {
           load_any(columns_weight, (n0 + n) * C, C, C, channel.data());
           for (int r = 0; r < ROWS; ++r)

@@ -220,4 +220,162 @@ struct FewGroups {
   }
 };
 
+// Few rows of int8 codes of x by integers of 8 bits, or codes of 4 that are integers, with AVX2. Sums of a group are exact.
+//
+// vpmaddubsw multiplies 32 unsigned bytes by signed ones, and adds pairs in 16 bits: codes of 4 bits by those of x, or the
+// sizes of codes of 8 bits by those of x with the codes' signs. No sum exceeds 16 bits. A block is 32 bytes of the weight.
+struct FewCodes {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  static constexpr bool EXISTS = true;
+  static constexpr int64_t WIDTH = 16;  // channels that a thread takes at a time
+
+  static bool serves(const GroupWeight& weight, const Steps& steps) {
+    return (weight.levels == nullptr || steps.are_codes()) && (weight.G == 1 || weight.group_size % 32 == 0);
+  }
+
+  const GroupWeight& weight;
+  const int64_t block;  // columns of a block
+  const int64_t blocks;
+  const int64_t run_blocks;  // of a run, which has one scale, or one for each half of a block
+  const int64_t runs;
+  std::vector<int8_t> x;  // [rows][blocks * block], in the order that a block of the weight is multiplied in
+  std::vector<__m256i> starts;  // [rows][runs]: for each lane of 32 bits, -zero times the sum of its columns of x
+
+  FewCodes(const GroupWeight& weight, const Steps& steps, const int8_t* codes, int64_t rows)
+      : weight(weight), block(weight.levels ? 64 : 32),
+        blocks((weight.K + block - 1) / block),
+        run_blocks(weight.G == 1 ? blocks : has_halves() ? 1 : weight.group_size / block),
+        runs(run_blocks ? (blocks + run_blocks - 1) / run_blocks : 0), x(rows * blocks * block), starts(rows * runs) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int8_t* from = codes + r * weight.K;
+      int8_t* to = x.data() + r * blocks * block;
+      for (int64_t k = 0; k < weight.K; ++k) {
+        const int64_t i = k % 64;  // of 4 bits, two lanes of 16 first codes, then as many second ones
+        to[weight.levels ? k - i + i % 2 * 32 + i / 32 * 16 + i % 32 / 2 : k] = from[k];
+      }
+      const __m256i ones = _mm256_set1_epi16(1), bytes = _mm256_set1_epi8(1);
+      for (int64_t i = 0; i < blocks; ++i)
+        for (int64_t part = 0; part < block; part += 32) {
+          const __m256i pairs = _mm256_maddubs_epi16(bytes, load(to + i * block + part));
+          __m256i& sums = starts[r * runs + i / run_blocks];
+          sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, ones));
+        }
+    }
+    const __m256i factor = _mm256_set1_epi32(weight.zero_point ? -1 : -weight.zero(0, 0, steps));
+    for (__m256i& sums : starts) sums = _mm256_mullo_epi32(sums, factor);
+  }
+
+  // Whether a half of a block may be in another group than the other half.
+  bool has_halves() const { return weight.levels && weight.G > 1 && weight.group_size % 64 != 0; }
+
+  // sums[r][n] = sum_k(x[r, k] * w[n0 + n, k]) for n < count. `scales` has room for [WIDTH, G].
+  template <int ROWS>
+  void multiply(int64_t n0, int64_t count, float* scales, float (&sums)[ROWS][WIDTH]) const {
+    weight.fetch_scales(n0 + WIDTH, WIDTH);
+    weight.load_scales(n0, count, scales);
+    if (weight.zero_point)
+      multiply<ROWS, true>(n0, count, scales, sums);
+    else
+      multiply<ROWS, false>(n0, count, scales, sums);
+  }
+
+ private:
+  static __m256i load(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
+
+  static __m256i add(__m256i sums, __m256i pairs) {
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+
+  template <int ROWS, bool ASYMMETRIC>
+  void multiply(int64_t n0, int64_t count, const float* scales, float (&sums)[ROWS][WIDTH]) const {
+    if (has_halves())
+      multiply<ROWS, ASYMMETRIC, 4, true>(n0, count, scales, sums);
+    else if (weight.levels)
+      multiply<ROWS, ASYMMETRIC, 4, false>(n0, count, scales, sums);
+    else
+      multiply<ROWS, ASYMMETRIC, 8, false>(n0, count, scales, sums);
+  }
+
+  template <int ROWS, bool ASYMMETRIC, int BITS, bool HALVES>
+  void multiply(int64_t n0, int64_t count, const float* scales, float (&sums)[ROWS][WIDTH]) const {
+    constexpr int CHANNELS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;  // whose sums are in registers
+    const int64_t G = weight.G, row_bytes = weight.row_bytes(), whole = row_bytes / 32;
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int64_t n = 0; n < count; n += CHANNELS) {
+      int64_t channel[CHANNELS];
+      const uint8_t* w[CHANNELS];
+      __m256 totals[ROWS][CHANNELS] = {};
+      for (int c = 0; c < CHANNELS; ++c) {
+        channel[c] = std::min(n + c, count - 1);
+        w[c] = weight.codes + (n0 + channel[c]) * row_bytes;
+      }
+      for (int64_t run = 0; run < runs; ++run) {
+        const int64_t first = HALVES ? run * 64 / weight.group_size : run;
+        const int64_t second = HALVES ? std::min((run * 64 + 32) / weight.group_size, G - 1) : run;
+        __m256i part[ROWS][CHANNELS];
+#pragma GCC unroll 4
+        for (int c = 0; c < CHANNELS; ++c) {
+#pragma GCC unroll 4
+          for (int r = 0; r < ROWS; ++r) part[r][c] = starts[r * runs + run];
+          if constexpr (ASYMMETRIC) {
+            const int64_t at = (n0 + channel[c]) * G;
+            const int of_first = weight.zero_point_at(at + first), of_second = weight.zero_point_at(at + second);
+            const __m256i zeros = _mm256_setr_m128i(_mm_set1_epi32(of_first), _mm_set1_epi32(of_second));
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; ++r) part[r][c] = _mm256_mullo_epi32(zeros, part[r][c]);
+          }
+        }
+        for (int64_t i = run * run_blocks; i < std::min(blocks, (run + 1) * run_blocks); ++i)
+#pragma GCC unroll 4
+          for (int c = 0; c < CHANNELS; ++c) {
+            const uint8_t* from = w[c] + i * 32;
+            __m256i codes;
+            if (i < whole) {
+              fetch(reinterpret_cast<const int8_t*>(from) + CHANNELS * row_bytes);
+              codes = load(from);
+            } else {
+              alignas(32) uint8_t last[32] = {};
+              std::memcpy(last, from, row_bytes - i * 32);
+              codes = load(last);
+            }
+            if constexpr (BITS == 4) {
+              const __m256i second_codes = _mm256_and_si256(codes, low);
+              const __m256i first_codes = _mm256_and_si256(_mm256_srli_epi16(codes, 4), low);
+#pragma GCC unroll 4
+              for (int r = 0; r < ROWS; ++r) {
+                const int8_t* row = x.data() + (r * blocks + i) * 64;
+                part[r][c] = add(part[r][c], _mm256_add_epi16(_mm256_maddubs_epi16(first_codes, load(row)),
+                                                              _mm256_maddubs_epi16(second_codes, load(row + 32))));
+              }
+            } else {
+              const __m256i sizes = _mm256_abs_epi8(codes);
+#pragma GCC unroll 4
+              for (int r = 0; r < ROWS; ++r) {
+                const __m256i row = load(x.data() + (r * blocks + i) * 32);
+                part[r][c] = add(part[r][c], _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(row, codes)));
+              }
+            }
+          }
+#pragma GCC unroll 4
+        for (int c = 0; c < CHANNELS; ++c) {
+          const float* scale = scales + channel[c] * G;
+          const __m256 both = HALVES ? _mm256_setr_m128(_mm_set1_ps(scale[first]), _mm_set1_ps(scale[second]))
+                                     : _mm256_set1_ps(scale[first]);
+#pragma GCC unroll 4
+          for (int r = 0; r < ROWS; ++r) totals[r][c] += _mm256_cvtepi32_ps(part[r][c]) * both;
+        }
+      }
+      for (int c = 0; c < CHANNELS; ++c)
+        for (int r = 0; r < ROWS; ++r) {
+          float sum = 0;
+          for (int lane = 0; lane < 8; ++lane) sum += totals[r][c][lane];
+          sums[r][channel[c]] = sum;
+        }
+    }
+  }
+#else
+  static constexpr bool EXISTS = false;
+#endif
+};
+
 }  // namespace int8fx

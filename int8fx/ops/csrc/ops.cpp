@@ -387,8 +387,11 @@ struct Weight {
     p.weight_only = weight_only(M, block);
     std::optional<Buffer> buffer;
     Quantized<T> q{};
-    if (!p.weight_only && quantizes) {
-      if (quantized != nullptr) {
+    bool few_codes = false;
+    if constexpr (std::is_same_v<P, GroupProduct<scalar_t>>)
+      few_codes = p.weight_only && !threshold.has_value() && p.takes_few_codes();
+    if (few_codes || (!p.weight_only && quantizes)) {
+      if (quantized != nullptr && !few_codes) {  // of few rows `quantize_rowwise` has none for this
         q = *quantized;
       } else {
         buffer.emplace(M * int64_t(sizeof(T)) + M * K + K);

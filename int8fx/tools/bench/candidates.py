@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import int8fx
-from int8fx.schemes import Scheme
+from int8fx.schemes import Scheme, of_bits
+from int8fx.schemes.formats import Grouping, absmax_scales, encode, split_groups
 from int8fx.schemes.quantize import DEFAULT_THRESHOLD, quantize_weight
 from int8fx.schemes.weight import Int8Weight
 
@@ -353,6 +354,84 @@ def _auto_round(layer: nn.Linear) -> Layer:
     return lambda x: kernels.woqgemm(x.float(), packed, bias, N, K, K, *options).to(x.dtype)
 
 
+GROUP = 128  # input channels with one scale, in the int4 weights of other libraries
+
+
+def _int4(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Codes ``[N, K]`` uint8, 8 for zero, and scales ``[N, K / GROUP]`` float32.
+
+    Raises:
+        ValueError: K is not a multiple of `GROUP`.
+    """
+    N, K = layer.weight.shape
+    if K % GROUP:
+        raise ValueError(f"K = {K} is not a multiple of {GROUP}")
+    grouping, weight = Grouping("int4_clip", GROUP), layer.weight.float()
+    scale = absmax_scales(weight, grouping).scale
+    return encode(split_groups(weight, grouping), scale.unsqueeze(-1), None, grouping).view(N, K), scale
+
+
+def _torch_int4(layer: nn.Linear) -> Layer:
+    codes, scale = _int4(layer)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    scales_and_zeros = torch.stack([scale.T, torch.zeros_like(scale.T)], -1).bfloat16().contiguous()
+    bias = layer.bias
+    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales_and_zeros) + bias
+
+
+def _auto_round_int4(compute: str) -> Callable[[nn.Linear], Layer]:
+    """The calls of auto-round's ``QuantLinear`` with int4 weights. It packs for all of the machine's threads."""
+
+    def convert(layer: nn.Linear) -> Layer:
+        import auto_round_kernel as kernels
+
+        codes, scale = _int4(layer)
+        N, K = codes.shape
+        options = (compute, "int4", "fp32", False)
+        packed = kernels.repack_quantized_weight(
+            (codes.to(torch.int8) - 8).t().contiguous(), scale.t().contiguous(), None, GROUP, *options
+        )
+        bias = layer.bias.float()
+        return lambda x: kernels.woqgemm(x.float(), packed, bias, N, K, GROUP, *options).to(x.dtype)
+
+    return convert
+
+
+def _onnxruntime_int4(layer: nn.Linear) -> Layer:
+    """onnxruntime's ``MatMulNBits`` with int8 activations (accuracy level 4)."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    codes, scale = _int4(layer)
+    N, K = codes.shape
+    pairs = codes.view(N, K // GROUP, GROUP // 2, 2)
+    constants = {"w": pairs[..., 0] | pairs[..., 1] << 4, "scale": scale.flatten(), "bias": layer.bias.float()}
+    node = helper.make_node(
+        "MatMulNBits", ["x", "w", "scale", "", "", "bias"], ["y"], domain="com.microsoft",
+        K=K, N=N, bits=4, block_size=GROUP, accuracy_level=4,
+    )  # fmt: skip
+    graph = helper.make_graph(
+        [node],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, K])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, N])],
+        [numpy_helper.from_array(value.numpy(), name) for name, value in constants.items()],
+    )
+    domains = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    session = _onnxruntime_session(helper.make_model(graph, opset_imports=domains, ir_version=9).SerializeToString())
+    return lambda x: session.run(None, {"x": x})
+
+
+def _linear_4bit(layer: nn.Linear) -> nn.Module:
+    """bitsandbytes' ``Linear4bit`` of nf4, in groups of 64."""
+    import bitsandbytes
+
+    N, K = layer.weight.shape
+    with torch.device("cpu"):  # moving it from there quantises it
+        quantised = bitsandbytes.nn.Linear4bit(K, N, compute_dtype=layer.weight.dtype, quant_type="nf4")
+    quantised.load_state_dict(layer.state_dict())
+    return quantised.to(layer.weight.device).eval()
+
+
 # ---- the candidates --------------------------------------------------------------------------------------------------
 
 INT8FX = Candidate("int8fx", _int8fx(int8fx.llm_int8()))
@@ -379,6 +458,11 @@ ONNXRUNTIME = Candidate(
 ONNXRUNTIME_ENCODER = replace(ONNXRUNTIME, convert=_onnxruntime_encoder, compiles_models=False)
 AUTO_ROUND = Candidate("auto-round kernels", _auto_round, needs=("auto_round_kernel",))
 
+TORCH_INT4 = Candidate("torch int4pack", _torch_int4)
+ONNXRUNTIME_INT4 = replace(ONNXRUNTIME, name="onnxruntime MatMulNBits, float32", convert=_onnxruntime_int4)
+AUTO_ROUND_INT4 = replace(AUTO_ROUND, name="auto-round int4", convert=_auto_round_int4("int8"))
+BITSANDBYTES_NF4 = Candidate("bitsandbytes nf4", _each_linear(_linear_4bit), needs=("bitsandbytes",))
+
 ANYWHERE = (BITSANDBYTES, TORCHAO_DYNAMIC, TORCHAO_WEIGHT_ONLY)  # peers on CPUs and GPUs
 ON_CPUS = (BFLOAT16_FROZEN, *ANYWHERE, TORCHAO_FROZEN, ZENTORCH, QUANTIZE_DYNAMIC)
 FOR_LAYERS = (INT8FX, FLOAT32, BFLOAT16, *ON_CPUS, ONNXRUNTIME, AUTO_ROUND)
@@ -398,3 +482,19 @@ FOR_OVERHEAD = (
 def of_scheme(scheme: Scheme) -> Candidate:
     """int8fx under ``scheme``, whose text form is the candidate's name."""
     return Candidate(str(scheme), _int8fx(scheme))
+
+
+WEIGHT_ONLY = of_scheme(int8fx.weight_only(compute="int8"))
+FOR_WEIGHTS = (
+    WEIGHT_ONLY,
+    of_scheme(int8fx.weight_only("int8", 128, compute="int8")),
+    of_scheme(of_bits(4)),
+    of_scheme(int8fx.weight_only("int4_clip", 128, compute="int8")),
+    of_scheme(int8fx.weight_only("int4_clip", 128)),
+    of_scheme(int8fx.weight_only("nf4", 64)),
+    BFLOAT16,
+    TORCH_INT4,
+    AUTO_ROUND_INT4,
+    ONNXRUNTIME_INT4,
+    BITSANDBYTES_NF4,
+)

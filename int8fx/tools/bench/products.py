@@ -19,6 +19,7 @@ from .candidates import (
     FOR_FALLBACK,
     FOR_LAYERS,
     FOR_OVERHEAD,
+    FOR_WEIGHTS,
     INT8FX,
     Candidate,
     Layer,
@@ -101,6 +102,13 @@ def schemes(settings: Settings) -> Iterator[Case]:
     shapes, rows = settings.sizes(SIZES, QUICK_SIZES)
     for N, K in shapes:
         yield from compare(settings, "schemes", N, K, rows, SCHEMES)
+
+
+def weights(settings: Settings) -> Iterator[Case]:
+    """Weights of 8 and 4 bits, in groups, compared with int8 and one scale per output channel."""
+    shapes, rows = settings.sizes(SIZES, QUICK_SIZES)
+    for N, K in shapes:
+        yield from compare(settings, "weights", N, K, rows, FOR_WEIGHTS)
 
 
 def scaling(settings: Settings) -> Iterator[Case]:

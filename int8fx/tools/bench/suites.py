@@ -45,6 +45,11 @@ SUITES = {
         f"Schemes: ms, and as multiples of llm_int8's time; {_TIMES}",
         products.schemes,
     ),
+    "weights": Suite(
+        "weights of 8 and 4 bits in groups, and other libraries' int4",
+        f"Weight-only: ms, and as multiples of int8's time; {_TIMES}",
+        products.weights,
+    ),
     "overhead": Suite(
         "time of a call in addition to that of F.linear",
         f"Overhead of a call: us, and difference to F.linear; {_TIMES}",
