@@ -173,7 +173,7 @@ def quantize_groups(weight: Tensor, grouping: Grouping) -> GroupCodes:
     codes = codes.flatten(1)[:, :K]
     one = grouping.size is None
     return GroupCodes(
-        codes.to(torch.int8) if spec.bits == 8 else _pack(codes.to(torch.uint8)),
+        codes.to(torch.int8) if spec.bits == 8 else pack(codes.to(torch.uint8)),
         stored.squeeze(1) if one else stored,
         None if zero_point is None else _store_zero_point(zero_point.squeeze(1) if one else zero_point, spec),
         scale_range,
@@ -261,7 +261,7 @@ def _nearest_level(steps: Tensor, spec: Format) -> Tensor:
     return torch.tensor(codes, device=steps.device)[torch.bucketize(steps, steps.new_tensor(middles))]
 
 
-def _pack(codes: Tensor) -> Tensor:
+def pack(codes: Tensor) -> Tensor:
     """``[R, K]`` codes of 4 bits as ``[R, ceil(K / 2)]`` bytes, the first of two in the upper half; 0 after odd K."""
     codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
     return codes[..., ::2] << 4 | codes[..., 1::2]
