@@ -250,7 +250,7 @@ def group_codes(codes: Tensor, scales: GroupScales, grouping: Grouping) -> Group
     spec, one = FORMATS[grouping.format], grouping.size is None
     zero = None if scales.zero is None else scales.zero.to(torch.int8 if spec.bits == 8 else torch.uint8)
     return GroupCodes(
-        codes if spec.bits == 8 else _pack(codes),
+        codes if spec.bits == 8 else pack(codes),
         scales.stored.squeeze(1) if one else scales.stored,
         zero.squeeze(1) if one and zero is not None else zero,
         scales.scale_range,
@@ -323,7 +323,7 @@ def _nearest_level(steps: Tensor, spec: Format) -> Tensor:
     return torch.tensor(codes, device=steps.device)[torch.bucketize(steps, steps.new_tensor(middles))]
 
 
-def _pack(codes: Tensor) -> Tensor:
+def pack(codes: Tensor) -> Tensor:
     """``[R, K]`` codes of 4 bits as ``[R, ceil(K / 2)]`` bytes, the first of two in the upper half; 0 after odd K."""
     codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
     return codes[..., ::2] << 4 | codes[..., 1::2]

@@ -119,18 +119,31 @@ def _demo(args: argparse.Namespace) -> int:
 def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "convert",
-        help="quantise a transformers model in a folder, and write it to another folder",
-        description="Exit code 0: DST is complete. 1: refused, and DST is what it was. 2: wrong options.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="quantise a transformers model in a folder, or take over its GPTQ, AWQ or GGUF weights, and write it to "
+        "another folder",
+        description="Codes of GPTQ, AWQ and GGUF (Q4_0, Q8_0) are taken over as they are. Exit code 0: DST is "
+        "complete. 1: refused, and DST is what it was. 2: wrong options.",
     )
-    parser.add_argument("source", metavar="SRC", type=Path, help="the folder of a float model")
+    parser.add_argument(
+        "source", metavar="SRC", type=Path, help="the folder of a float, GPTQ or AWQ model, or a GGUF file"
+    )
     parser.add_argument("target", metavar="DST", type=Path, help="the folder to write")
     scheme = parser.add_mutually_exclusive_group()
-    scheme.add_argument("--scheme", default="llm_int8", help="as in Python: rotated, llm_int8(threshold=5)")
+    scheme.add_argument(
+        "--scheme", help="as in Python: rotated, llm_int8(threshold=5); by default llm_int8 for a float model"
+    )
     scheme.add_argument("--bits", type=int, choices=(4, 8), help="of the weights, in place of a scheme")
     parser.add_argument("--skip", nargs="+", default=[], metavar="PATTERN", help="layers that stay in 16 bits")
     parser.add_argument("--select", nargs="+", metavar="PATTERN", help="the layers to convert")
-    parser.add_argument("--max-shard-size", default="5GB", help="the largest file")
+    parser.add_argument(
+        "--compute", choices=("fp32", "int8"), help="how to multiply by codes of GPTQ, AWQ or GGUF; by default fp32"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of what is not packed; by default that of SRC, float32 for a GGUF file",
+    )
+    parser.add_argument("--max-shard-size", default="5GB", help="of the largest file; by default 5GB")
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     parser.add_argument("--json", action="store_true", help="print what DST holds as JSON")
     parser.set_defaults(run=_convert, error=parser.error)
@@ -138,21 +151,34 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 def _convert(args: argparse.Namespace) -> int:
     try:
-        scheme = parse_scheme(args.scheme) if args.bits is None else of_bits(args.bits)
+        scheme = of_bits(args.bits) if args.bits is not None else args.scheme and parse_scheme(args.scheme)
     except ValueError as error:
         args.error(str(error))
     if _lacks("convert", "transformers", CONVERT_NEEDS):
         return 1
+    import torch
+
     from ..integrations.transformers import Int8FxConfig
     from .checkpoint import CheckpointError, convert_checkpoint, read_contents
 
+    def note(text: str) -> None:
+        print(f"int8fx convert: {text}", file=sys.stderr)
+
     try:
-        config = Int8FxConfig(scheme, args.skip, args.select)
-        shard = args.max_shard_size
-        convert_checkpoint(args.source, args.target, config, max_shard_size=shard, overwrite=args.overwrite)
+        config = Int8FxConfig(scheme, args.skip, args.select) if scheme or args.skip or args.select else None
+        convert_checkpoint(
+            args.source,
+            args.target,
+            config,
+            compute=args.compute,
+            dtype=getattr(torch, args.dtype) if args.dtype else "auto",
+            max_shard_size=args.max_shard_size,
+            overwrite=args.overwrite,
+            note=note,
+        )
         contents = read_contents(args.target)
     except (CheckpointError, OSError) as error:
-        print(f"int8fx convert: {error}", file=sys.stderr)
+        note(str(error))
         return 1
     print(contents.to_json() if args.json else contents)
     return 0
