@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..schemes.calibration import Calibration
 
-_ABSMAX, _MOMENTS = "absmax.", "moments."
-
 
 class CalibrationFolder:
-    """A folder with a file for each stage that is measured: ``0000.safetensors``, ``0001.safetensors`` ...
+    """A folder with a file for each stage that is measured: ``0000.pt``, ``0001.pt`` ...
 
-    A file has the tensors ``absmax.<layer>`` and ``moments.<layer>``, and in its metadata the rows of each layer and
-    the `fingerprint` of model and data. It is written whole or not at all. If a layer is in several files, because the
-    model runs it in several stages, the last one has all its rows.
+    A file of ``torch.save`` has the fields of a `Calibration`, and the `fingerprint` of model and data. It is written
+    whole or not at all. If a layer is in several files, because the model runs it in several stages, the last one has
+    all its rows.
 
     Raises:
         ValueError: the folder holds the calibration of another model or other data, or a file cannot be read.
@@ -42,26 +38,24 @@ class CalibrationFolder:
             self.stages += 1
 
     def _file(self, stage: int) -> Path:
-        return self.path / f"{stage:04d}.safetensors"
+        return self.path / f"{stage:04d}.pt"
 
     def _read(self, file: Path) -> None:
         try:
-            with safe_open(file, framework="pt") as opened:
-                about = opened.metadata() or {}
-                rows = json.loads(about["rows"])
-                absmax = {name: opened.get_tensor(_ABSMAX + name) for name in rows}
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            stored = _open(file)
+            rows, absmax, moments, found = (stored[key] for key in ("rows", "absmax", "moments", "fingerprint"))
+        except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError, OSError) as error:
             raise ValueError(
                 f"int8fx.calibrate: {file} cannot be read: {error}; legal: a folder that calibrate wrote, or a new one"
             ) from error
-        if about.get("fingerprint") != self.fingerprint:
+        if found != self.fingerprint:
             raise ValueError(
                 f"int8fx.calibrate: {file} was measured on another model, other data or with other arguments; legal: "
                 "the same ones, or another folder"
             )
         self.rows.update(rows)
         self.absmax.update(absmax)
-        self._file_of.update(dict.fromkeys(rows, file))
+        self._file_of.update(dict.fromkeys(moments, file))
 
     def write(self, stage: int, part: Calibration) -> None:
         """Writes what was measured in ``stage``, together with what earlier stages measured of the same layers."""
@@ -70,39 +64,37 @@ class CalibrationFolder:
             part.absmax[name] = torch.maximum(part.absmax[name], self.absmax[name])
             if name in part.moments:
                 part.moments[name] = part.moments[name] + self.moments[name]
-        tensors = {_ABSMAX + name: tensor for name, tensor in part.absmax.items()}
-        tensors.update({_MOMENTS + name: tensor for name, tensor in part.moments.items()})
         file, partial = self._file(stage), self.path / f".{stage:04d}.partial"
-        about = {"rows": json.dumps(part.rows), "fingerprint": self.fingerprint}
-        save_file(tensors, partial, about)
+        fields = {"rows": part.rows, "absmax": part.absmax, "moments": dict(part.moments)}
+        torch.save({**fields, "fingerprint": self.fingerprint}, partial)
         os.replace(partial, file)
         self._read(file)
         self.stages = stage + 1
 
     @property
     def moments(self) -> Mapping[str, Tensor]:
-        return Moments(self._file_of)
+        return Moments(dict(self._file_of))
 
 
 class Moments(Mapping[str, Tensor]):
     """Layer name -> its moments, read from a file whenever they are asked for."""
 
     def __init__(self, file_of: Mapping[str, Path]) -> None:
-        self._file_of = {}
-        for file in dict.fromkeys(file_of.values()):
-            with safe_open(file, framework="pt") as opened:
-                names = {key.removeprefix(_MOMENTS) for key in opened.keys() if key.startswith(_MOMENTS)}  # noqa: SIM118
-            self._file_of.update({name: file for name, f in file_of.items() if f == file and name in names})
+        self._file_of = file_of
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._file_of[name], framework="pt") as opened:
-            return opened.get_tensor(_MOMENTS + name)
+        return _open(self._file_of[name])["moments"][name].clone()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 
     def __len__(self) -> int:
         return len(self._file_of)
+
+
+def _open(file: Path) -> dict[str, Any]:
+    """The contents of a file; tensors are read when they are used."""
+    return torch.load(file, mmap=True, weights_only=True)
 
 
 def fingerprint(model: nn.Module, batches: Iterable[Any], moments: bool) -> str:

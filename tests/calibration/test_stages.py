@@ -85,7 +85,7 @@ def test_it_goes_on_after_the_last_block_that_was_written(tmp_path, monkeypatch,
             calibrate(model, data, moments=True, folder=tmp_path, progress=False)
     assert threading.active_count() == before
     assert not any(m._forward_pre_hooks for m in model.modules())
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["0000.safetensors", "0001.safetensors"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["0000.pt", "0001.pt"]
     times = {f: f.stat().st_mtime_ns for f in tmp_path.iterdir()}
     assert_same(expected, calibrate(model, data, moments=True, folder=tmp_path, progress=False))
     assert {f: f.stat().st_mtime_ns for f in times} == times
@@ -95,15 +95,15 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     model, data = model_and_data(1, 2)
     calibrate(model, data, folder=tmp_path / "a", progress=False)
     for other in ([*data, data[0]], [data[0] + 1, data[1]]):
-        with pytest.raises(ValueError, match=r"0000\.safetensors was measured on another model, other data"):
+        with pytest.raises(ValueError, match=r"0000\.pt was measured on another model, other data"):
             calibrate(model, other, folder=tmp_path / "a", progress=False)
     with torch.no_grad():
         model.first.weight[0, 0] += 1
     with pytest.raises(ValueError, match="another model"):
         calibrate(model, data, folder=tmp_path / "a", progress=False)
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "0000.safetensors").write_bytes(b"no such file")
-    with pytest.raises(ValueError, match=r"0000\.safetensors cannot be read: .*; legal: a folder that calibrate wrote"):
+    (tmp_path / "b" / "0000.pt").write_bytes(b"no such file")
+    with pytest.raises(ValueError, match=r"0000\.pt cannot be read: .*; legal: a folder that calibrate wrote"):
         calibrate(model, data, folder=tmp_path / "b", progress=False)
 
 
