@@ -63,7 +63,7 @@ class CalibrationFolder:
             part.rows[name] += self.rows[name]
             part.absmax[name] = torch.maximum(part.absmax[name], self.absmax[name])
             if name in part.moments:
-                part.moments[name] = part.moments[name] + self.moments[name]
+                part.moments = {**part.moments, name: part.moments[name] + self.moments[name]}
         file, partial = self._file(stage), self.path / f".{stage:04d}.partial"
         fields = {"rows": part.rows, "absmax": part.absmax, "moments": dict(part.moments)}
         torch.save({**fields, "fingerprint": self.fingerprint}, partial)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from torch import nn
@@ -18,7 +18,8 @@ class _Batch(threading.Thread):
 
     def __init__(self, call: Callable[[], object]) -> None:
         super().__init__(daemon=True)
-        self.call, self.error, self.done, self.stopped = call, None, False, False  # type: ignore[var-annotated]
+        self.call, self.done, self.stopped = call, False, False
+        self.error: BaseException | None = None
         self._go, self._waits = threading.Semaphore(0), threading.Semaphore(0)
         self.start()
 
@@ -55,7 +56,7 @@ class _Batch(threading.Thread):
         self.join()
 
 
-def stages(model: nn.Module, calls: Sequence[Callable[[], object]]) -> Iterator[int]:
+def stages(model: nn.Module, calls: Sequence[Callable[[], object]]) -> Generator[int, None, None]:
     """Runs ``calls``, each of which runs ``model`` on a batch, and yields 0, 1 ... when all have come as far.
 
     Stage 0 is what comes before the first of `blocks_of` the model, stage i the part up to the block after. Between two

@@ -85,8 +85,14 @@ def round_weight(
         errors = rounded.double() - values.double()
         columns_weight = weight[..., columns].double() + (errors @ correction.T).view(*lead, len(columns))
         columns_weight = columns_weight.to(weight.dtype)
-    codes, scale, zero_point, scale_range = (t if t is None else t.view(*lead, *t.shape[1:]) for t in packed)
-    return PackedTensors(codes, scale, columns, columns_weight, zero_point, scale_range)
+
+    def of_experts(t: Tensor) -> Tensor:
+        return t.view(*lead, *t.shape[1:])
+
+    zero_point, scale_range = (None if t is None else of_experts(t) for t in packed[2:])
+    return PackedTensors(
+        of_experts(packed.codes), of_experts(packed.scale), columns, columns_weight, zero_point, scale_range
+    )
 
 
 def _of_columns(scales: GroupScales, K: int, grouping: Grouping) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,7 @@ from int8fx.tools.bench.settings import Settings
 from int8fx.tools.bench.suites import SUITES
 from int8fx.tools.bench.timing import Measured
 
-N, K = 96, 64
+N, K = 96, 128
 SETTINGS = Settings(rounds=2, shapes=((N, K),), rows=(8, 16))  # more rows than need cold weights
 
 
