@@ -75,13 +75,15 @@ def _squares(layer: Layer) -> Tensor:
 
 
 def _pack(weight: Tensor, scheme: Scheme, columns: Tensor | None, moments: Tensor | None) -> PackedTensors:
-    """The packed tensors of ``weight``. It is fake or on meta if the scheme needs moments and there are none."""
+    """The packed tensors of ``weight``; moments as `Quantizer._moments_of` returns them."""
     choose: ChooseScales = absmax_scales
     if scheme.scales == "hqq":
         choose = hqq_scales
-    elif scheme.scales == "search" and moments is not None:
+    elif scheme.scales == "search":
+        assert moments is not None
         choose = partial(searched_scales, moments=moments)
-    if scheme.rounding == "gptq" and moments is not None:
+    if scheme.rounding == "gptq":
+        assert moments is not None
         return round_weight(weight, scheme.grouping, moments, scheme.rotation, columns, choose)
     return pack_weight(weight, scheme.grouping, scheme.rotation, columns, choose)
 
@@ -137,9 +139,13 @@ class Quantizer:
         with torch.inference_mode(False), torch.no_grad(), detect_fake_mode(weight) or nullcontext() as fake:
             count = scheme.static_columns(weight.shape[-1])
             columns = self.columns.choose(tied, count) if count else None
-            moments = None if fake is not None or weight.is_meta else self._moments_of(tied[0])
+            has_values = fake is None and not weight.is_meta
+            moments = self._moments_of(tied[0]) if has_values else None
             try:
-                tensors = _pack(weight, scheme, columns, moments)
+                if not has_values:  # only the form of the tensors counts
+                    tensors = pack_weight(weight, scheme.grouping, scheme.rotation, columns)
+                else:
+                    tensors = _pack(weight, scheme, columns, moments)
             except ValueError as error:
                 raise ValueError(f"int8fx.convert: layer {tied[0].name!r}: {error}") from None
             tensors = tensors._replace(codes=frozen(tensors.codes))
