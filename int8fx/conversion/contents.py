@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -66,7 +66,7 @@ def _state(codes: Tensor) -> tuple[int | None, int]:
 
 
 def read_of(codes: Tensor) -> Read | None:
-    """What `codes` held when they were read, if torch knows of no write since."""
+    """What ``codes`` held when they were read, if torch knows of no write since."""
     read = codes.__dict__.get(READ)
     return read if read is not None and read[:2] == _state(codes) else None
 
@@ -83,21 +83,30 @@ def follow(codes: Tensor, read: Read) -> bool:
     return True
 
 
-class Checked(dict[str, tuple[Tensor | None, Read]]):
-    """Name of a packed weight -> its format tensor, and the `Read` of its codes, when both were last accepted.
+_UNREAD: Read = (None, -1, 0)
+"""A `Read` that no tensor has."""
+
+Accepted = tuple[Any, Read, int | None, int]
+"""``(format, read, version, address)``: a format tensor, the `Read` of codes, and two of its parts, which each call
+compares."""
+
+
+class Checked(dict[str, Accepted]):
+    """Name of a packed weight -> its format tensor and its codes when both were last accepted.
 
     A copy is empty: its tensors are others.
     """
+
+    def accept(self, name: str, form: Tensor | None, codes: Tensor) -> None:
+        read = codes.__dict__.get(READ, _UNREAD)
+        self[name] = form, read, read[0], read[1]
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return type(self), ()
 
 
-UNREAD: Read = (None, -1, 0)
-"""A `Read` that no tensor has."""
-
-UNCHECKED: tuple[Any, Read] = ((), UNREAD)
-"""For a weight that is not in `Checked`: a format and a `Read` that no tensor has."""
+UNCHECKED: Accepted = ((), _UNREAD, *_UNREAD[:2])
+"""For a weight that is not in `Checked`: what no tensors have."""
 
 
 # ---- codes and scales that belong together ---------------------------------------------------------------------------
@@ -106,13 +115,13 @@ UNCHECKED: tuple[Any, Read] = ((), UNREAD)
 class _Scale:
     """The scale of packed weights of this process, by its digest and the shape of the codes."""
 
-    known: WeakValueDictionary[tuple, _Scale] = WeakValueDictionary()
+    known: ClassVar[WeakValueDictionary[tuple, _Scale]] = WeakValueDictionary()
 
 
 class _Pair:
     """Codes and scale of a packed weight of this process, by their digests and the shape of the codes."""
 
-    known: WeakValueDictionary[tuple, _Pair] = WeakValueDictionary()
+    known: ClassVar[WeakValueDictionary[tuple, _Pair]] = WeakValueDictionary()
 
     def __init__(self, scale: _Scale) -> None:
         self.scale = scale
@@ -141,7 +150,7 @@ class Contents:
             self.digests = self._pair = None
 
     def accepts(self, codes: Tensor, scale: Tensor) -> bool:
-        """False if the scale is known to belong to other codes only. Otherwise takes both. To be asked where `may_read`.
+        """False if the scale is known to belong to other codes only; else takes both. To be asked where `may_read`.
 
         It is known if it is the one from before, or that of another packed weight of this process.
         """
@@ -162,7 +171,7 @@ class Contents:
     def writing(self, codes: Tensor, scale: Tensor, rows: range) -> Iterator[None]:
         """Takes both after a context that writes ``rows`` of them, counted through all experts, and nothing else.
 
-        They belong together before it. Only these rows are read.
+        They belong together before it. Only these rows of the codes are read.
         """
         known = self.digests
         if known is None or not (may_read(codes) and _are_plain(codes, scale)):
@@ -170,12 +179,10 @@ class Contents:
             self.take(codes, scale)
             return
         total = codes.shape[:-1].numel()
-        before = _part(codes, rows, total), _part(scale, rows, total)
+        before = _part(codes, rows, total)
         yield
-        after = _part(codes, rows, total), _part(scale, rows, total)
         codes.__dict__.pop(READ, None)
-        found = [_int64(k - b + a) for k, b, a in zip(known, before, after, strict=True)]
-        self._know(codes, scale, (found[0], found[1]))
+        self._know(codes, scale, (_int64(known[0] - before + _part(codes, rows, total)), digest(scale)))
 
     def _know(self, codes: Tensor, scale: Tensor, digests: tuple[int, int]) -> None:
         if read_of(codes) is None:

@@ -55,7 +55,7 @@ from ..schemes.weight import (
 )
 from .accelerate import OFFLOADED, refuse_partial_offload
 from .callers import is_called_in_trace
-from .contents import READ, UNCHECKED, UNREAD, Checked, Contents, follow, may_read
+from .contents import READ, UNCHECKED, Checked, Contents, follow, may_read
 from .format import FORMAT, format_tensor, read_scheme, same_arithmetic
 from .loading import (
     PLAIN_HOOKS,
@@ -372,17 +372,17 @@ class PackedModule(PackedState):
             if expected is not None:
                 self._assert_format(name, expected)
         else:
-            form, read = self._checked.get(name, UNCHECKED)
-            if buffers.get(name + FORMAT) is not form or (
+            form, read, written, address = self._checked.get(name, UNCHECKED)
+            replaced = buffers.get(name + FORMAT) is not form or (
                 codes is not None
                 and (
                     getattr(codes, READ, None) is not read
-                    or codes.data_ptr() != read[1]
-                    or (read[0] is not None and codes._version != read[0])
+                    or codes.data_ptr() != address
+                    or (written is not None and codes._version != written)
                 )
-            ):
-                if not self._is_gathered(name, codes):
-                    self._check_tensors(name)
+            )
+            if replaced and not self._is_gathered(name, codes):
+                self._check_tensors(name)
         reading, scale = self.packed_weights[name], buffers.get(name + SCALE)
         codes = getattr(self, name + CODES) if codes is None else codes
         if scale is None or scale.dtype is not reading.scale_dtype or codes.dtype is not reading.codes_dtype:
@@ -600,24 +600,24 @@ class PackedModule(PackedState):
             raise ValueError(f"int8fx: {unfit_count(self.label(name), scheme, codes.shape[-1], found)}")
         if not self._contents[name].accepts(codes, scale):
             raise ValueError(
-                f"int8fx: the codes and the scale of {self.label(name)} do not belong together: one of them was written "
-                "or replaced; legal: load_state_dict, a copy of buffers() and parameters(), or a write into "
+                f"int8fx: the codes and the scale of {self.label(name)} do not belong together: one was written or "
+                "replaced; legal: load_state_dict, a copy of buffers() and parameters(), or a write into "
                 f"module.{name}"
             )
         if values is form:
-            self._checked[name] = form, codes.__dict__.get(READ, UNREAD)
+            self._checked.accept(name, form, codes)
         seen = is_transformed() or not is_called_in_trace(stateless, "_functional_call")  # an assertion has no vmap
         return None if seen else bytes(values.tolist()).decode()
 
     def _is_gathered(self, name: str, codes: Tensor | None) -> bool:
         """Whether FSDP2 has gathered the codes of the weight ``name`` into other memory, which it does for each call,
         and nothing else has changed. A digest would make each call wait for the GPU."""
-        form, read = self._checked.get(name, UNCHECKED)
+        form, read = self._checked.get(name, UNCHECKED)[:2]
         if _TAKEN_BY_FSDP not in self.__dict__ or codes is None or self._buffers.get(name + FORMAT) is not form:
             return False
         if not follow(codes, read):
             return False
-        self._checked[name] = form, codes.__dict__[READ]
+        self._checked.accept(name, form, codes)
         return True
 
     def _assert_format(self, name: str, expected: str) -> None:

@@ -250,7 +250,7 @@ def test_an_average_of_models_that_were_converted_separately(use_buffers):
 
 
 def test_scales_of_few_channels_may_be_equal():
-    """Two layers of one channel with one absmax: both of other tensors, which come in unseen, as DDP broadcasts them."""
+    """Two layers of one channel and one absmax, whose tensors come in unseen, as DDP broadcasts them."""
     one, two = (int8fx.convert(nn.Linear(40, 1, bias=False)) for _ in range(2))
     codes = [torch.randint(-127, 128, (1, 40), dtype=torch.int8) for _ in range(2)]
     for layer, c in zip((one, two), codes, strict=True):
