@@ -55,7 +55,7 @@ from ..schemes.weight import (
 )
 from .accelerate import OFFLOADED, refuse_partial_offload
 from .callers import is_called_in_trace
-from .contents import UNCHECKED, Checked, Contents, may_read, version
+from .contents import READ, UNCHECKED, Checked, Contents, follow, may_read
 from .format import FORMAT, format_tensor, read_scheme, same_arithmetic
 from .loading import (
     PLAIN_HOOKS,
@@ -372,10 +372,16 @@ class PackedModule(PackedState):
             if expected is not None:
                 self._assert_format(name, expected)
         else:
-            form, written = self._checked.get(name, UNCHECKED)
-            if buffers.get(name + FORMAT) is not form or (
-                codes is not None and not codes.is_inference() and codes._version != written
-            ):
+            form, read, written, address = self._checked.get(name, UNCHECKED)
+            replaced = buffers.get(name + FORMAT) is not form or (
+                codes is not None
+                and (
+                    getattr(codes, READ, None) is not read
+                    or codes.data_ptr() != address
+                    or (written is not None and codes._version != written)
+                )
+            )
+            if replaced and not self._is_gathered(name, codes):
                 self._check_tensors(name)
         reading, scale = self.packed_weights[name], buffers.get(name + SCALE)
         codes = getattr(self, name + CODES) if codes is None else codes
@@ -462,28 +468,25 @@ class PackedModule(PackedState):
         )
         if not bool(weight.isfinite().all()):
             raise refused
+        self.packed(name)  # they belong together
         try:
             packed = pack_weight(weight, reading.scheme.grouping, reading.scheme.rotation, tensors.columns)
         except ValueError as error:
             raise ValueError(f"int8fx: a write into the packed weight {self.label(name)}: {error}") from None
         if not bool(packed.scale.isfinite().all()):
             raise refused
-        lead = tensors.codes.dim() - 1
-        for part in PER_CHANNEL:
-            tensor, value = getattr(tensors, part), getattr(packed, part)
-            if tensor is None:
-                continue
-            flat = tensor.reshape(-1, *tensor.shape[lead:])
-            flat[rows] = value.to(tensor.dtype)
-            if not tensor.is_contiguous():  # then ``flat`` is a copy
-                tensor.copy_(flat.view(tensor.shape))
-            if not tensor.is_inference():  # `PackedWeight` writes below autograd: a backward of before must notice
-                torch.autograd.graph.increment_version(tensor)
-        channels = tensors.codes.shape[:-1].numel()
-        if len(range(channels)[rows]) == channels:
-            self.take(name)
-        else:  # a digest of all codes for each row would be slow: the next call takes them
-            self._contents[name].digests = None
+        lead, channels = tensors.codes.dim() - 1, tensors.codes.shape[:-1].numel()
+        with self._contents[name].writing(tensors.codes, tensors.scale, range(channels)[rows]):
+            for part in PER_CHANNEL:
+                tensor, value = getattr(tensors, part), getattr(packed, part)
+                if tensor is None:
+                    continue
+                flat = tensor.reshape(-1, *tensor.shape[lead:])
+                flat[rows] = value.to(tensor.dtype)
+                if not tensor.is_contiguous():  # then ``flat`` is a copy
+                    tensor.copy_(flat.view(tensor.shape))
+                if not tensor.is_inference():  # `PackedWeight` writes below autograd: a backward of before must notice
+                    torch.autograd.graph.increment_version(tensor)
 
     def label(self, name: str) -> str:
         """The name of the packed weight ``name`` in messages."""
@@ -577,7 +580,7 @@ class PackedModule(PackedState):
 
     def _check_tensors(self, name: str) -> str | None:
         """Raises ValueError if the format of the weight ``name`` says that this module reads its tensors wrongly, or if
-        its codes were written and its scale was not.
+        its codes and its scale do not belong together.
 
         Tools that set tensors one by one, such as accelerate and ``torch.func.functional_call``, set formats too.
 
@@ -595,18 +598,27 @@ class PackedModule(PackedState):
         scheme, found = self.packed_weights[name].scheme, 0 if columns is None else columns.numel()
         if found != scheme.static_columns(codes.shape[-1]):  # a scheme with codes of 4 bits has none for any K
             raise ValueError(f"int8fx: {unfit_count(self.label(name), scheme, codes.shape[-1], found)}")
-        written, contents = version(self._parameters.get(name + CODES)), self._contents[name]
-        changed = contents.digests is None or written != self._checked.get(name, UNCHECKED)[1]
-        if changed and not contents.accepts(codes, scale):
+        if not self._contents[name].accepts(codes, scale):
             raise ValueError(
-                f"int8fx: the codes of {self.label(name)} were written, and its scale was not, so that they do not "
-                "belong together; legal: load_state_dict, a copy of buffers() and parameters(), or a write into "
+                f"int8fx: the codes and the scale of {self.label(name)} do not belong together: one was written or "
+                "replaced; legal: load_state_dict, a copy of buffers() and parameters(), or a write into "
                 f"module.{name}"
             )
         if values is form:
-            self._checked[name] = form, written
+            self._checked.accept(name, form, codes)
         seen = is_transformed() or not is_called_in_trace(stateless, "_functional_call")  # an assertion has no vmap
         return None if seen else bytes(values.tolist()).decode()
+
+    def _is_gathered(self, name: str, codes: Tensor | None) -> bool:
+        """Whether FSDP2 has gathered the codes of the weight ``name`` into other memory, which it does for each call,
+        and nothing else has changed. A digest would make each call wait for the GPU."""
+        form, read = self._checked.get(name, UNCHECKED)[:2]
+        if _TAKEN_BY_FSDP not in self.__dict__ or codes is None or self._buffers.get(name + FORMAT) is not form:
+            return False
+        if not follow(codes, read):
+            return False
+        self._checked.accept(name, form, codes)
+        return True
 
     def _assert_format(self, name: str, expected: str) -> None:
         """Makes the graph that is being captured raise RuntimeError if it is given another format than ``expected``."""
@@ -620,7 +632,7 @@ class PackedModule(PackedState):
         """The codes and the scale of the weight ``name`` belong together."""
         tensors = tensors_of(self, name)
         self._contents[name].take(tensors.codes, tensors.scale)
-        self._checked[name] = *UNCHECKED[:1], version(self._parameters.get(name + CODES))
+        self._checked.pop(name, None)
 
     # What `torch.compiler.assume_constant_result` sets, which would import the compiler here. A graph that is captured
     # does not hold the format then.
@@ -674,10 +686,7 @@ class PackedModule(PackedState):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         self._undo_cast()
-        before = dict(self._parameters)
         super()._apply(fn, recurse)
-        if any(self._parameters[key] is not tensor for key, tensor in before.items()):
-            self._checked.clear()  # versions of other tensors
         self.packed_weights = {
             name: replace(reading, dtype=fn(torch.empty(0, dtype=reading.dtype, device=codes.device)).dtype)
             for name, reading in self.packed_weights.items()

@@ -81,7 +81,11 @@ SCRIPT = """
     out["error"] = float((y - expected).norm() / expected.norm())
     if kind == "ddp":
         out["sent"] = sum(t.nbytes for t in sent)
+    from int8fx.conversion import contents
+    read, digest = [], contents.digest
+    contents.digest = lambda t: read.append(t.dtype) or digest(t)
     loss_of(wrapped).backward()
+    out["codes read again"] = read.count(torch.int8)
     if kind != "fsdp1 flat":
         square = torch.zeros(())
         for p in wrapped.parameters():
@@ -130,6 +134,7 @@ def test_outputs_and_gradients_are_those_of_one_process(kind, tmp_path):
     assert out["codes in the state"] == 14
     assert out["changed scales"] == []
     assert not out["changed outputs"]
+    assert out["codes read again"] == 0
     assert out["codes among buffers"] == (14 if "fsdp1" in kind else 0)  # FSDP1 broadcasts buffers
     if kind != "fsdp1 flat":
         assert abs(out["gradient"] - 1) < 1e-5
