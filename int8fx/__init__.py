@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import ops as ops
 from .calibration.calibrate import calibrate
+from .calibration.equalize import equalize
 from .calibration.plan import Plan, plan
 from .conversion.convert import convert
 from .conversion.packed import is_packed
@@ -30,6 +31,7 @@ __all__ = [
     "Scheme",
     "calibrate",
     "convert",
+    "equalize",
     "is_packed",
     "llm_int8",
     "plain",

@@ -168,8 +168,8 @@ def test_the_public_names():
 
     assert int8fx.__all__ == sorted(int8fx.__all__, key=lambda name: (name[0].islower(), name))
     assert set(int8fx.__all__) == {
-        "Calibration", "LLMInt8", "Plan", "Rotated", "Scheme", "calibrate", "convert", "is_packed",
-        "llm_int8", "plain", "plan", "reports", "rotated", "summary", "uninstall", "weight_only",
+        "Calibration", "LLMInt8", "Plan", "Rotated", "Scheme", "calibrate", "convert", "equalize",
+        "is_packed", "llm_int8", "plain", "plan", "reports", "rotated", "summary", "uninstall", "weight_only",
     }  # fmt: skip
     assert set(int8fx.__all__) <= set(dir(int8fx))
     with pytest.raises(AttributeError, match="module 'int8fx' has no attribute 'pack'"):

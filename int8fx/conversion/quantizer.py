@@ -74,14 +74,19 @@ def _squares(layer: Layer) -> Tensor:
     return layer.oriented().float().square().flatten(0, -2).sum(0)
 
 
+def scales_of(scheme: Scheme, moments: Tensor | None) -> ChooseScales:
+    """How groups get their scales and zero points. ``search`` needs the moments."""
+    if scheme.scales == "hqq":
+        return hqq_scales
+    if scheme.scales == "search":
+        assert moments is not None
+        return partial(searched_scales, moments=moments)
+    return absmax_scales
+
+
 def _pack(weight: Tensor, scheme: Scheme, columns: Tensor | None, moments: Tensor | None) -> PackedTensors:
     """The packed tensors of ``weight``; moments as `Quantizer._moments_of` returns them."""
-    choose: ChooseScales = absmax_scales
-    if scheme.scales == "hqq":
-        choose = hqq_scales
-    elif scheme.scales == "search":
-        assert moments is not None
-        choose = partial(searched_scales, moments=moments)
+    choose = scales_of(scheme, moments)
     if scheme.rounding == "gptq":
         assert moments is not None
         return round_weight(weight, scheme.grouping, moments, scheme.rotation, columns, choose)

@@ -181,7 +181,7 @@ def absmax_scales(weight: Tensor, grouping: Grouping) -> GroupScales:
         ValueError: the scale's dtype cannot hold a scale.
     """
     groups = split_groups(weight, grouping)
-    scales = store_scales(_scales(groups, grouping), grouping)
+    scales = store_scales(exact_scales(groups, grouping), grouping)
     if not grouping.asymmetric:
         return scales
     smallest, largest = code_range(grouping)
@@ -272,8 +272,8 @@ def quantize_groups(weight: Tensor, grouping: Grouping, choose: ChooseScales = a
     return group_codes(codes.flatten(1)[:, : weight.shape[1]], scales, grouping)
 
 
-def _scales(groups: Tensor, grouping: Grouping) -> Tensor:
-    """The scales ``[R, G]`` of groups ``[R, G, size]``, before they are rounded to their dtype."""
+def exact_scales(groups: Tensor, grouping: Grouping) -> Tensor:
+    """The scales ``[R, G]`` of `absmax_scales` for groups ``[R, G, size]``, before they are rounded to their dtype."""
     spec = FORMATS[grouping.format]
     if not groups.shape[-1]:
         return groups.new_zeros(groups.shape[:-1])

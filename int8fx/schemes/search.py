@@ -29,7 +29,7 @@ def searched_scales(weight: Tensor, grouping: Grouping, moments: Tensor) -> Grou
     """
     first = absmax_scales(weight, grouping)
     groups = split_groups(weight, grouping)
-    if not groups.numel():
+    if not weight.numel():
         return first
     H = _diagonal_blocks(moments.to(weight), groups.shape[-1])
     zero = None if first.zero is None else first.zero.unsqueeze(-1)
