@@ -315,7 +315,8 @@ def _scale_statistics(fold: Fold, s: Tensor, layers: Mapping[str, Layer], calibr
         name = layers[place.parameter].name if place.parameter in layers else None
         if name is not None:
             of_inputs, moments = s.double().cpu()[channels], calibration.moments[name]
-            calibration.moments[name] = (moments.double() / of_inputs / of_inputs[:, None]).to(moments)
+            scaled = (moments.double() / of_inputs / of_inputs[:, None]).to(moments)
+            calibration.moments = {**calibration.moments, name: scaled}
             if name in calibration.absmax:
                 absmax = calibration.absmax[name]
                 calibration.absmax[name] = (absmax.double() / of_inputs).to(absmax)
