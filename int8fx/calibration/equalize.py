@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -64,8 +64,9 @@ def equalize(
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: an unknown algorithm, a scheme with a rotation or unquantised columns, a model that is converted, in
-            training mode or that cannot be exported, no batches, no moments, moments that are not finite, a scale of a
-            group that its dtype cannot hold, or outputs of the first batch that change by more than rounding does.
+            training mode or that cannot be exported, no batches, no moments, moments that are not finite or not of the
+            layer's shape, a scale of a group that its dtype cannot hold, or outputs of the first batch that change by
+            more than rounding does.
     """
     _check(model, scheme, algorithm, calibration)
     batches = list(data)
@@ -85,7 +86,8 @@ def equalize(
             found.reasons.update({place.parameter: reason for place, _ in fold.consumers})
     if not folds:
         warnings.warn(f"int8fx.equalize: {_why_nothing(layers, found.reasons)}", stacklevel=2)
-    result = Calibration(dict(calibration.absmax), dict(calibration.rows), dict(calibration.moments))
+    moments = ScaledMoments(calibration.moments)
+    result = Calibration(dict(calibration.absmax), dict(calibration.rows), moments)
     before = _outputs(model, batches[0])
     bar = sys.stderr.isatty() if progress is None else progress
     originals: dict[str, Tensor] = {}
@@ -95,7 +97,7 @@ def equalize(
                 show_progress("equalizing", i, len(folds))
             s = _choose(fold, parameters, layers, result, scheme, algorithm)
             _apply(fold, s, parameters, originals)
-            _scale_statistics(fold, s, layers, result)
+            _scale_statistics(fold, s, layers, result, moments)
         if bar:
             show_progress("equalizing", len(folds), len(folds))
         _compare(before, _outputs(model, batches[0]), [parameters[name] for name in originals])
@@ -122,12 +124,6 @@ def _check(model: object, scheme: object, algorithm: object, calibration: object
         raise ValueError(
             "int8fx.equalize: the calibration has no moments; legal: int8fx.calibrate(model, data, moments=True)"
         )
-    for name, moments in calibration.moments.items() if calibration is not None else ():
-        if not moments.isfinite().all() or (moments.diagonal() < 0).any():
-            raise ValueError(
-                f"int8fx.equalize: the moments of layer {name!r} are not finite, or negative on the diagonal; legal: "
-                "x.T @ x"
-            )
     packed = next(packed_layers(model), None)
     if packed is not None:
         raise ValueError(f"int8fx.equalize: layer {packed.name!r} is converted already; legal: float weights")
@@ -241,8 +237,8 @@ def _choose(
     for place, channels in fold.consumers:
         if place.parameter in layers:
             name, weight = layers[place.parameter].name, parameters[place.parameter].detach()
-            moments = calibration.moments[name].to(device, dtype)
             weight = (weight if place.dim == 1 else weight.T).to(device, dtype)
+            moments = _checked(calibration.moments[name], name, weight.shape[1]).to(device, dtype)
             weights.append(ScaledWeight(weight, moments, channels.to(device)))
             mean_squares = moments.diagonal().double().cpu() / max(1, calibration.rows.get(name, 1))
             squares = squares.index_add(0, channels, mean_squares)
@@ -259,6 +255,16 @@ def _choose(
     except ValueError as error:
         names = ", ".join(repr(layers[p.parameter].name) for p, _ in fold.consumers if p.parameter in layers)
         raise ValueError(f"int8fx.equalize: layers {names}: {error}") from None
+
+
+def _checked(moments: Tensor, name: str, K: int) -> Tensor:
+    """``moments``. Raises ValueError, naming the layer, unless they can be those of its inputs."""
+    if moments.shape != (K, K) or not moments.isfinite().all() or (moments.diagonal() < 0).any():
+        raise ValueError(
+            f"int8fx.equalize: the moments {list(moments.shape)} of layer {name!r} are of another shape, not finite, "
+            f"or negative on the diagonal; legal: x.T @ x of its inputs, [{K}, {K}]"
+        )
+    return moments
 
 
 def _bounds(fold: Fold, parameters: Mapping[str, Tensor], absmax: Tensor) -> tuple[Tensor, Tensor]:
@@ -309,14 +315,38 @@ def _restore(parameters: Mapping[str, Tensor], originals: Mapping[str, Tensor]) 
             parameters[name].copy_(original)
 
 
-def _scale_statistics(fold: Fold, s: Tensor, layers: Mapping[str, Layer], calibration: Calibration) -> None:
+class ScaledMoments(Mapping[str, Tensor]):
+    """Moments ``H / (s s^T)`` of inputs that were divided by s. They are computed when they are asked for.
+
+    Args:
+        moments: layer name -> ``H [K, K]``, in memory or in a folder.
+    """
+
+    def __init__(self, moments: Mapping[str, Tensor]) -> None:
+        self._moments = moments
+        self.scales: dict[str, Tensor] = {}
+        """Layer name -> ``s [K]``, float64. Layers without an entry have s = 1."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        moments, s = self._moments[name], self.scales.get(name)
+        return moments if s is None else (moments.double() / s / s[:, None]).to(moments.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._moments)
+
+    def __len__(self) -> int:
+        return len(self._moments)
+
+
+def _scale_statistics(
+    fold: Fold, s: Tensor, layers: Mapping[str, Layer], calibration: Calibration, moments: ScaledMoments
+) -> None:
     """The statistics of the consumers' inputs, which are divided by s. Tensors are replaced, not written to."""
     for place, channels in fold.consumers:
         name = layers[place.parameter].name if place.parameter in layers else None
         if name is not None:
-            of_inputs, moments = s.double().cpu()[channels], calibration.moments[name]
-            scaled = (moments.double() / of_inputs / of_inputs[:, None]).to(moments)
-            calibration.moments = {**calibration.moments, name: scaled}
+            of_inputs = s.double().cpu()[channels]
+            moments.scales[name] = moments.scales.get(name, 1) * of_inputs
             if name in calibration.absmax:
                 absmax = calibration.absmax[name]
                 calibration.absmax[name] = (absmax.double() / of_inputs).to(absmax)

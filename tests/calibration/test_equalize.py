@@ -127,6 +127,21 @@ def test_the_calibration_is_that_of_the_scaled_model():
     assert returned.rows == given.rows
 
 
+def test_moments_may_lie_in_a_folder(tmp_path):
+    """And what is returned can be saved, and reads them from there."""
+    model, data = block()
+    twin = copy.deepcopy(model)
+    expected = equalize(twin, data, INT4)
+    returned = equalize(
+        model, data, INT4, calibration=calibrate(model, data, moments=True, folder=tmp_path / "statistics")
+    )
+    assert_unchanged(model, parameters(twin))
+    torch.save(returned, tmp_path / "calibration")
+    for calibration in (returned, torch.load(tmp_path / "calibration", weights_only=False)):
+        assert calibration.moments.keys() == expected.moments.keys()
+        assert all(torch.equal(moments, expected.moments[name]) for name, moments in calibration.moments.items())
+
+
 def test_the_folds_of_a_model():
     model, data = block()
     found = module._find(model, data[0], module._own_parameters(model))
@@ -283,8 +298,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict, str]] = {
     "one module in training": (lambda: (m := block()[0], m.norm.train())[0], {}, "module 'norm' is in training mode"),
     "no moments": (lambda: block()[0], {"calibration": Calibration()}, "no moments; legal: int8fx.calibrate"),
     "moments": (
-        lambda: block()[0], {"calibration": Calibration(moments={"q": torch.full((K, K), torch.nan)})},
-        "moments of layer 'q' are not finite",
+        lambda: block()[0], {"calibration": Calibration(moments=dict.fromkeys("qkv", torch.full((K, K), torch.nan)))},
+        r"the moments \[48, 48\] of layer 'q' are of another shape, not finite",
+    ),
+    "moments of another model": (
+        lambda: block()[0], {"calibration": Calibration(moments=dict.fromkeys("qkv", torch.eye(9)))},
+        r"the moments \[9, 9\] of layer 'q' .* legal: x\.T @ x of its inputs, \[48, 48\]",
     ),
     "made in inference mode": (made_in_inference_mode, {}, r"cannot trace the model \(R.*inference tensor"),
     "untraceable": (untraceable, {}, r"torch\.export\.export cannot trace the model \("),
