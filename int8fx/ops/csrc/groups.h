@@ -181,11 +181,13 @@ struct GroupProduct {
   scalar_t* y;  // [M, N]
   int64_t M;
 
-  // Whether few rows of x may be codes, without outliers.
+  // Whether few rows of x may be codes, without outliers. Few is a parameter since only a condition that depends on one
+  // discards a body with names that do not exist.
+  template <typename Few = FewCodes>
   bool takes_few_codes() const {
-    if constexpr (FewCodes::EXISTS && std::is_same_v<T, float>) {
+    if constexpr (Few::EXISTS && std::is_same_v<T, float>) {
       const std::optional<Steps> steps = integer_steps();
-      return steps && FewCodes::serves(weight, *steps);
+      return steps && Few::serves(weight, *steps);
     }
     return false;
   }
@@ -305,10 +307,10 @@ struct GroupProduct {
     }
   }
 
-  template <int ROWS>
+  template <int ROWS, typename Few = FewCodes>
   void multiply_few_codes() const {
-    if constexpr (FewCodes::EXISTS && std::is_same_v<T, float>) {
-      const FewCodes few(weight, *integer_steps(), codes, ROWS);
+    if constexpr (Few::EXISTS && std::is_same_v<T, float>) {
+      const Few few(weight, *integer_steps(), codes, ROWS);
       store_few<ROWS>(WIDTH * weight.G, [&](int64_t n0, int64_t count, T* scratch, T (&sums)[ROWS][WIDTH]) {
         few.template multiply<ROWS>(n0, count, scratch, sums);
         for (int r = 0; r < ROWS; ++r)
