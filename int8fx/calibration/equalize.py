@@ -107,12 +107,17 @@ def equalize(
     return result
 
 
+def can_equalize(scheme: object) -> bool:
+    """Whether `equalize` takes ``scheme``: all input channels are quantised, and none is rotated."""
+    return isinstance(scheme, WeightOnly) or (isinstance(scheme, LLMInt8) and not scheme.columns)
+
+
 def _check(model: object, scheme: object, algorithm: object, calibration: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"int8fx.equalize: found {type(model).__name__}; legal: nn.Module")
     if not isinstance(scheme, Scheme):
         raise TypeError(f"int8fx.equalize: scheme is {scheme!r}; legal: {_LEGAL_SCHEMES}")
-    if not (isinstance(scheme, WeightOnly) or (isinstance(scheme, LLMInt8) and not scheme.columns)):
+    if not can_equalize(scheme):
         raise ValueError(
             f"int8fx.equalize: {scheme} rotates channels or leaves some unquantised; legal: {_LEGAL_SCHEMES}"
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__, llm_int8
+from ..calibration.equalize import ALGORITHMS
 from ..schemes import Scheme, of_bits, parse_scheme
 from ..schemes.quantize import DEFAULT_THRESHOLD
 from .bench.settings import Settings
@@ -225,6 +226,14 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         help="also compare a plan (int8fx.plan): a scheme for each layer, chosen by the calibration windows, within "
         "SIZE times the bytes of all layers in int8; may be repeated",
     )
+    parser.add_argument(
+        "--equalize",
+        action="append",
+        choices=ALGORITHMS,
+        default=[],
+        help="also compare each scheme that int8fx.equalize takes, on a model that it scaled by this algorithm; may be "
+        "repeated",
+    )
     parser.set_defaults(run=_eval, error=parser.error)
 
 
@@ -269,7 +278,12 @@ def _eval(args: argparse.Namespace) -> int:
 
     progress = sys.stderr.isatty()
     schemes = {**loaded.schemes, **_plans(loaded, args.plan, progress)}
-    options: dict[str, Any] = {"calibration": loaded.calibration, "name": args.model, "progress": progress}
+    options: dict[str, Any] = {
+        "calibration": loaded.calibration,
+        "equalize_by": args.equalize,
+        "name": args.model,
+        "progress": progress,
+    }
     evaluation = evaluate(loaded.model, loaded.kind, loaded.samples, schemes, **options)
     return _finish(args, evaluation, draw_evaluation)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.calibrate import calibrate
+from ..calibration.equalize import can_equalize, equalize
 from ..calibration.plan import Plan
 from ..conversion.convert import convert
 from ..conversion.layers import packed_layers
@@ -79,6 +80,7 @@ def evaluate(
     schemes: Mapping[str, Scheme | Plan],
     *,
     calibration: Sequence[Mapping[str, Any]] = (),
+    equalize_by: Sequence[str] = (),
     name: str = "model",
     progress: bool = False,
 ) -> Evaluation:
@@ -95,11 +97,14 @@ def evaluate(
         samples: keyword arguments for the model, one sample per call: ``input_ids [1, T]``.
         schemes: label -> scheme, or a `Plan` for this model.
         calibration: samples from which unquantised columns are chosen; if empty, they are chosen from the weights.
+        equalize_by: algorithms of `equalize`. Each scheme that it takes is also measured on a copy that is equalised by
+            each of them, with the label ``algorithm + scheme's label``.
         name: the model's name, for the table.
         progress: whether to show a bar on stderr.
 
     Raises:
-        ValueError: there are fewer than two samples, no schemes, or another kind.
+        ValueError: there are fewer than two samples, no schemes, or another kind; or there is ``equalize_by`` without
+            calibration or without a scheme that `equalize` takes.
     """
     if kind not in _KINDS or len(samples) < 2 or not schemes:
         raise ValueError(
@@ -107,9 +112,15 @@ def evaluate(
             f"{', '.join(_KINDS)}, two samples or more, one scheme or more"
         )
     single = [scheme for scheme in schemes.values() if isinstance(scheme, Scheme)]
+    equalized = {label: scheme for label, scheme in schemes.items() if can_equalize(scheme)} if equalize_by else {}
+    if equalize_by and not (calibration and equalized):
+        raise ValueError(
+            f"int8fx.tools.evaluate: equalize_by is {', '.join(equalize_by)} with {len(calibration)} samples to "
+            f"calibrate and {len(equalized)} schemes that int8fx.equalize takes; legal: 1 or more, of each"
+        )
     statistics = None
-    if calibration and any(scheme.needs_columns or scheme.needs_moments for scheme in single):
-        moments = any(scheme.needs_moments for scheme in single)
+    if calibration and (equalized or any(scheme.needs_columns or scheme.needs_moments for scheme in single)):
+        moments = bool(equalized) or any(scheme.needs_moments for scheme in single)
         statistics = calibrate(model, calibration, moments=moments, progress=progress)
     models = {}
     for label, scheme in schemes.items():
@@ -118,6 +129,13 @@ def evaluate(
             convert(models[label], scheme, calibration=statistics)
         elif scheme.schemes:  # else the plan leaves all layers in 16 bits
             convert(models[label], scheme)
+    for label, scheme in equalized.items():
+        for algorithm in equalize_by:
+            scaled = models[f"{algorithm} + {label}"] = copy.deepcopy(model)
+            after = equalize(
+                scaled, calibration, scheme, algorithm=algorithm, calibration=statistics, progress=progress
+            )
+            convert(scaled, scheme, calibration=after)
     reference, results = compare(model, models, kind, samples, progress=progress)
     data = f"{len(samples)} windows of {samples[0]['input_ids'].shape[1]} tokens"
     return Evaluation(name, kind, data, reference, results)

@@ -48,6 +48,32 @@ def test_figures_of_a_language_model_are_those_of_the_converted_model(tmp_path):
         assert all(e.low <= e.value <= e.high for e in result.metrics.values())
 
 
+def test_equalised_figures_are_those_of_the_equalised_model(tmp_path):
+    model, tokenizer, kind = load(str(save_lm(tmp_path)))
+    measured, calibrating = (samples(ids) for ids in windows(tokenizer, ["pydoc"], 2, 32, 2))
+    before = copy.deepcopy(model.state_dict())
+    schemes = {"int4": int8fx.weight_only("int4_clip", 16), "rotated": int8fx.rotated(16, 0.05)}
+    evaluation = evaluate(model, kind, measured, schemes, calibration=calibrating, equalize_by=["awq", "teq"])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert list(evaluation.results) == ["int4", "rotated", "awq + int4", "teq + int4"]
+    twin = copy.deepcopy(model)
+    statistics = int8fx.equalize(twin, calibrating, schemes["int4"], algorithm="awq")
+    int8fx.convert(twin, schemes["int4"], calibration=statistics)
+    with torch.no_grad():
+        kl = [metrics.kl_divergence(model(**sample).logits[0], twin(**sample).logits[0]) for sample in measured]
+    figures = {label: result.metrics["KL mean"].value for label, result in evaluation.results.items()}
+    assert figures["awq + int4"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-4)
+    assert figures["awq + int4"] != figures["int4"]
+
+
+@pytest.mark.parametrize(("count", "scheme"), [(0, int8fx.weight_only()), (1, int8fx.rotated(16))])
+def test_equalising_needs_data_and_a_scheme_that_it_takes(tmp_path, count, scheme):
+    model, tokenizer, kind = load(str(save_lm(tmp_path)))
+    measured, _ = (samples(ids) for ids in windows(tokenizer, ["pydoc"], 2, 32, 2))
+    with pytest.raises(ValueError, match=r"equalize_by is awq with .* legal: 1 or more, of each"):
+        evaluate(model, kind, measured, {"scheme": scheme}, calibration=measured[:count], equalize_by=["awq"])
+
+
 def test_figures_of_an_encoder_are_those_of_the_converted_model(tmp_path):
     model, tokenizer, kind = load(str(save_encoder(tmp_path)))
     measured, _ = windows(tokenizer, ["pydoc"], 3, 32, 0)
