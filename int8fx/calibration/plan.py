@@ -193,14 +193,14 @@ def _measure(
         show_progress("measuring", len(batches), len(batches))
     options = {}
     for name in (name for name in layers if name in losses):
-        sizes = [sum(_bytes16(t) for t in weight if isinstance(t, Tensor)) for weight in weights[name]]
+        sizes = [_bytes(weight) for weight in weights[name]]
         kl = [loss / (samples * rows) for loss in losses[name]]
         if not all(map(math.isfinite, kl)):
             raise ValueError(
                 f"int8fx.plan: layer {name!r} has a loss of NaN or inf; legal: data that gives finite outputs"
             )
         options[name] = [Option(*o) for o in zip(schemes, sizes, kl, strict=True)]
-        options[name].append(Option(None, _bytes16(layers[name].weight), 0.0))
+        options[name].append(Option(None, 2 * layers[name].weight.numel(), 0.0))
     return options
 
 
@@ -231,9 +231,10 @@ def _errors(layer: Layer, weights: list[Int8Weight], x: Tensor) -> Iterator[Tens
         yield linear(x, *weight) - exact
 
 
-def _bytes16(tensor: Tensor) -> int:
-    """Bytes of a tensor in a model of 16 bits. Float matrices take 2 bytes a value; scales, codes and columns stay."""
-    return tensor.numel() * (2 if tensor.is_floating_point() and tensor.dim() > 1 else tensor.itemsize)
+def _bytes(weight: Int8Weight) -> int:
+    """Bytes of a weight in a model of 16 bits: those of its tensors, and 2 for each float weight of a column."""
+    tensors = ((name, t) for name, t in weight._asdict().items() if isinstance(t, Tensor))
+    return sum(2 * t.numel() if name == "columns_weight" else t.nbytes for name, t in tensors)
 
 
 # ---- choosing -------------------------------------------------------------------------------------------------------

@@ -120,6 +120,35 @@ def test_a_converted_model_has_the_schemes_of_its_plan():
             assert count == option.scheme.static_columns(layer.in_features)
 
 
+FORMATS = [
+    int8fx.weight_only("int4_clip", 16, asymmetric=True, scale_dtype="bfloat16"),
+    int8fx.weight_only("nf4", 32, double_quant=True, scales="search"),
+    int8fx.weight_only("int8", 16, rounding="gptq"),
+    int8fx.rotated(16),
+]
+
+
+def test_the_bytes_of_a_plan_are_those_of_the_model_of_16_bits():
+    """Of 4 and 8 bits, with scales of each dtype, zero points and unquantised columns."""
+    model, batches = small_model(), data(50)
+    plan = int8fx.plan(model, batches, max_kl=math.inf, schemes=FORMATS)
+    for i, scheme in enumerate(FORMATS):
+        twin = int8fx.convert(copy.deepcopy(model).bfloat16(), scheme, calibration=plan.calibration)
+        for name, options in plan.options.items():
+            tensors = [t for t in twin.get_submodule(name).packed("weight") if isinstance(t, torch.Tensor)]
+            assert options[i].bytes == sum(t.nbytes for t in tensors), (scheme, name)
+
+
+def test_a_plan_chooses_among_4_and_8_bits():
+    model, batches = small_model(), data(50)
+    smallest = int8fx.plan(model, batches, max_kl=math.inf, schemes=FORMATS)
+    largest = int8fx.plan(model, batches, max_kl=0.0, schemes=FORMATS)
+    plan = smallest.within(budget_bytes=(smallest.bytes + largest.bytes) // 3)
+    int8fx.convert(model, plan)
+    kinds = {name: model.get_submodule(name).packed("weight").codes.dtype for name in plan.schemes}
+    assert set(kinds.values()) == {torch.int8, torch.uint8}
+
+
 def test_columns_are_those_of_the_calibration_that_is_given():
     model, batches = small_model(), data(50)
     other = int8fx.calibrate(model, [x.roll(4, -1) for x in batches])
