@@ -6,7 +6,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import isfinite
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__, llm_int8
 from ..calibration.equalize import ALGORITHMS
+from ..calibration.plan import SCHEMES as PLAN_SCHEMES
 from ..schemes import Scheme, of_bits, parse_scheme
 from ..schemes.quantize import DEFAULT_THRESHOLD
 from .bench.settings import Settings
@@ -224,7 +225,13 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         default=[],
         metavar="SIZE",
         help="also compare a plan (int8fx.plan): a scheme for each layer, chosen by the calibration windows, within "
-        "SIZE times the bytes of all layers in int8; may be repeated",
+        "SIZE times the bytes of all layers in the smallest of its schemes; may be repeated",
+    )
+    parser.add_argument(
+        "--among",
+        action="append",
+        metavar="SCHEME",
+        help=f"a scheme that plans choose from; may be repeated (default: {', '.join(map(str, PLAN_SCHEMES))})",
     )
     parser.add_argument(
         "--equalize",
@@ -270,6 +277,12 @@ def _eval(args: argparse.Namespace) -> int:
     for size in args.plan:
         if not size >= 1 or not isfinite(size) or not args.calibration:
             args.error(f"--plan is {size:g} with {args.calibration} windows to calibrate; legal: 1 or more, of each")
+    if args.among and not args.plan:
+        args.error("--among has no --plan; legal: both")
+    try:
+        among = [parse_scheme(text) for text in args.among or []] or PLAN_SCHEMES
+    except ValueError as error:
+        args.error(str(error))
     loaded = _load(args)
     if loaded is None:
         return 1
@@ -277,7 +290,7 @@ def _eval(args: argparse.Namespace) -> int:
     from .plots import draw_evaluation
 
     progress = sys.stderr.isatty()
-    schemes = {**loaded.schemes, **_plans(loaded, args.plan, progress)}
+    schemes = {**loaded.schemes, **_plans(loaded, args.plan, among, progress)}
     options: dict[str, Any] = {
         "calibration": loaded.calibration,
         "equalize_by": args.equalize,
@@ -288,13 +301,13 @@ def _eval(args: argparse.Namespace) -> int:
     return _finish(args, evaluation, draw_evaluation)
 
 
-def _plans(loaded: _Loaded, sizes: list[float], progress: bool) -> dict[str, Any]:
+def _plans(loaded: _Loaded, sizes: list[float], among: Iterable[Scheme], progress: bool) -> dict[str, Any]:
     """A plan for each size, all from the same measurements."""
     if not sizes:
         return {}
     from ..calibration.plan import plan
 
-    smallest = plan(loaded.model, loaded.calibration, max_kl=float("inf"), progress=progress)
+    smallest = plan(loaded.model, loaded.calibration, max_kl=float("inf"), schemes=among, progress=progress)
     plans = {f"plan {size:g}": smallest.within(budget_bytes=int(size * smallest.smallest)) for size in sizes}
     for label, chosen in plans.items():
         print(f"{label}: {chosen.summary()}")

@@ -173,9 +173,21 @@ def test_the_command_compares_plans(tmp_path, capsys):
     assert results["plan 3"]["converted"] == 0
 
 
+def test_plans_choose_among_schemes_of_4_and_8_bits(tmp_path, capsys):
+    model, among = str(save_lm(tmp_path)), ["--among", "weight_only('int4_clip', 32)", "--among", "llm_int8"]
+    sizes = ["--windows", "2", "--width", "32", "--calibration", "2", "--scheme", "plain"]
+    assert cli.main(["eval", "--model", model, *sizes, "--plan", "1", "--plan", "1.4", *among]) == 0
+    first, second = capsys.readouterr().out.split("\n")[:2]
+    assert first.startswith("plan 1: 7 x weight_only(dtype='int4_clip', group_size=32); ")
+    assert "x weight_only(" in second
+    assert "x llm_int8" in second
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--among", "plain"], "--among has no --plan"),
+        (["--plan", "2", "--among", "int4"], "legal: llm_int8(threshold=6, columns=0), rotated(...)"),
         (["--plan", "0.9"], "--plan is 0.9 with 8 windows to calibrate; legal: 1 or more, of each"),
         (["--plan", "nan"], "--plan is nan with"),
         (["--plan", "inf"], "--plan is inf with"),
