@@ -112,7 +112,9 @@ def evaluate(
             f"{', '.join(_KINDS)}, two samples or more, one scheme or more"
         )
     single = [scheme for scheme in schemes.values() if isinstance(scheme, Scheme)]
-    equalized = {label: scheme for label, scheme in schemes.items() if can_equalize(scheme)} if equalize_by else {}
+    equalized: dict[str, Scheme] = {}
+    if equalize_by:
+        equalized = {s: scheme for s, scheme in schemes.items() if isinstance(scheme, Scheme) and can_equalize(scheme)}
     if equalize_by and not (calibration and equalized):
         raise ValueError(
             f"int8fx.tools.evaluate: equalize_by is {', '.join(equalize_by)} with {len(calibration)} samples to "

@@ -485,16 +485,13 @@ def of_scheme(scheme: Scheme) -> Candidate:
 
 
 WEIGHT_ONLY = of_scheme(int8fx.weight_only(compute="int8"))
-FOR_WEIGHTS = (
+WEIGHTS = (
     WEIGHT_ONLY,
     of_scheme(int8fx.weight_only("int8", 128, compute="int8")),
     of_scheme(of_bits(4)),
     of_scheme(int8fx.weight_only("int4_clip", 128, compute="int8")),
     of_scheme(int8fx.weight_only("int4_clip", 128)),
     of_scheme(int8fx.weight_only("nf4", 64)),
-    BFLOAT16,
-    TORCH_INT4,
-    AUTO_ROUND_INT4,
-    ONNXRUNTIME_INT4,
-    BITSANDBYTES_NF4,
 )
+FOR_WEIGHTS = (*WEIGHTS, BFLOAT16, TORCH_INT4, AUTO_ROUND_INT4, ONNXRUNTIME_INT4, BITSANDBYTES_NF4)
+FOR_DECODING = (*WEIGHTS, INT8FX, FLOAT32, BFLOAT16)

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..decoding import StaticDecoder
+from ..machine import missing
 from ..metrics import cosine_distance
 from .candidates import (
     BFLOAT16,
     BFLOAT16_FROZEN,
     BITSANDBYTES,
     FLOAT32,
+    FOR_DECODING,
     FOR_ENCODERS,
     FOR_MODELS,
     FOR_OUTLIERS,
@@ -31,7 +38,7 @@ from .candidates import (
 )
 from .products import OUTLIERS
 from .settings import Settings
-from .timing import Case, Measured, Work, interleave
+from .timing import Case, Measured, Work, failure, interleave
 
 LARGE, SMALL, ENCODER = "an LM of 0.5B parameters", "SmolLM2-135M", "all-MiniLM-L6-v2"
 OUTLYING = f"{LARGE}, 9 % outlier columns"
@@ -48,6 +55,7 @@ HEAD_16, HEAD_8 = "lm_head in 16 bits", "lm_head converted"
 WITH_LOGITS = tuple(  # whose forward is also timed with every token's logits
     candidate.name for candidate in (INT8FX, FLOAT32, BFLOAT16, BFLOAT16_FROZEN, TORCHAO_FROZEN, ZENTORCH)
 )
+GGUF_TYPES = ("Q8_0", "Q4_0")
 GENERATING = tuple(candidate.name for candidate in (INT8FX, FLOAT32, BFLOAT16, BITSANDBYTES))  # who is used eagerly
 
 Steps = Iterator[tuple[str, dict[str, Work]]]  # the name of a case, and each candidate's calls
@@ -194,6 +202,73 @@ def models(settings: Settings) -> Iterator[Case]:
             yield subject
         else:
             yield from compare(settings, subject, candidates)
+
+
+def decoding(settings: Settings) -> Iterator[Case]:
+    """A decode step of `SMALL`, head converted, with weights of 8 and 4 bits, and by llama.cpp if it is installed."""
+    subject = make(settings, "decoding", SMALL)
+    if isinstance(subject, Case):
+        yield subject
+        return
+
+    def build(candidate: Candidate) -> ConvertedModel:
+        settings.say(f"decoding: {candidate.name}")
+        return convert_copy(subject.model, candidate)
+
+    converted, absent = build_each(FOR_DECODING, build)
+    torch._dynamo.reset()
+    for batch in QUICK_BATCHES if settings.quick else BATCHES:
+        name, work = list(decodes(converted, subject.ids[:batch]))[-1]
+        with ExitStack() as stack:
+            others: dict[str, Work] = {}
+            if batch == 1 and not settings.quick:
+                others, notes = stack.enter_context(llama_cpp_steps(settings, subject.ids[0]))
+                absent |= notes
+            settings.say(f"decoding: {name}")
+            measured = _measure(settings, work | others) | absent
+        base = FOR_DECODING[0].name
+        yield Case("decoding", name, base, measured, subject=subject.title, threads=settings.num_threads)
+
+
+@contextmanager
+def llama_cpp_steps(settings: Settings, ids: Tensor) -> Iterator[tuple[dict[str, Work], dict[str, Measured]]]:
+    """Steps of one token by llama.cpp, of SmolLM2 in formats of GGUF; and a note if they cannot run.
+
+    The files are made by llama.cpp from the Q4_1 file of `data.models`. It quantises the head too.
+    """
+    if reason := missing("llama_cpp"):
+        yield {}, {f"llama.cpp {name}": Measured(note=reason) for name in GGUF_TYPES}
+        return
+    import llama_cpp
+
+    from ..data.models import ModelError, fetch_gguf
+
+    def step(llama: Any, tokens: Iterator[int]) -> None:
+        if llama.n_tokens == CACHE:
+            llama.reset()
+        llama.eval([next(tokens)])
+
+    work: dict[str, Work] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            source = fetch_gguf(Path(folder))
+        except ModelError as error:
+            yield {}, {f"llama.cpp {name}": Measured(note=failure(error)) for name in GGUF_TYPES}
+            return
+        for name in GGUF_TYPES:
+            settings.say(f"decoding: llama.cpp {name}")
+            target, options = Path(folder, f"{name}.gguf"), llama_cpp.llama_model_quantize_default_params()
+            options.ftype, options.allow_requantize = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}"), True
+            llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(options))
+            llama = llama_cpp.Llama(
+                str(target),
+                n_ctx=CACHE,
+                n_threads=settings.num_threads,
+                n_threads_batch=settings.num_threads,
+                verbose=False,
+            )
+            work[f"llama.cpp {name}"] = [partial(step, llama, cycle(ids.tolist()))]
+        yield work, {}
 
 
 def make(settings: Settings, suite: str, name: str) -> Subject | Case:

@@ -50,6 +50,11 @@ SUITES = {
         f"Weight-only: ms, and as multiples of int8's time; {_TIMES}",
         products.weights,
     ),
+    "decoding": Suite(
+        "decode steps of a language model with weights of 8 and 4 bits; llama.cpp",
+        f"Decoding: ms, and as multiples of int8's time; {_TIMES}; third: cosine of the outputs to float32's",
+        models.decoding,
+    ),
     "overhead": Suite(
         "time of a call in addition to that of F.linear",
         f"Overhead of a call: us, and difference to F.linear; {_TIMES}",

