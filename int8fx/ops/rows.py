@@ -8,7 +8,10 @@ from __future__ import annotations
 import enum
 
 WEIGHT_ONLY_ROWS_CPU = 4
-"""On a CPU, up to how many rows are multiplied without quantising x. Their time is the time to read the weight."""
+"""On a CPU, up to how many rows are multiplied without quantising x. Their time is the time to read the weight.
+
+With AVX2 and no AVX512 the kernels quantise them too, by themselves, if x is quantised for more rows and the weight has
+integers in groups of a multiple of 32 (``csrc/groups_few.h``): there it takes less time than floats."""
 
 WEIGHT_ONLY_ROWS_GPU = 32
 """On a GPU, up to how many rows are multiplied without quantising x, from two on. With N = K = 8192 on an H100, 16 rows
