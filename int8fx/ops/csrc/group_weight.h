@@ -165,9 +165,8 @@ struct GroupWeight {
     look_up(table, unpacked, count, out);
   }
 
-  int zero(int64_t n, int64_t g, const Steps& steps) const {
-    return zero_point ? zero_point_at(n * G + g) : steps.are_codes() ? -steps.values[0] : 0;
-  }
+  // The zero of symmetric codes as integers.
+  int common_zero(const Steps& steps) const { return steps.are_codes() ? -steps.values[0] : 0; }
 
   // The same as bits of bfloat16: w = value * unit * scale.
   void load_bits(int64_t n, int64_t k, int64_t count, const Steps& steps, uint16_t* out) const {

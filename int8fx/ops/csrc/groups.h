@@ -26,11 +26,11 @@ namespace int8fx {
 
 // Tiles that add the scaled sums of a group to floats:
 //
-//   values[n][m] += sum_k(x[m, k] * (w[n, k] - zero[n])) * scale[n]
+//   values[n][m] += (sum_k(x[m, k] * w[n, k]) + offset) * scale[n]
 //
-// for n < NR and m < MR, or m < MR / 2 if `half`. `pack` writes x, and `load` a row of w, of which it returns the `excess`:
-// what it added to the integers.
-// x_sums[m] = sum_k(x[m, k]), if HAS_ZERO; else w is loaded without the zero.
+// for n < NR and m < MR, or m < MR / 2 if `half`. `pack` writes x, and `load` a row of w, in which each integer is larger by
+// `excess`. The offset is -zero[n] * x_sums[m], x_sums[m] if there is no `zero`, nothing if there are no `x_sums`. Without
+// HAS_ZERO, w is loaded without the zero.
 
 // Lanes<T>::N int32 as T.
 template <typename T>
@@ -53,29 +53,31 @@ struct CodesTile : Base {
     Base::pack_x(x, stride, rows, k, out);
   }
 
-  static int32_t load(const GroupWeight& weight, int64_t n, int64_t k, int64_t depth, const Steps& steps, W* out) {
+  static int32_t excess(const GroupWeight&, const Steps&) { return 0; }
+
+  static void load(const GroupWeight& weight, int64_t n, int64_t k, int64_t depth, const Steps& steps, W* out) {
     int8_t integers[Base::DEPTH];
     weight.load_integers(n, k, depth, steps, integers);
     Base::load_w(integers, depth, out);
-    return 0;
   }
 
   template <typename T>
-  static void add(int64_t k, const X* x, W* w, const int32_t* x_sums, const int32_t* zero, const int32_t*,
-                  const T* scale, T* values, bool half) {
+  static void add(int64_t k, const X* x, W* w, const int32_t* x_sums, const int32_t* zero, const T* scale, T* values,
+                  bool half) {
     using V = typename Lanes<T>::V;
     alignas(64) int32_t sums[NR * MR];
     Base::run(k, x, Channels{NR, false}, w, sums, true, half ? MR / 2 : MR);
     for (int n = 0; n < NR; ++n, values += MR) {
-      for (int m = 0; m < MR && zero[n] != 0; ++m) sums[n * MR + m] -= zero[n] * x_sums[m];
+      const int32_t factor = zero ? -zero[n] : 1;
+      for (int m = 0; m < MR && x_sums != nullptr; ++m) sums[n * MR + m] += factor * x_sums[m];
       for (int m = 0; m < (half ? MR / 2 : MR); m += Lanes<T>::N)
         *(V*)(values + m) += convert<T>(sums + n * MR + m) * scale[n];
     }
   }
 };
 
-// The same by AVX512-VNNI, with the sums in registers. w is the unsigned operand: to integers that may be negative 128 is
-// added, the `excess`, and so it is to their zero.
+// The same by AVX512-VNNI, with the sums in registers. w is the unsigned operand: 128 is added to integers that may be
+// negative.
 struct VnniGroupTile : VnniTile {
   using From = int8_t;
   using X = int8_t;
@@ -85,29 +87,35 @@ struct VnniGroupTile : VnniTile {
 
   static void pack(const int8_t* x, int64_t stride, int64_t rows, int64_t k, X* out) { pack_x(x, stride, rows, k, out); }
 
-  static int32_t load(const GroupWeight& weight, int64_t n, int64_t k, int64_t depth, const Steps& steps, W* out) {
+  static int32_t excess(const GroupWeight& weight, const Steps& steps) {
+    return weight.levels != nullptr && steps.are_codes() ? 0 : 128;
+  }
+
+  static void load(const GroupWeight& weight, int64_t n, int64_t k, int64_t depth, const Steps& steps, W* out) {
     weight.load_integers(n, k, depth, steps, reinterpret_cast<int8_t*>(out));
-    if (weight.levels != nullptr && steps.are_codes()) return 0;
+    if (excess(weight, steps) == 0) return;
     for (int64_t i = 0; i < depth; ++i) out[i] ^= 0x80;
-    return 128;
   }
 
   template <typename T>
-  static void add(int64_t k, const X* x, const W* w, const int32_t* x_sums, const int32_t* zero, const int32_t* excess,
-                  const T* scale, T* values, bool half) {
-    half ? add<1>(k, x, w, x_sums, zero, excess, scale, values) : add<2>(k, x, w, x_sums, zero, excess, scale, values);
+  static void add(int64_t k, const X* x, const W* w, const int32_t* x_sums, const int32_t* zero, const T* scale, T* values,
+                  bool half) {
+    half ? add<1>(k, x, w, x_sums, zero, scale, values) : add<2>(k, x, w, x_sums, zero, scale, values);
   }
 
  private:
   template <int VECTORS, typename T>
-  static void add(int64_t k, const X* x, const W* w, const int32_t* x_sums, const int32_t* zero, const int32_t* excess,
-                  const T* scale, T* values) {
+  static void add(int64_t k, const X* x, const W* w, const int32_t* x_sums, const int32_t* zero, const T* scale, T* values) {
     using V = typename Lanes<T>::V;
-    Vector sums[NR][VECTORS];
+    Vector sums[NR][VECTORS] = {};
+    if (x_sums != nullptr)
 #pragma GCC unroll 12
-    for (int n = 0; n < NR; ++n)
+      for (int n = 0; n < NR; ++n)
 #pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) sums[n][v] = *(const Vector*)(x_sums + v * 16) * -(zero[n] + excess[n]);
+        for (int v = 0; v < VECTORS; ++v) {
+          sums[n][v] = *(const Vector*)(x_sums + v * 16);
+          if (zero != nullptr) sums[n][v] *= -zero[n];
+        }
     for (int64_t i = 0; i < k; i += KG, x += MR * KG) {
       Vector rows[VECTORS];
 #pragma GCC unroll 2
@@ -144,14 +152,13 @@ struct BitsTile : Bfloat16Tile<MR_, Tile::PANEL> {
           out[(i / 2 * MR_ + m) * 2 + i % 2] = m < rows && i < k ? bits(x[m * stride + i]) : 0;
   }
 
-  static int32_t load(const GroupWeight& weight, int64_t n, int64_t k, int64_t depth, const Steps& steps, uint16_t* out) {
+  static void load(const GroupWeight& weight, int64_t n, int64_t k, int64_t depth, const Steps& steps, uint16_t* out) {
     weight.load_bits(n, k, depth, steps, out);
     if (depth % 2 != 0) out[depth] = 0;
-    return 0;
   }
 
-  static void add(int64_t k, const uint16_t* x, const uint16_t* w, const int32_t*, const int32_t*, const int32_t*,
-                  const float* scale, float* values, bool half) {
+  static void add(int64_t k, const uint16_t* x, const uint16_t* w, const int32_t*, const int32_t*, const float* scale,
+                  float* values, bool half) {
     using V = typename Base::Vector;
     alignas(64) float sums[Base::NR * MR_];
     Base::run(k, x, w, sums, true, half);
@@ -399,9 +406,11 @@ struct GroupProduct {
     const GroupProduct& p;
     Steps steps;
     std::vector<std::vector<Segment>> blocks;  // of at most DEPTH columns
+    bool adjoin = true;  // whether W has no gap between segments
     int64_t tile_size = 0, segments = 0;
+    int32_t excess = 0, zero = 0;  // zero: of all groups, if they have one in common
     std::unique_ptr<Buffer> x;  // [tiles][segments][depth / KG][MR][KG]
-    std::vector<int32_t> x_sums;  // [tiles][segments][MR]
+    std::vector<int32_t> x_sums;  // [tiles][segments][MR]; times -zero if that is of all groups; or nothing
 
     InGroups(const GroupProduct& p, const Steps& steps, const typename GroupTile::From* from) : p(p), steps(steps) {
       const int64_t K = p.weight.K, tiles = (p.M + MR - 1) / MR;
@@ -413,10 +422,16 @@ struct GroupProduct {
         w_at += round_up(depth, KG);
         tile_size += round_up(depth, KG) * MR;
         k += depth;
+        if (depth % KG != 0 && k < K) adjoin = false;
       }
       tile_size += 64 * MR;  // a tile packs up to 64 columns at a time
       x = std::make_unique<Buffer>(tiles * tile_size * sizeof(X));
-      x_sums.resize(GroupTile::HAS_ZERO ? tiles * segments * MR : 0);
+      if constexpr (GroupTile::HAS_ZERO) {
+        excess = GroupTile::excess(p.weight, steps);
+        if (has_common_zero()) zero = p.weight.common_zero(steps) + excess;
+        if (!has_common_zero() || zero != 0) x_sums.resize(tiles * segments * MR);
+      }
+      const int32_t factor = has_common_zero() ? -zero : 1;
       parallel_for(tiles, grain_of(K * MR), [&](int64_t begin, int64_t end) {
         for (int64_t tile = begin; tile < end; ++tile) {
           const int64_t rows = std::min<int64_t>(MR, p.M - tile * MR);
@@ -425,13 +440,16 @@ struct GroupProduct {
             for (const Segment& at : block) {
               const auto* of_tile = from + tile * MR * K + at.k;
               GroupTile::pack(of_tile, K, rows, at.depth, x->as<X>() + tile * tile_size + at.x_at);
-              if constexpr (GroupTile::HAS_ZERO)
+              if (!x_sums.empty())
                 for (int64_t m = 0; m < MR; ++m, ++sums)
-                  if (m < rows) *sums = std::accumulate(of_tile + m * K, of_tile + m * K + at.depth, int32_t(0));
+                  if (m < rows)
+                    *sums = factor * std::accumulate(of_tile + m * K, of_tile + m * K + at.depth, int32_t(0));
             }
         }
       });
     }
+
+    bool has_common_zero() const { return p.weight.zero_point == nullptr; }
 
     void operator()(const Task& task, Scratch& s) const {
       const GroupWeight& weight = p.weight;
@@ -439,26 +457,30 @@ struct GroupProduct {
       W* w = s.w.template as<W>();
       T* scales = s.scales.template as<T>();
       weight.load_scales(task.n0, task.count, scales);
-      std::vector<int32_t> zero, excess;  // [segments][PANEL], as scale
+      std::vector<int32_t> zeros;  // [segments][PANEL], as scale
       std::vector<T> scale;
       int64_t first = 0;
       for (const std::vector<Segment>& block : blocks) {
         const int64_t size = block.size();
-        zero.assign(size * PANEL, 0), excess.assign(size * PANEL, 0), scale.assign(size * PANEL, T(0));
-        for (int64_t n = 0; n < task.count; ++n)
+        scale.assign(size * PANEL, T(0));
+        if (!has_common_zero()) zeros.assign(size * PANEL, 0);
+        for (int64_t n = 0; n < task.count; ++n) {
+          const Segment &begin = block.front(), &end = block.back();
+          if (adjoin) GroupTile::load(weight, task.n0 + n, begin.k, end.k + end.depth - begin.k, steps, w + n * STRIDE);
           for (int64_t i = 0; i < size; ++i) {
             const Segment& at = block[i];
             scale[i * PANEL + n] = scales[n * G + at.g] * steps.unit;
-            if (GroupTile::HAS_ZERO) zero[i * PANEL + n] = weight.zero(task.n0 + n, at.g, steps);
-            excess[i * PANEL + n] = GroupTile::load(weight, task.n0 + n, at.k, at.depth, steps, w + n * STRIDE + at.w_at);
+            if (!has_common_zero()) zeros[i * PANEL + n] = weight.zero_point_at((task.n0 + n) * G + at.g) + excess;
+            if (!adjoin) GroupTile::load(weight, task.n0 + n, at.k, at.depth, steps, w + n * STRIDE + at.w_at);
           }
+        }
         for (int64_t tile = task.first; tile < task.last; ++tile)
           for (int64_t n = 0; n < task.count; n += NR)
             for (int64_t i = 0; i < size; ++i) {
               const Segment& at = block[i];
               GroupTile::add(at.depth, x->as<X>() + tile * tile_size + at.x_at, w + n * STRIDE + at.w_at,
-                             x_sums.data() + (tile * segments + first + i) * MR, &zero[i * PANEL + n],
-                             &excess[i * PANEL + n], &scale[i * PANEL + n],
+                             x_sums.empty() ? nullptr : x_sums.data() + (tile * segments + first + i) * MR,
+                             has_common_zero() ? nullptr : &zeros[i * PANEL + n], &scale[i * PANEL + n],
                              s.values + ((tile - task.first) * PANEL + n) * MR, task.is_half(tile));
             }
         first += size;

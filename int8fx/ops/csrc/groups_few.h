@@ -261,7 +261,7 @@ struct FewCodes {
           sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, ones));
         }
     }
-    const __m256i factor = _mm256_set1_epi32(weight.zero_point ? -1 : -weight.zero(0, 0, steps));
+    const __m256i factor = _mm256_set1_epi32(weight.zero_point ? -1 : -weight.common_zero(steps));
     for (__m256i& sums : starts) sums = _mm256_mullo_epi32(sums, factor);
   }
 
