@@ -24,13 +24,29 @@
 
 namespace int8fx {
 
-// Tiles that add the scaled sums of a group to floats:
+// Columns of one group, that a tile multiplies at once.
+struct Segment {
+  int64_t k, depth, g;
+  int64_t x_at, w_at;  // of X from the tile's first, of W from the channel's
+};
+
+// Segments of one block, a tile of x and some channels of w.
+template <typename X, typename W, typename T>
+struct Groups {
+  const std::vector<Segment>& segments;
+  const X* x;
+  W* w;  // of each channel, [STRIDE]
+  const int32_t* x_sums;  // [segments][MR]; null if all offsets are 0
+  const int32_t* zeros;  // [segments][PANEL]; null if x_sums are the offsets
+  const T* scales;  // [segments][PANEL]
+};
+
+// Tiles that add the scaled sums of groups to floats:
 //
-//   values[n][m] += (sum_k(x[m, k] * w[n, k]) + offset) * scale[n]
+//   values[n][m] += sum_g((sum_k(x[m, k] * w[n, k]) + offset) * scales[g, n]), offset = -zeros[g, n] * x_sums[g, m]
 //
 // for n < NR and m < MR, or m < MR / 2 if `half`. `pack` writes x, and `load` a row of w, in which each integer is larger by
-// `excess`. The offset is -zero[n] * x_sums[m], x_sums[m] if there is no `zero`, nothing if there are no `x_sums`. Without
-// HAS_ZERO, w is loaded without the zero.
+// `excess`. Without HAS_ZERO, w is loaded without the zero.
 
 // Lanes<T>::N int32 as T.
 template <typename T>
@@ -45,7 +61,7 @@ struct CodesTile : Base {
   using From = int8_t;
   using X = typename Base::X;
   using W = typename Base::W;
-  static constexpr int MR = Base::MR, NR = Base::NR;
+  static constexpr int MR = Base::MR, NR = Base::NR, PANEL = Base::PANEL;
   static constexpr bool HAS_ZERO = true;
   static_assert(Base::OFFSET == 0);
 
@@ -62,16 +78,18 @@ struct CodesTile : Base {
   }
 
   template <typename T>
-  static void add(int64_t k, const X* x, W* w, const int32_t* x_sums, const int32_t* zero, const T* scale, T* values,
-                  bool half) {
+  static void add(const Groups<X, W, T>& groups, T* values, bool half) {
     using V = typename Lanes<T>::V;
     alignas(64) int32_t sums[NR * MR];
-    Base::run(k, x, Channels{NR, false}, w, sums, true, half ? MR / 2 : MR);
-    for (int n = 0; n < NR; ++n, values += MR) {
-      const int32_t factor = zero ? -zero[n] : 1;
-      for (int m = 0; m < MR && x_sums != nullptr; ++m) sums[n * MR + m] += factor * x_sums[m];
-      for (int m = 0; m < (half ? MR / 2 : MR); m += Lanes<T>::N)
-        *(V*)(values + m) += convert<T>(sums + n * MR + m) * scale[n];
+    for (size_t i = 0; i < groups.segments.size(); ++i) {
+      const Segment& at = groups.segments[i];
+      Base::run(at.depth, groups.x + at.x_at, Channels{NR, false}, groups.w + at.w_at, sums, true, half ? MR / 2 : MR);
+      for (int n = 0; n < NR; ++n) {
+        const int32_t factor = groups.zeros ? -groups.zeros[i * PANEL + n] : 1;
+        for (int m = 0; m < MR && groups.x_sums != nullptr; ++m) sums[n * MR + m] += factor * groups.x_sums[i * MR + m];
+        for (int m = 0; m < (half ? MR / 2 : MR); m += Lanes<T>::N)
+          *(V*)(values + n * MR + m) += convert<T>(sums + n * MR + m) * groups.scales[i * PANEL + n];
+      }
     }
   }
 };
@@ -98,42 +116,63 @@ struct VnniGroupTile : VnniTile {
   }
 
   template <typename T>
-  static void add(int64_t k, const X* x, const W* w, const int32_t* x_sums, const int32_t* zero, const T* scale, T* values,
-                  bool half) {
-    half ? add<1>(k, x, w, x_sums, zero, scale, values) : add<2>(k, x, w, x_sums, zero, scale, values);
+  static void add(const Groups<X, W, T>& groups, T* values, bool half) {
+    if (half) return add<1, NR>(groups, 0, values);
+    for (int n = 0; n < NR; n += NR / 2) add<2, NR / 2>(groups, n, values);
   }
 
  private:
-  template <int VECTORS, typename T>
-  static void add(int64_t k, const X* x, const W* w, const int32_t* x_sums, const int32_t* zero, const T* scale, T* values) {
+  // Of channels n0 on. Sums and values are in registers.
+  template <int VECTORS, int CHANNELS, typename T>
+  static void add(const Groups<X, W, T>& groups, int n0, T* values) {
     using V = typename Lanes<T>::V;
-    Vector sums[NR][VECTORS] = {};
-    if (x_sums != nullptr)
+    constexpr int L = Lanes<T>::N, PARTS = VECTORS * 16 / L;
+    V totals[CHANNELS][PARTS];
+    values += n0 * MR;
 #pragma GCC unroll 12
-      for (int n = 0; n < NR; ++n)
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) {
-          sums[n][v] = *(const Vector*)(x_sums + v * 16);
-          if (zero != nullptr) sums[n][v] *= -zero[n];
-        }
-    for (int64_t i = 0; i < k; i += KG, x += MR * KG) {
-      Vector rows[VECTORS];
-#pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) std::memcpy(&rows[v], x + v * 64, 64);
+    for (int n = 0; n < CHANNELS; ++n)
+#pragma GCC unroll 4
+      for (int i = 0; i < PARTS; ++i) totals[n][i] = *(const V*)(values + n * MR + i * L);
+    const int32_t *x_sums = groups.x_sums, *zeros = groups.zeros ? groups.zeros + n0 : nullptr;
+    const T* scales = groups.scales + n0;
+    for (const Segment& at : groups.segments) {
+      const X* x = groups.x + at.x_at;
+      const W* w = groups.w + n0 * STRIDE + at.w_at;
+      Vector sums[CHANNELS][VECTORS] = {};
+      if (x_sums != nullptr) {
 #pragma GCC unroll 12
-      for (int n = 0; n < NR; ++n) {
-        int32_t four;
-        std::memcpy(&four, w + n * STRIDE + i, sizeof four);
-        const Vector all = Vector{} + four;
+        for (int n = 0; n < CHANNELS; ++n)
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) sums[n][v] = dot(sums[n][v], all, rows[v]);
+          for (int v = 0; v < VECTORS; ++v) {
+            sums[n][v] = *(const Vector*)(x_sums + v * 16);
+            if (zeros != nullptr) sums[n][v] *= -zeros[n];
+          }
+        x_sums += MR;
       }
+      for (int64_t i = 0; i < at.depth; i += KG, x += MR * KG) {
+        Vector rows[VECTORS];
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) std::memcpy(&rows[v], x + v * 64, 64);
+#pragma GCC unroll 12
+        for (int n = 0; n < CHANNELS; ++n) {
+          int32_t four;
+          std::memcpy(&four, w + n * STRIDE + i, sizeof four);
+          const Vector all = Vector{} + four;
+#pragma GCC unroll 2
+          for (int v = 0; v < VECTORS; ++v) sums[n][v] = dot(sums[n][v], all, rows[v]);
+        }
+      }
+#pragma GCC unroll 12
+      for (int n = 0; n < CHANNELS; ++n)
+#pragma GCC unroll 4
+        for (int i = 0; i < PARTS; ++i) totals[n][i] += convert<T>((const int32_t*)&sums[n] + i * L) * scales[n];
+      scales += PANEL;
+      if (zeros != nullptr) zeros += PANEL;
     }
 #pragma GCC unroll 12
-    for (int n = 0; n < NR; ++n)
+    for (int n = 0; n < CHANNELS; ++n)
 #pragma GCC unroll 4
-      for (int m = 0; m < VECTORS * 16; m += Lanes<T>::N)
-        *(V*)(values + n * MR + m) += convert<T>((const int32_t*)&sums[n] + m) * scale[n];
+      for (int i = 0; i < PARTS; ++i) *(V*)(values + n * MR + i * L) = totals[n][i];
   }
 };
 
@@ -157,14 +196,16 @@ struct BitsTile : Bfloat16Tile<MR_, Tile::PANEL> {
     if (depth % 2 != 0) out[depth] = 0;
   }
 
-  static void add(int64_t k, const uint16_t* x, const uint16_t* w, const int32_t*, const int32_t*, const float* scale,
-                  float* values, bool half) {
+  static void add(const Groups<uint16_t, uint16_t, float>& groups, float* values, bool half) {
     using V = typename Base::Vector;
     alignas(64) float sums[Base::NR * MR_];
-    Base::run(k, x, w, sums, true, half);
-    for (int n = 0; n < Base::NR; ++n)
-      for (int m = 0; m < (half ? MR_ / 2 : MR_); m += 16)
-        *(V*)(values + n * MR_ + m) += *(V*)(sums + n * MR_ + m) * scale[n];
+    for (size_t i = 0; i < groups.segments.size(); ++i) {
+      const Segment& at = groups.segments[i];
+      Base::run(at.depth, groups.x + at.x_at, groups.w + at.w_at, sums, true, half);
+      for (int n = 0; n < Base::NR; ++n)
+        for (int m = 0; m < (half ? MR_ / 2 : MR_); m += 16)
+          *(V*)(values + n * MR_ + m) += *(V*)(sums + n * MR_ + m) * groups.scales[i * Tile::PANEL + n];
+    }
   }
 
  private:
@@ -389,12 +430,6 @@ struct GroupProduct {
           scales(PANEL * G * sizeof(T)) {}
   };
 
-  // Columns of one group, that a tile multiplies at once.
-  struct Segment {
-    int64_t k, depth, g;
-    int64_t x_at, w_at;  // of X from the tile's first, of W from the channel's
-  };
-
   // values[n][m] += sum_g(sum_k(x[m, k] * (integer[n, k] - zero[n, g])) * scale[n, g] * unit)
   template <typename GroupTile>
   struct InGroups {
@@ -475,14 +510,15 @@ struct GroupProduct {
           }
         }
         for (int64_t tile = task.first; tile < task.last; ++tile)
-          for (int64_t n = 0; n < task.count; n += NR)
-            for (int64_t i = 0; i < size; ++i) {
-              const Segment& at = block[i];
-              GroupTile::add(at.depth, x->as<X>() + tile * tile_size + at.x_at, w + n * STRIDE + at.w_at,
-                             x_sums.empty() ? nullptr : x_sums.data() + (tile * segments + first + i) * MR,
-                             has_common_zero() ? nullptr : &zeros[i * PANEL + n], &scale[i * PANEL + n],
-                             s.values + ((tile - task.first) * PANEL + n) * MR, task.is_half(tile));
-            }
+          for (int64_t n = 0; n < task.count; n += NR) {
+            const Groups<X, W, T> groups{block,
+                                         x->as<X>() + tile * tile_size,
+                                         w + n * STRIDE,
+                                         x_sums.empty() ? nullptr : x_sums.data() + (tile * segments + first) * MR,
+                                         has_common_zero() ? nullptr : zeros.data() + n,
+                                         scale.data() + n};
+            GroupTile::add(groups, s.values + ((tile - task.first) * PANEL + n) * MR, task.is_half(tile));
+          }
         first += size;
       }
     }
