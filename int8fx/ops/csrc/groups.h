@@ -499,16 +499,19 @@ struct GroupProduct {
         const int64_t size = block.size();
         scale.assign(size * PANEL, T(0));
         if (!has_common_zero()) zeros.assign(size * PANEL, 0);
-        for (int64_t n = 0; n < task.count; ++n) {
-          const Segment &begin = block.front(), &end = block.back();
-          if (adjoin) GroupTile::load(weight, task.n0 + n, begin.k, end.k + end.depth - begin.k, steps, w + n * STRIDE);
-          for (int64_t i = 0; i < size; ++i) {
-            const Segment& at = block[i];
-            scale[i * PANEL + n] = scales[n * G + at.g] * steps.unit;
-            if (!has_common_zero()) zeros[i * PANEL + n] = weight.zero_point_at((task.n0 + n) * G + at.g) + excess;
-            if (!adjoin) GroupTile::load(weight, task.n0 + n, at.k, at.depth, steps, w + n * STRIDE + at.w_at);
+        for (int64_t n = 0; n < task.count; ++n)  // without anything between, so that reads follow one another
+          if (adjoin) {
+            GroupTile::load(weight, task.n0 + n, block[0].k, block[size - 1].k + block[size - 1].depth - block[0].k, steps,
+                            w + n * STRIDE);
+          } else {
+            for (const Segment& at : block)
+              GroupTile::load(weight, task.n0 + n, at.k, at.depth, steps, w + n * STRIDE + at.w_at);
           }
-        }
+        for (int64_t n = 0; n < task.count; ++n)
+          for (int64_t i = 0; i < size; ++i) {
+            scale[i * PANEL + n] = scales[n * G + block[i].g] * steps.unit;
+            if (!has_common_zero()) zeros[i * PANEL + n] = weight.zero_point_at((task.n0 + n) * G + block[i].g) + excess;
+          }
         for (int64_t tile = task.first; tile < task.last; ++tile)
           for (int64_t n = 0; n < task.count; n += NR) {
             const Groups<X, W, T> groups{block,
