@@ -296,7 +296,7 @@ _MAKERS: dict[str, Callable[..., Scheme]] = {
 
 
 _SHOWN = 200  # characters of a text that is no scheme, in messages
-_NAME = re.compile(r"'\w*'")
+_NAME = re.compile(r"(['\"])\w*\1")
 _WARNED = re.compile(r"\\|[\d.](?![eE][+-]?\d)[A-Za-z]")  # Python's parser may warn of it: "\d", 1if, 0x1for
 
 

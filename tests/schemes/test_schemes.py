@@ -231,6 +231,7 @@ def test_other_text_in_files_is_refused(text):
         ("rotated(block=32,\n columns=0)", rotated(32, 0)),
         ("llm_int8(1e1,1.E-3)", llm_int8(10, 0.001)),
         ("llm_int8(1_0.,5e-1)", llm_int8(10, 0.5)),
+        ('weight_only("fp4_e2m1", 64, scale_dtype="bfloat16")', weight_only("fp4_e2m1", 64, scale_dtype="bfloat16")),
     ],
 )
 def test_text_that_people_write(text, scheme):
@@ -239,7 +240,9 @@ def test_text_that_people_write(text, scheme):
 
 @given(
     st.lists(
-        st.sampled_from(("1", "0x1", ".", "e5", "if", "or", "in", "for", "j", "_", " ", "'", "\\", "d", "f'{", "}'"))
+        st.sampled_from(
+            ("1", "0x1", ".", "e5", "if", "or", "in", "for", "j", "_", " ", "'", '"', "\\", "d", "f'{", "}'")
+        )
     )
     .map("".join)
     .map("llm_int8({})".format)
