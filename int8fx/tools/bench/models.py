@@ -248,6 +248,8 @@ def llama_cpp_steps(settings: Settings, ids: Tensor) -> Iterator[tuple[dict[str,
             llama.reset()
         llama.eval([next(tokens)])
 
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(silent, None)
     work: dict[str, Work] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
