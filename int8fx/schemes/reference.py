@@ -69,7 +69,10 @@ def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue = NO_EPILOGUE) -> T
         F = 2**-30 * max_k(abs(x[m, k])) * sum_k(abs(w[n, k]))
 
     A weight of another format, or with groups, has ``w = (level - zero_point) * scale`` (`quantize.dequantize`) in
-    place of ``codes * scale``. Its sums run in floating point, so ``outliers`` is K in S.
+    place of ``codes * scale``. Its sums run in floating point, so ``outliers`` is K in S. Where x is quantised, a
+    kernel may round the levels of a table of floats to multiples of 1/127. Then S is larger by L::
+
+        L = 1 / 254 * sum_in(abs(x_codes[m, k] * x_scale[m] * scale[n, k]))
 
     With a rotation, ``y = x @ w.T + bias`` has ``w = R(codes * scale)`` with ``columns_weight`` in its columns. In Q
     and in ``sum_in`` of S, w is ``v = codes * scale`` as it is rotated, and ``sum_in`` is over all k. A term T is added

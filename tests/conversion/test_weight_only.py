@@ -15,7 +15,7 @@ from torch import nn
 
 import int8fx
 from int8fx.schemes import WeightOnly
-from int8fx.schemes.formats import FORMATS, Grouping
+from int8fx.schemes.formats import Grouping
 from int8fx.schemes.weight import CODES, COLUMNS, SCALE, SCALE_RANGE, ZERO_POINT, Epilogue
 
 ASYMMETRIC = int8fx.weight_only("int4_clip", 16, asymmetric=True, scale_dtype="bfloat16")
@@ -27,7 +27,6 @@ INT8 = int8fx.weight_only("int8", 16, asymmetric=True)
 def scheme_of(grouping: Grouping, compute: str) -> WeightOnly:
     size = -1 if grouping.size is None else grouping.size
     scale_dtype = str(grouping.scale_dtype).removeprefix("torch.")
-    compute = compute if FORMATS[grouping.format].is_integer else "fp32"
     return int8fx.weight_only(grouping.format, size, grouping.asymmetric, scale_dtype, grouping.double_quant, compute)
 
 

@@ -13,7 +13,6 @@ from support.helpers import groupings
 
 from int8fx.conversion.format import same_arithmetic
 from int8fx.schemes import LLMInt8, Rotated, llm_int8, parse_scheme, plain, rotated, stored_text, weight_only
-from int8fx.schemes.formats import FORMATS
 from int8fx.schemes.quantize import MAX_THRESHOLD
 
 thresholds = st.one_of(st.none(), st.just(math.inf), st.floats(0, MAX_THRESHOLD), st.integers(0, 100))
@@ -36,7 +35,7 @@ schemes = st.one_of(
             grouping.asymmetric,
             str(grouping.scale_dtype).removeprefix("torch."),
             grouping.double_quant,
-            compute if FORMATS[grouping.format].is_integer else "fp32",
+            compute,
         ),
         groupings(),
         st.sampled_from(("fp32", "int8")),
@@ -71,7 +70,6 @@ def test_plain_and_weight_only_are_llm_int8_at_its_limits():
         ({"group_size": 32.0}, "group_size must be"),
         ({"scale_dtype": "float64"}, "scale_dtype must be one of float32, bfloat16, float16"),
         ({"compute": "bf16"}, "compute must be one of fp32, int8"),
-        ({"dtype": "nf4", "compute": "int8"}, "'nf4' is a table of floats; compute must be 'fp32'"),
         ({"dtype": "nf4", "asymmetric": True}, "asymmetric weights are int8 or int4_clip"),
         ({"dtype": "int4_fullrange", "asymmetric": True}, "asymmetric weights are int8 or int4_clip"),
         ({"asymmetric": 1}, "asymmetric must be True or False"),

@@ -267,6 +267,14 @@ def largest_scale(weight: Int8Weight) -> Tensor:
     return (scale if weight.group_size is None else scale.amax(-1)).unsqueeze(-1)
 
 
+def scale_of_columns(weight: Int8Weight) -> Tensor:
+    """``[N, K]``: the size of the scale of each weight, as float64."""
+    scale = read_scale(weight.scale, weight.scale_range, torch.float64).abs()
+    if weight.group_size is None:
+        return scale.unsqueeze(-1).expand(-1, weight.K)
+    return scale.repeat_interleave(weight.group_size, -1)[:, : weight.K]
+
+
 def rotation_error(z: Tensor, block: int, ct: torch.dtype) -> Tensor:
     """``t(z)`` of `reference.linear`'s docstring: how far the rotation of z, in ``ct``, may be off."""
     t = torch.zeros_like(z, dtype=torch.float64)
@@ -314,6 +322,10 @@ def bound(x: Tensor, weight: Int8Weight, bias: Tensor | None = None, slices: int
             sums = sums + torch.finfo(x.dtype).tiny * (of_x.unsqueeze(-1) + of_w + len(columns))
     if x.dtype in (torch.bfloat16, torch.float16) and K > 0 and form_of(x, weight) is Form.WEIGHT_ONLY:  # F
         sums = sums + 2.0**-30 * x2d.double().abs().nan_to_num().amax(-1, keepdim=True) * v.sum(-1)
+    if (
+        weight.format is not None and not FORMATS[weight.format].is_integer and form_of(x, weight) is Form.QUANTIZED
+    ):  # L
+        sums = sums + (x_codes.double().abs() * x_scale) @ scale_of_columns(weight).T / 254
     sums = sums + (K + 3) * unit_roundoff(torch.float64) * magnitude  # the oracle's own
     if block != 1:
         sums = sums + rotation_error(quantised, block, ct) @ v.T

@@ -48,6 +48,13 @@ struct Steps {
     return steps;
   }
 
+  // The nearest multiples of 1 / 127: each level is off by at most 1 / 254.
+  static Steps nearest(const float* levels) {
+    Steps steps{1.0f / INT8_MAX_CODE};
+    for (int i = 0; i < 16; ++i) steps.values[i] = static_cast<int>(std::nearbyint(levels[i] * INT8_MAX_CODE));
+    return steps;
+  }
+
   // Whether value = code + values[0].
   bool are_codes() const { return unit == 1 && values[15] - values[0] == 15; }
 

@@ -4,7 +4,8 @@
 // blocked      more rows. A task is at most BLOCK_M rows x PANEL channels. It decodes its channels, some columns at a time,
 //              and multiplies them by all rows of the task. Whichever of these serves x and the format:
 //
-//              int8 codes of x, integer levels  sums of a group by Tile, in int32, then scaled in floating point
+//              int8 codes of x                  sums of a group by Tile, in int32, then scaled in floating point; levels that
+//                                               are no int8 multiples of one number are rounded to multiples of 1 / 127
 //              bfloat16 x, integer levels       the same by Bfloat16Tile, in float
 //              others                           FloatTile with dequantised weights
 //
@@ -176,11 +177,11 @@ struct VnniGroupTile : VnniTile {
   }
 };
 
-// By Bfloat16Tile: bfloat16 x or int8 codes of x. Integers less their zero are bfloat16 values.
-template <int MR_, typename From_>
+// By Bfloat16Tile: bfloat16 x. Integers less their zero are bfloat16 values.
+template <int MR_>
 struct BitsTile : Bfloat16Tile<MR_, Tile::PANEL> {
   using Base = Bfloat16Tile<MR_, Tile::PANEL>;
-  using From = From_;
+  using From = c10::BFloat16;
   static constexpr int64_t DEPTH = FLOAT_DEPTH;
   static constexpr bool HAS_ZERO = false;
 
@@ -188,7 +189,7 @@ struct BitsTile : Bfloat16Tile<MR_, Tile::PANEL> {
     for (int64_t i0 = 0; i0 < k; i0 += 64)  // which the first-level cache holds
       for (int64_t m = 0; m < MR_; ++m)
         for (int64_t i = i0; i < std::min((k + 1) / 2 * 2, i0 + 64); ++i)
-          out[(i / 2 * MR_ + m) * 2 + i % 2] = m < rows && i < k ? bits(x[m * stride + i]) : 0;
+          out[(i / 2 * MR_ + m) * 2 + i % 2] = m < rows && i < k ? x[m * stride + i].x : 0;
   }
 
   static void load(const GroupWeight& weight, int64_t n, int64_t k, int64_t depth, const Steps& steps, uint16_t* out) {
@@ -207,10 +208,6 @@ struct BitsTile : Bfloat16Tile<MR_, Tile::PANEL> {
           *(V*)(values + n * MR_ + m) += *(V*)(sums + n * MR_ + m) * groups.scales[i * Tile::PANEL + n];
     }
   }
-
- private:
-  static uint16_t bits(c10::BFloat16 value) { return value.x; }
-  static uint16_t bits(int8_t value) { return bits_of(value); }
 };
 
 template <typename scalar_t>
@@ -243,16 +240,16 @@ struct GroupProduct {
   void run() const {
     if (M == 0 || weight.N == 0) return;
     if (weight_only) return codes == nullptr ? multiply_few() : multiply_few_codes();
-    const std::optional<Steps> steps = integer_steps();
+    std::optional<Steps> steps = integer_steps();
     if (codes != nullptr) {
-      if (steps && steps->are_int8()) return multiply_blocks(InGroups<IntegerTile>(*this, *steps, codes));
-      if constexpr (HAS_BFLOAT16 && std::is_same_v<T, float>)
-        if (steps) return multiply_blocks(InGroups<BitsTile<MR, int8_t>>(*this, *steps, codes));
+      if constexpr (std::is_same_v<T, float>)
+        if (!steps || !steps->are_int8()) steps = Steps::nearest(weight.levels);
+      if (steps) return multiply_blocks(InGroups<IntegerTile>(*this, *steps, codes));
       return multiply_blocks(InFloats(*this, codes, nullptr));
     }
     const std::vector<scalar_t> rows = without_columns<scalar_t>();
     if constexpr (MAY_USE_BFLOAT16)
-      if (steps) return multiply_blocks(InGroups<BitsTile<MR, scalar_t>>(*this, *steps, rows.data()));
+      if (steps) return multiply_blocks(InGroups<BitsTile<MR>>(*this, *steps, rows.data()));
     multiply_blocks(InFloats(*this, rows.data(), nullptr));
   }
 

@@ -491,6 +491,7 @@ WEIGHTS = (
     of_scheme(of_bits(4)),
     of_scheme(int8fx.weight_only("int4_clip", 128, compute="int8")),
     of_scheme(int8fx.weight_only("int4_clip", 128)),
+    of_scheme(int8fx.weight_only("nf4", 64, compute="int8")),
     of_scheme(int8fx.weight_only("nf4", 64)),
 )
 FOR_WEIGHTS = (*WEIGHTS, BFLOAT16, TORCH_INT4, AUTO_ROUND_INT4, ONNXRUNTIME_INT4, BITSANDBYTES_NF4)

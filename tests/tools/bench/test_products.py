@@ -44,7 +44,7 @@ def test_every_candidate_is_in_every_case():
     [
         pytest.param("outliers", "plain", 10, marks=pytest.mark.slow),  # it compiles
         ("schemes", "llm_int8", 4),
-        ("weights", "weight_only(compute='int8')", 11),
+        ("weights", "weight_only(compute='int8')", 12),
         ("overhead", "F.linear", 4),
     ],
 )
