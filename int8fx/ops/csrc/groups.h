@@ -70,11 +70,16 @@ struct CodesTile : Base {
     Base::pack_x(x, stride, rows, k, out);
   }
 
-  static int32_t excess(const GroupWeight&, const Steps&) { return 0; }
+  // Symmetric integers are loaded without their zero, so that there are no offsets.
+  static int32_t excess(const GroupWeight& weight, const Steps& steps) {
+    return weight.zero_point ? 0 : -weight.common_zero(steps);
+  }
 
   static void load(const GroupWeight& weight, int64_t n, int64_t k, int64_t depth, const Steps& steps, W* out) {
     int8_t integers[Base::DEPTH];
     weight.load_integers(n, k, depth, steps, integers);
+    if (const int8_t more = excess(weight, steps); more != 0)
+      for (int64_t i = 0; i < depth; ++i) integers[i] += more;
     Base::load_w(integers, depth, out);
   }
 
@@ -87,7 +92,8 @@ struct CodesTile : Base {
       Base::run(at.depth, groups.x + at.x_at, Channels{NR, false}, groups.w + at.w_at, sums, true, half ? MR / 2 : MR);
       for (int n = 0; n < NR; ++n) {
         const int32_t factor = groups.zeros ? -groups.zeros[i * PANEL + n] : 1;
-        for (int m = 0; m < MR && groups.x_sums != nullptr; ++m) sums[n * MR + m] += factor * groups.x_sums[i * MR + m];
+        if (groups.x_sums != nullptr)
+          for (int m = 0; m < MR; ++m) sums[n * MR + m] += factor * groups.x_sums[i * MR + m];
         for (int m = 0; m < (half ? MR / 2 : MR); m += Lanes<T>::N)
           *(V*)(values + n * MR + m) += convert<T>(sums + n * MR + m) * groups.scales[i * PANEL + n];
       }
