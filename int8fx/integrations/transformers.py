@@ -17,6 +17,7 @@ with some of them is saved and loaded as if `convert` had packed them.
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import PrefixChange, get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
@@ -376,6 +378,7 @@ def _describe(model: Any, quantizer: Int8FxQuantizer | None) -> None:
     config = Int8FxConfig(scheme, select=select)
     if quantizer is None:
         quantizer = Int8FxQuantizer(config, pre_quantized=True)
+        _own_config(model)
     quantizer.quantization_config = config
     model.hf_quantizer, model.config.quantization_config = quantizer, config
     model.is_quantized, model.quantization_method, model.is_loaded_in_8bit = True, METHOD, True
@@ -385,6 +388,16 @@ def _describe(model: Any, quantizer: Int8FxQuantizer | None) -> None:
         if hasattr(module, "get_input_embeddings"):  # models inside the model
             module.config._is_quantized = True
     _expect_packed_names(model)
+
+
+def _own_config(model: Any) -> None:
+    """Copies the configuration of ``model``, for a float model that was made from the same object may be saved too."""
+    copied: dict[int, Any] = {}
+    copy.deepcopy(model.config, copied)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig):
+                vars(module)[name] = copied.get(id(value), value)
 
 
 def _expect_packed_names(model: Any) -> None:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -248,8 +248,7 @@ def llama_cpp_steps(settings: Settings, ids: Tensor) -> Iterator[tuple[dict[str,
             llama.reset()
         llama.eval([next(tokens)])
 
-    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(silent, None)
+    llama_cpp.llama_log_set(_log_of_llama_cpp(), None)
     work: dict[str, Work] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -271,6 +270,14 @@ def llama_cpp_steps(settings: Settings, ids: Tensor) -> Iterator[tuple[dict[str,
             )
             work[f"llama.cpp {name}"] = [partial(step, llama, cycle(ids.tolist()))]
         yield work, {}
+
+
+@cache
+def _log_of_llama_cpp() -> Any:
+    """A log that drops what it gets; cached, since llama.cpp calls it until the process ends."""
+    import llama_cpp
+
+    return llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 def make(settings: Settings, suite: str, name: str) -> Subject | Case:
