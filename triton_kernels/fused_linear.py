@@ -7,12 +7,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
+from .codes import widen
 from .epilogue import finish, scale_channels
 from .groups import group_rows
 from .quantize_rowwise import row_scale
 from .split_k import arrive, collect, k_range, workspace
 from .tiles import Tile, fastest
-from .widen import widen
 
 
 @triton.jit

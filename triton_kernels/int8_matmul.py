@@ -8,13 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
+from .codes import widen
 from .columns import add_columns, gather_columns
 from .epilogue import finish, scale_channels
 from .groups import row_tiles, tile_rows
 from .outliers import gather_weight
 from .split_k import arrive, collect, k_range, workspace
 from .tiles import BLOCK_O, Tile, fastest
-from .widen import widen
 
 GATHER_ROWS = 512
 """With this many rows per weight or more, the outlier columns of the weight are gathered before the matmul."""

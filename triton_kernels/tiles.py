@@ -66,8 +66,8 @@ FUSED_LINEAR_FLOAT32 = (16, 32, 32, 4, 2)
 
 # The key is the largest number of rows that the tile is for.
 WEIGHT_ONLY = {
-    "cuda": {16: (16, 32, 256, 4, 4), 32: (32, 64, 128, 4, 4), 64: (64, 64, 128, 4, 4)},
-    "hip": {16: (16, 128, 128, 4, 2), 32: (32, 128, 128, 4, 2), 64: (64, 128, 128, 8, 2)},
+    "cuda": {16: (16, 32, 256, 4, 4), 32: (32, 64, 128, 4, 4), 64: (64, 64, 128, 4, 4), 128: (128, 64, 64, 8, 3)},
+    "hip": {16: (16, 128, 128, 4, 2), 32: (32, 128, 128, 4, 2), 64: (64, 128, 128, 8, 2), 128: (128, 64, 64, 8, 2)},
 }
 WEIGHT_ONLY_FLOAT32 = {16: (16, 32, 32, 4, 2), 32: (32, 32, 32, 4, 2), 64: (64, 32, 32, 8, 2)}
 
@@ -76,6 +76,9 @@ OUTLIER_MASK = Tile(128, 1, 64, 4, 2)
 EXTRACT_OUTLIERS = Tile(32, 1, 128, 4, 2)
 GATHER_WEIGHT = Tile(1, 64, 1, 4, 2)
 GATHER_COLUMNS = Tile(64, 1, 1, 4, 2)
+
+MIN_STEP = 32
+"""The smallest BLOCK_K: 16 bytes of codes of 4 bits."""
 
 BLOCK_O = 16
 """How many 16-bit columns one dot multiplies. Panels of such columns are padded with zeros to a multiple."""
@@ -171,13 +174,61 @@ def for_fused_linear(N: int, K: int, E: int, dtype: torch.dtype, target: str, pr
     return _two_splits(Tile(*row), 1, N, K, E, processors)
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """What `weight_only` does in a step of K beside the products: its registers limit BLOCK_K.
+
+    group_size: 0 for one group in a row.
+    parts: see `codes.Codebook`.
+    has_range: whether scales are codes themselves.
+    """
+
+    group_size: int = 0
+    parts: int = 1
+    has_range: bool = False
+
+    def fit(self, tile: Tile, K: int) -> Tile:
+        """``tile`` of a table for a row of K columns. No target spills (`python -m int8fx.tools.audit`).
+
+        BLOCK_K divides groups and K, or else wastes little of the last step of a group.
+        """
+        size = self.group_size
+        step = (size | K) & -(size | K)  # the largest power of two that divides both
+        uneven = size > 0 and step < MIN_STEP
+        if uneven:
+            step = max(MIN_STEP, triton.next_power_of_2(size + 1))
+        BLOCK_K = min(tile.BLOCK_K, 64 if uneven or self.parts > 1 else tile.BLOCK_K, step if size else tile.BLOCK_K)
+        if self.has_range and BLOCK_K < tile.BLOCK_K:
+            BLOCK_K = MIN_STEP
+        narrow = BLOCK_K == MIN_STEP < tile.BLOCK_K and tile.BLOCK_N < 64 and not self.has_range
+        wide = tile.BLOCK_M >= MANY_ROWS and (size > 0 or self.parts > 1)
+        return replace(
+            tile,
+            BLOCK_K=BLOCK_K,
+            BLOCK_N=64 if narrow else tile.BLOCK_N,
+            num_warps=max(8, tile.num_warps) if wide else tile.num_warps,
+        )
+
+
+PLAIN = Decoding()
+
+
 def for_weight_only(
-    M: int, N: int, K: int, E: int, dtype: torch.dtype, target: str, processors: int
+    M: int, N: int, K: int, E: int, dtype: torch.dtype, target: str, processors: int, decoding: Decoding = PLAIN
 ) -> tuple[Tile, ...]:
-    """Candidates for `weight_only`: one tile with K `split`, and the same with twice as many splits."""
+    """Candidates for `weight_only`: one tile with K `split`, and the same with twice as many splits.
+
+    For more than 64 rows they are a tile of 128 rows and one of 64. With 128, a range of scales takes too many
+    registers.
+    """
     table = WEIGHT_ONLY_FLOAT32 if dtype == torch.float32 else WEIGHT_ONLY[_backend(target)]
-    tile = Tile(*table[next((rows for rows in table if rows >= M), max(table))])
-    return _two_splits(tile, triton.cdiv(M, tile.BLOCK_M), N, K, E, processors)
+    heights = [rows for rows in table if rows <= MANY_ROWS] if decoding.has_range else list(table)
+    least = next((rows for rows in heights if rows >= M), heights[-1])
+    tallest, *others = (
+        _two_splits(decoding.fit(Tile(*table[rows]), K), triton.cdiv(M, rows), N, K, E, processors)
+        for rows in (least, *(rows for rows in heights if MANY_ROWS <= rows < least))
+    )
+    return (tallest[0], *(tiles[0] for tiles in others)) if others else tallest
 
 
 def for_quantize_rowwise(K: int, block: int) -> Tile:

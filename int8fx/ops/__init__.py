@@ -103,8 +103,10 @@ def _quantize_rowwise(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``for_linear``: only `linear_quantized` gets the result, which stays uninitialised if it is not read."""
     check_quantize_rowwise(x, threshold, block, columns)
-    if for_linear and form(count_rows(x), x.device.type, threshold, block, columns is not None) is not Form.QUANTIZED:
-        return _empty_quantized(x)
+    if for_linear:
+        chosen = form(count_rows(x), x.device.type, threshold, block, columns is not None, is_plain=True)
+        if chosen is not Form.QUANTIZED:
+            return _empty_quantized(x)
     return kernels.quantize_rowwise(x, threshold, block, columns)
 
 
@@ -257,14 +259,13 @@ def _grouped_linear_backward(ctx, grad):
 def kernel_on(kernels: ModuleType, name: str) -> Callable:
     """The op ``name`` on the kernels of one module, `fallback` or `gpu`, with its checks.
 
-    On a GPU, float64 and other weights than int8 with one scale per output channel run `fallback`: no Triton kernel
-    takes them.
+    On a GPU, what no Triton kernel takes (`gpu.serves`) runs `fallback`.
     """
     checked, typed = _CHECKED[name], _MATMULS.get(name)
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         serving = kernels
-        if kernels is gpu and (x.dtype == torch.float64 or (typed and not _weight_in(typed[0](x, *args)).is_plain)):
+        if kernels is gpu and not gpu.serves(x, _weight_in(typed[0](x, *args)) if typed else None):
             serving = fallback
         return checked(serving, x, *args, **kwargs)
 

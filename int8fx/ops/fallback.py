@@ -188,7 +188,7 @@ def _form(x: Tensor, weight: Int8Weight) -> Form:
     if weight.threshold == 0:
         return Form.WEIGHT_ONLY
     rows = math.prod(x.shape[:-1])
-    return form(rows, x.device.type, weight.threshold, weight.block, weight.columns is not None)
+    return form(rows, x.device.type, weight.threshold, weight.block, weight.columns is not None, weight.is_plain)
 
 
 def _finish(y: Tensor, x: Tensor, x2d: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Tensor:

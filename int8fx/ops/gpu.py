@@ -1,4 +1,4 @@
-"""The ops on CUDA and ROCm: chooses and launches `int8fx.triton_kernels`. x is not float64."""
+"""The ops on CUDA and ROCm: chooses and launches `int8fx.triton_kernels`, for what `serves` says."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..schemes.formats import format_of
 from ..schemes.quantize import INT8_MAX, TINY
 from ..schemes.weight import Epilogue, Int8Weight
 from .rows import Form, form
@@ -17,14 +18,26 @@ Quantized = tuple[Tensor, Tensor, Tensor | None]
 """Codes ``[M, K]``, scale ``[M]``, and each weight's mask of outlier columns, ``[E, K]``; None without a threshold."""
 
 
+def serves(x: Tensor, weight: Int8Weight | None = None) -> bool:
+    """Whether Triton kernels take x and ``weight``: not float64, and WEIGHT_ONLY if the weight is not plain."""
+    if x.dtype == torch.float64:
+        return False
+    return weight is None or weight.is_plain or _form(1, weight) is Form.WEIGHT_ONLY
+
+
+def _form(rows: int, weight: Int8Weight) -> Form:
+    return form(rows, "cuda", weight.threshold, weight.block, weight.columns is not None, weight.is_plain)
+
+
 def linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Tensor:
     """`reference.linear` on the GPU.
 
     | form (`rows.form`) | kernels                                                                                    |
     |--------------------|--------------------------------------------------------------------------------------------|
-    | WEIGHT_ONLY        | `weight_only`: x is not quantised                                                          |
-    | FUSED              | `fused_linear`: all in one kernel, scales per block of K                                   |
-    | QUANTIZED          | `quantize_rowwise`, `int8_matmul`; with a threshold `outlier_mask` and `extract_outliers`  |
+    | WEIGHT_ONLY        | `weight_only`: x is not quantised; codes of any format                                     |
+    | FUSED              | `fused_linear`: all in one kernel, scales per block of K; plain weights                    |
+    | QUANTIZED          | `quantize_rowwise`, `int8_matmul`; with a threshold `outlier_mask` and `extract_outliers`; |
+    |                    | plain weights                                                                              |
     """
     with torch.cuda.device_of(x):
         x3d = x if weight.codes.dim() == 3 else x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1])
@@ -61,11 +74,20 @@ def grouped_linear(x: Tensor, offsets: Tensor, weight: Int8Weight, bias: Tensor 
 
 
 def _batched(weight: Int8Weight, epilogue: Epilogue) -> tuple[Int8Weight, Epilogue]:
-    """Codes ``[E, N, K]``, scale and bias ``[E, N]``, ``other`` ``[E * M, N]``, as the kernels take them."""
+    """Codes ``[E, N, K]``, scales ``[E, N]`` or ``[E, N, G]``, bias ``[E, N]``, other ``[E * M, N]``."""
     lead = (1,) if weight.codes.dim() == 2 else ()
-    codes, scale, bias, other = weight.codes, weight.scale.float().contiguous(), epilogue.bias, epilogue.other
+    codes, scale, bias, other = weight.codes, weight.scale, epilogue.bias, epilogue.other
+    scale = scale if not weight.is_plain and scale.dtype != torch.float64 else scale.float()
+    zero_point, scale_range = (
+        None if t is None else t.contiguous().view(*lead, *t.shape) for t in (weight.zero_point, weight.scale_range)
+    )
     return (
-        weight._replace(codes=codes.view(*lead, *codes.shape), scale=scale.view(*lead, *scale.shape)),
+        weight._replace(
+            codes=codes.view(*lead, *codes.shape),
+            scale=scale.contiguous().view(*lead, *scale.shape),
+            zero_point=zero_point,
+            scale_range=scale_range,
+        ),
         epilogue._replace(
             bias=None if bias is None else bias.contiguous().view(*lead, *bias.shape),
             other=None if other is None else other.reshape(math.prod(other.shape[:-1]), other.shape[-1]),
@@ -82,14 +104,17 @@ def _matmul(
     offsets: Tensor | None = None,
 ) -> Tensor:
     """``[E * M, N]`` of x ``[E, M, K]`` and a `_batched` weight and epilogue; ``[1, S, K]`` with offsets."""
+    from ..triton_kernels.codes import Coding
     from ..triton_kernels.fused_linear import fused_linear
     from ..triton_kernels.int8_matmul import int8_matmul
     from ..triton_kernels.outliers import extract_outliers
     from ..triton_kernels.weight_only import weight_only
 
-    chosen = form(x.shape[1], "cuda", weight.threshold, weight.block, weight.columns is not None)
+    chosen = _form(x.shape[1], weight)
     if chosen is Form.WEIGHT_ONLY:
-        return weight_only(x, weight.codes, weight.scale, *epilogue, offsets=offsets)
+        spec = format_of(weight.format)
+        coding = Coding(weight.group_size, spec.levels, spec.zero_point, weight.zero_point, weight.scale_range)
+        return weight_only(x, weight.codes, weight.scale, *epilogue, coding=coding, offsets=offsets)
     if chosen is Form.FUSED:
         return fused_linear(
             x, weight.codes, weight.scale, epilogue.bias, weight.threshold, *epilogue[1:], **_CONSTANTS, offsets=offsets

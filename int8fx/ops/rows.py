@@ -30,16 +30,21 @@ class Form(enum.Enum):
     QUANTIZED = "x is quantised first: several layers can share its codes"
 
 
-def form(rows: int, device_type: str, threshold: float | None, block: int, has_columns: bool) -> Form:
+def form(rows: int, device_type: str, threshold: float | None, block: int, has_columns: bool, is_plain: bool) -> Form:
     """The form of a linear layer on ``rows`` rows of x.
 
-    Rotated weights always quantise x first: then a row's result does not depend on the size of its batch.
+    Rotated weights always quantise x first: then a row's result does not depend on the size of its batch. On a GPU
+    weights in groups and of other formats than int8 are multiplied by x as it is, for any number of rows: the products
+    of a group are scaled one by one, which costs more than int8 products save.
+
+    A weight that is not plain is QUANTIZED only where a plain one is too: so what `quantize_rowwise` computes for plain
+    weights is there for all that read it.
 
     Args:
         rows: M, the product of x's sizes but the last. With a 3-D weight, the rows of one expert. In `grouped_linear`,
             the rows of one expert on a CPU and of all experts on a GPU, which does not read the offsets.
         device_type: ``cpu`` or ``cuda``. Other devices run as CPUs do.
-        threshold, block: of the `Int8Weight`.
+        threshold, block, is_plain: of the `Int8Weight`.
         has_columns: whether the weight has unquantised columns.
     """
     if block != 1:
@@ -48,7 +53,7 @@ def form(rows: int, device_type: str, threshold: float | None, block: int, has_c
         return Form.WEIGHT_ONLY if rows <= WEIGHT_ONLY_ROWS_CPU else Form.QUANTIZED
     if has_columns:  # the Triton kernels of the other forms do not handle unquantised columns
         return Form.QUANTIZED
-    if threshold == 0:
+    if threshold == 0 or not is_plain:
         return Form.WEIGHT_ONLY
     if rows <= FUSED_ROWS_GPU:
         return Form.FUSED

@@ -88,7 +88,10 @@ def _quantizes(node: Node) -> bool:
         return False
     rows = math.prod(x.shape[:-1])
     rows = rows if isinstance(rows, int) else sys.maxsize
-    return form(rows, x.device.type, weight.threshold, weight.block, weight.columns is not None) is Form.QUANTIZED
+    return (
+        form(rows, x.device.type, weight.threshold, weight.block, weight.columns is not None, weight.is_plain)
+        is Form.QUANTIZED
+    )
 
 
 def _value_key(x: Node) -> object:

@@ -19,6 +19,7 @@ from support.helpers import (
     problem,
     problems,
     seeds,
+    weight_in_groups,
 )
 from support.triton import DTYPES, EXAMPLES, FEWER_EXAMPLES, dtypes, experts
 from torch import nn
@@ -31,6 +32,7 @@ from int8fx.ops import fallback
 from int8fx.ops.rows import Form, form
 from int8fx.passes import count_ops, fold, lower, share
 from int8fx.schemes import reference
+from int8fx.schemes.formats import Grouping
 from int8fx.schemes.weight import Epilogue
 
 activation_names = st.sampled_from(list(reference.ACTIVATIONS))
@@ -49,7 +51,7 @@ def on_triton():
 def assert_right(y: torch.Tensor, p: Problem, rows: int) -> None:
     """``y`` is as exact as the form that serves ``rows`` rows must be."""
     weight = p.weight
-    chosen = form(rows, "cuda", weight.threshold, weight.block, weight.columns is not None)
+    chosen = form(rows, "cuda", weight.threshold, weight.block, weight.columns is not None, weight.is_plain)
     if (
         p.x.dtype != torch.float64 and chosen is Form.FUSED
     ):  # scales per block: within the bound, not element by element
@@ -201,6 +203,43 @@ def test_the_table_of_kernels(M, scheme, expected, calls):
     assert calls == [name for name in expected if name not in QUANTISING]
 
 
+GROUPINGS = {
+    "int4": Grouping("int4_clip", 32, asymmetric=True, scale_dtype=torch.float16),
+    "nf4": Grouping("nf4", 64, double_quant=True),
+    "fp4 in rows": Grouping("fp4_e2m1"),
+    "int8": Grouping("int8", 7),
+}
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("threshold", [0.0, None, 6.0])
+@pytest.mark.parametrize("M", [1, 2, 33, 130])
+def test_weights_in_groups_and_of_other_formats_are_multiplied_by_x_as_it_is(M, threshold, grouping, calls):
+    x = activation(M, 65, outliers="some", dtype=torch.bfloat16)
+    p = Problem(x, weight_in_groups(16, 65, GROUPINGS[grouping], threshold=threshold))
+    y = ops.linear(*p.args)
+    assert_within_budget(y, x, p.weight._replace(threshold=0.0), slices=8)
+    in_one = p.weight.of_channels(lambda tensor: tensor[None])
+    assert torch.equal(ops.grouped_linear(x, torch.tensor([M]), *in_one), y)
+    assert torch.equal(ops.linear(x[None], *in_one)[0], y)
+    assert calls == ["weight_only"] * 3
+    for for_linear in (False, True):
+        quantized = ops.quantize_rowwise(*p.quantize_args, for_linear=for_linear)
+        calls.clear()
+        assert torch.equal(ops.linear_quantized(x, *quantized, *p.weight), y)
+        assert calls == ["weight_only"]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"columns": 2, "threshold": None}, {"block": 16}, {"threshold": 0.0, "dtype": torch.float64}]
+)
+def test_torchs_operators_serve_weights_in_groups_that_no_kernel_takes(fields, calls):
+    dtype = fields.pop("dtype", torch.bfloat16)
+    p = Problem(activation(5, 65, dtype=dtype), weight_in_groups(16, 65, GROUPINGS["int4"], **fields))
+    assert_within_budget(ops.linear(*p.args), *p)
+    assert calls == []
+
+
 def test_siblings_find_outliers_once(calls):
     p = problem(65, 32, 16)
     quantized = ops.quantize_rowwise(*p.quantize_args)
@@ -214,6 +253,12 @@ def test_siblings_find_outliers_once(calls):
 
 def samples(dtype=torch.float16):
     """``(op, args)`` of every op that has Triton kernels, for every scheme."""
+    for grouping in (Grouping("int4_clip", 8, True), Grouping("nf4", 8, double_quant=True)):
+        x = activation(5, 13, dtype=dtype).requires_grad_()
+        weight = weight_in_groups(7, 13, grouping, threshold=0.0)
+        yield "linear", (x, *weight, torch.randn(7))
+        yield "linear_quantized", (x, *ops.quantize_rowwise(x.detach(), 0.0), *weight)
+        yield "grouped_linear", (x, torch.tensor([2, 4]), *weight_in_groups(7, 13, grouping, experts=2, threshold=0.0))
     for scheme in ({}, {"columns": 2}, {"block": 8}, {"block": 8, "columns": 2}):
         p = problem(5, 13, 7, dtype=dtype, **scheme)
         x = p.x.requires_grad_()
@@ -252,18 +297,28 @@ def test_fakes_on_cuda(name, i):
 
 
 @pytest.mark.parametrize(
-    ("rows", "threshold", "block", "saved"),
-    [(1, 6.0, 1, 0), (32, 6.0, 1, 0), (33, 6.0, 1, 1), (33, 0.0, 1, 0), (1, None, 64, 1)],
+    ("rows", "threshold", "block", "group_size", "saved"),
+    [
+        (1, 6.0, 1, None, 0),
+        (32, 6.0, 1, None, 0),
+        (33, 6.0, 1, None, 1),
+        (33, 0.0, 1, None, 0),
+        (1, None, 64, None, 1),
+        (33, None, 1, 32, 0),
+        (33, None, 64, 32, 1),
+    ],
 )
-def test_layers_on_cuda_that_quantise_nothing_share_nothing(rows, threshold, block, saved):
+def test_layers_on_cuda_that_quantise_nothing_share_nothing(rows, threshold, block, group_size, saved):
     graph = torch.fx.Graph()
     with FakeTensorMode():
         x = torch.empty(rows, 64, device="cuda")
-        weight = torch.empty(8, 64, dtype=torch.int8, device="cuda"), torch.empty(8, device="cuda")
+        scale = torch.empty(8, *([] if group_size is None else [2]), device="cuda")
+        weight = torch.empty(8, 64, dtype=torch.int8, device="cuda"), scale
         nodes = [graph.placeholder(name) for name in ("x", "w", "scale")]
         for node, value in zip(nodes, (x, *weight), strict=True):
             node.meta["val"] = value
-        layers = [graph.call_function(ops.linear.default, (*nodes, threshold, block)) for _ in range(2)]
+        fields = threshold, block, None, None, None, group_size
+        layers = [graph.call_function(ops.linear.default, (*nodes, *fields)) for _ in range(2)]
         for layer in layers:
             layer.meta["val"] = torch.empty(rows, 8, device="cuda")
         graph.output(tuple(layers))
@@ -293,6 +348,8 @@ MODEL_SCHEMES = {
     "rotated": int8fx.rotated(16, 0.0),
     "rotated columns": int8fx.rotated(16, 0.05),
     "weight_only": int8fx.weight_only(),
+    "int4": int8fx.weight_only("int4_fullrange", 32, scale_dtype="float16", compute="int8"),
+    "nf4": int8fx.weight_only("nf4", 16, double_quant=True),
 }
 
 

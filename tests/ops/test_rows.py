@@ -11,13 +11,18 @@ from int8fx.ops.rows import FUSED_ROWS_GPU, WEIGHT_ONLY_ROWS_CPU, WEIGHT_ONLY_RO
 
 QUANTIZED, FUSED, WEIGHT_ONLY = Form.QUANTIZED, Form.FUSED, Form.WEIGHT_ONLY
 CPU, GPU = WEIGHT_ONLY_ROWS_CPU, WEIGHT_ONLY_ROWS_GPU
-WEIGHTS = {  # threshold, block, has_columns
-    "llm_int8": (6.0, 1, False),
-    "plain": (None, 1, False),
-    "weight_only": (0.0, 1, False),
-    "columns": (6.0, 1, True),
-    "rotated": (None, 64, False),
-    "rotated, columns": (None, 64, True),
+WEIGHTS = {  # threshold, block, has_columns, is_plain
+    "llm_int8": (6.0, 1, False, True),
+    "plain": (None, 1, False, True),
+    "weight_only": (0.0, 1, False, True),
+    "columns": (6.0, 1, True, True),
+    "rotated": (None, 64, False, True),
+    "rotated, columns": (None, 64, True, True),
+    "groups": (0.0, 1, False, False),
+    "groups, int8 x": (None, 1, False, False),
+    "groups, outliers": (6.0, 1, False, False),
+    "groups, columns": (None, 1, True, False),
+    "groups, rotated": (None, 64, False, False),
 }
 GPU_ROWS = {0: FUSED, 1: FUSED, 2: WEIGHT_ONLY, GPU: WEIGHT_ONLY, GPU + 1: QUANTIZED, 4096: QUANTIZED}
 CPU_ROWS = {0: WEIGHT_ONLY, 1: WEIGHT_ONLY, CPU: WEIGHT_ONLY, CPU + 1: QUANTIZED, 4096: QUANTIZED}
@@ -35,6 +40,16 @@ TABLE = {
     ("cuda", "columns"): dict.fromkeys(ALL, QUANTIZED),
     ("cuda", "rotated"): dict.fromkeys(ALL, QUANTIZED),
     ("cuda", "rotated, columns"): dict.fromkeys(ALL, QUANTIZED),
+    ("cpu", "groups"): CPU_ROWS,
+    ("cpu", "groups, int8 x"): CPU_ROWS,
+    ("cpu", "groups, outliers"): CPU_ROWS,
+    ("cpu", "groups, columns"): CPU_ROWS,
+    ("cpu", "groups, rotated"): dict.fromkeys(ALL, QUANTIZED),
+    ("cuda", "groups"): dict.fromkeys(ALL, WEIGHT_ONLY),
+    ("cuda", "groups, int8 x"): dict.fromkeys(ALL, WEIGHT_ONLY),
+    ("cuda", "groups, outliers"): dict.fromkeys(ALL, WEIGHT_ONLY),
+    ("cuda", "groups, columns"): dict.fromkeys(ALL, QUANTIZED),
+    ("cuda", "groups, rotated"): dict.fromkeys(ALL, QUANTIZED),
 }
 
 
@@ -47,6 +62,15 @@ def test_the_table_of_forms(device_type, weight):
 def test_every_weight_on_every_device_is_in_the_table():
     assert set(TABLE) == {(device, weight) for device in ("cpu", "cuda") for weight in WEIGHTS}
     assert FUSED_ROWS_GPU == 1
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_a_weight_in_groups_reads_quantised_x_only_where_a_plain_one_does(device_type):
+    """`quantize_rowwise` asks for plain weights, whatever weights read its result."""
+    for *weight, is_plain in WEIGHTS.values():
+        for M in () if is_plain else ALL:
+            in_groups, plain = (form(M, device_type, *weight, is_plain=value) for value in (False, True))
+            assert in_groups is not QUANTIZED or plain is QUANTIZED
 
 
 def test_other_devices_run_as_cpus_do():
@@ -80,5 +104,5 @@ def test_the_loaded_kernels_change_their_form_at_this_number():
         x[:, 0] = 300.5  # each row's scale is 300.5 / 127: rounding the other columns to codes shows
         exact = x.double() @ (weight[0].double() * weight[1].double()[:, None]).T
         error = (ops.linear(x, *weight).double() - exact).norm() / exact.norm()
-        assert (error < 1e-5) == (rows.form(M, "cpu", None, 1, False) is WEIGHT_ONLY), M
+        assert (error < 1e-5) == (rows.form(M, "cpu", None, 1, False, True) is WEIGHT_ONLY), M
         assert error < 1e-5 or error > 1e-3

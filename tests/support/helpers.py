@@ -233,7 +233,7 @@ class Bound:
 def form_of(x: Tensor, weight: Int8Weight) -> Form:
     """Which form serves x on its device."""
     rows = math.prod(x.shape[:-1]) if weight.codes.dim() == 2 else x.shape[-2]
-    return form(rows, x.device.type, weight.threshold, weight.block, weight.columns is not None)
+    return form(rows, x.device.type, weight.threshold, weight.block, weight.columns is not None, weight.is_plain)
 
 
 def kernels_linear(x: Tensor, weight: Int8Weight, epilogue: Epilogue = NO_EPILOGUE) -> Tensor:

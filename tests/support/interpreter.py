@@ -83,8 +83,8 @@ def cpu_tensors_on(kernels: ModuleType) -> Iterator[None]:
     native.load()  # the kernels that are registered last serve
     library = torch.library.Library("int8fx", "IMPL")
 
-    def form(rows: int, device_type: str, *scheme: Any) -> Form:
-        return rows_form(rows, "cuda" if kernels is gpu else device_type, *scheme)
+    def form(rows: int, device_type: str, *weight: Any, **fields: Any) -> Form:
+        return rows_form(rows, "cuda" if kernels is gpu else device_type, *weight, **fields)
 
     try:
         for name in ("linear", "linear_quantized", "quantize_rowwise", "grouped_linear"):

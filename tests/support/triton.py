@@ -6,10 +6,12 @@ Importing it prepares the interpreter (`support.interpreter`).
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
+from int8fx.triton_kernels.codes import Coding
 from int8fx.triton_kernels.fused_linear import fused_linear
 from int8fx.triton_kernels.int8_matmul import int8_matmul
 from int8fx.triton_kernels.outliers import extract_outliers, outlier_mask
@@ -23,17 +25,20 @@ from support.helpers import (
     assert_within,
     bound,
     generator,
+    groupings,
     oracle,
     packed_weight,
     schemes,
     seeds,
     thresholds,
     unit_roundoff,
+    weight_in_groups,
     with_layout,
 )
 from torch import Tensor
 
 from int8fx.schemes import reference
+from int8fx.schemes.formats import format_of
 from int8fx.schemes.quantize import INT8_MAX, TINY
 from int8fx.schemes.weight import Epilogue, Int8Weight
 
@@ -92,6 +97,17 @@ def problems(draw, M=rows, scheme=schemes) -> Problem:
     return Problem(x, weight, Epilogue(bias, draw(st.sampled_from(tuple(reference.ACTIVATIONS))), other, binary))
 
 
+@st.composite
+def problems_of_formats(draw, M=rows) -> Problem:
+    """`problems` of weights of any format, in groups or not, that are multiplied by x as it is."""
+    p = draw(problems(M=M, scheme=llm_int8))
+    N, K = len(p.weight.codes), p.x.shape[1]
+    weight = weight_in_groups(N, K, draw(groupings()), threshold=0.0, seed=draw(seeds))
+    if draw(st.booleans()):
+        weight = weight._replace(codes=weight.codes.t().contiguous().t())
+    return replace(p, weight=weight)
+
+
 def experts(E: int, N: int, K: int, seed: int = 0, columns: Tensor | None = None, **fields) -> Int8Weight:
     """The weights of E experts."""
     codes, scale = (torch.stack(t) for t in zip(*(packed_weight(N, K, seed=seed + e) for e in range(E)), strict=True))
@@ -107,12 +123,13 @@ def matmul(kernel: str, p: Problem, tile: Tile = TILE, offsets: Tensor | None = 
     """``p`` on one of the `MATMULS`, with what has to run before it; with ``offsets`` x is ``[S, K]``."""
     (x, weight, epilogue) = p
     if weight.codes.dim() == 2:
-        weight = weight._replace(codes=weight.codes[None], scale=weight.scale[None])
+        weight = weight.of_channels(lambda tensor: tensor[None])
         epilogue = epilogue._replace(bias=None if epilogue.bias is None else epilogue.bias[None])
     x = x if x.dim() == 3 else x[None]
     bias, *after = epilogue
     if kernel == "weight_only":
-        return weight_only(x, weight.codes, weight.scale, bias, *after, offsets=offsets, tile=tile)
+        coding = coding_of(weight)
+        return weight_only(x, weight.codes, weight.scale, bias, *after, coding=coding, offsets=offsets, tile=tile)
     if kernel == "fused_linear":
         return fused_linear(
             x, weight.codes, weight.scale, bias, weight.threshold, *after, **CONSTANTS, offsets=offsets, tile=tile
@@ -123,6 +140,11 @@ def matmul(kernel: str, p: Problem, tile: Tile = TILE, offsets: Tensor | None = 
         codes, x_scale, weight.codes, weight.scale, outliers, bias, x.dtype, *after,
         unquantised=unquantised, offsets=offsets, tile=tile,
     )  # fmt: skip
+
+
+def coding_of(weight: Int8Weight) -> Coding:
+    spec = format_of(weight.format)
+    return Coding(weight.group_size, spec.levels, spec.zero_point, weight.zero_point, weight.scale_range)
 
 
 def quantized(x: Tensor, weight: Int8Weight, offsets: Tensor | None = None):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from int8fx.triton_kernels import tiles
-from int8fx.triton_kernels.tiles import Tile
+from int8fx.triton_kernels.tiles import Decoding, Tile
 from support.triton import DTYPES
 
 H100 = ("sm_90", 132)
@@ -14,6 +14,29 @@ def test_a_weight_only_tile_holds_all_of_few_rows(M, dtype):
         for tile in tiles.for_weight_only(M, N, K, 1, dtype, *H100):
             assert tile.BLOCK_M >= M
             assert tile.SPLIT_K == 1 or 4 * tile.SPLIT_K * tile.BLOCK_K <= K
+
+
+@pytest.mark.parametrize("M", [1, 16, 64, 100, 1000])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_of_k_is_in_one_group(M, parts, dtype):
+    for size, K in ((32, 4096), (64, 4096), (256, 4096), (96, 960), (128, 4064), (7, 4096), (1, 33), (200, 4096)):
+        for decoding in (Decoding(size, parts), Decoding(size, parts, True)):
+            for tile in tiles.for_weight_only(M, 4096, K, 1, dtype, *H100, decoding):
+                step = tile.BLOCK_K
+                assert step >= tiles.MIN_STEP
+                assert step.bit_count() == 1
+                if size % 32 == 0:
+                    assert size % step == K % step == 0
+                else:
+                    assert step <= max(2 * size, tiles.MIN_STEP)
+
+
+def test_many_rows_may_take_the_tallest_tile():
+    found = tiles.for_weight_only(2048, 4096, 4096, 1, torch.bfloat16, *H100)
+    assert [tile.BLOCK_M for tile in found] == [128, 64]
+    ranged = tiles.for_weight_only(2048, 4096, 4096, 1, torch.bfloat16, *H100, Decoding(64, 3, True))
+    assert [tile.BLOCK_M for tile in ranged] == [64]
 
 
 def test_k_is_split_until_most_processors_work():

@@ -69,15 +69,15 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], target: str, num_warp
     """``kernel`` compiled for these arguments.
 
     Args:
-        arguments: by name: a type like ``*i8``, ``*fp16``, ``i32`` or ``fp32``, followed by ``:16`` if the value is a
-            multiple of 16. Anything else is a constant.
+        arguments: by name: a type like ``*i8``, ``*u8``, ``*fp16``, ``i32`` or ``fp32``, followed by ``:16`` if the
+            value is a multiple of 16. Anything else is a constant.
         target: a key of `TARGETS`.
     """
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = arguments[name]
         kind, _, multiple = value.partition(":") if isinstance(value, str) else ("", "", "")
-        if re.fullmatch(r"\*?(i|fp|bf)\d+", kind):
+        if re.fullmatch(r"\*?(i|u|fp|bf)\d+", kind):
             signature[name] = kind
             if multiple:
                 attributes[(i,)] = [["tt.divisibility", int(multiple)]]

@@ -45,11 +45,13 @@ _STRIDES = {
     "stride_xe": "i32:16", "stride_xm": "i32:16", "stride_xk": 1, "stride_we": "i32:16", "stride_wn": "i32:16",
     "stride_wk": 1, "stride_e": "i32:16", "stride_m": "i32:16", "stride_k": 1, "stride_om": "i32:16", "stride_on": 1,
 }  # fmt: skip
-_SIZES = {"M": "i32", "N": "i32:16", "K": "i32:16", "E": 1, "C": "i32", "pitch": "i32:16", "capacity": "i32:16"}
+_SIZES = {"M": "i32", "N": "i32:16", "K": "i32:16", "E": 1, "C": "i32", "G": "i32", "pitch": "i32:16"}
+_SIZES |= {"capacity": "i32:16", "depth": "i32:16"}
 _CONSTANTS = {
     "INT8_MAX": INT8_MAX, "TINY": TINY, "EVEN_K": True, "BLOCK_O": BLOCK_O, "BLOCK_E": 1, "GROUP_M": 8,
     "BLOCK": 1, "REGULAR": True, "WHOLE_BLOCKS": True, "ONE_PART": True, "ALL_ROWS": False, "BEFORE": 8192,
-    "ACTIVATION": "none", "BINARY": "none", "OUTLIERS": True,
+    "ACTIVATION": "none", "BINARY": "none", "OUTLIERS": True, "BITS": 8, "ZERO": 0, "LEVELS": None, "UNIT": 1,
+    "PARTS": 1, "GROUP": 0, "STEPS": 0,
 }  # fmt: skip
 
 
@@ -59,7 +61,8 @@ def arguments(kernel: Any, dtype: str, **constants: Any) -> dict[str, Any]:
     int8 = {f"{name}_ptr": "*i8:16" for name in ("codes", "weight", "gathered")}
     float32 = {f"{name}_ptr": "*fp32:16" for name in ("x_scale", "scale", "weight_scale", "partial")}
     int32 = {f"{name}_ptr": "*i32:16" for name in ("outlier_columns", "count", "counter")}
-    absent = {f"{name}_ptr": None for name in ("offsets", "columns", "columns_weight")}
+    names = ("offsets", "columns", "columns_weight", "zero_point", "scale_range")
+    absent = {f"{name}_ptr": None for name in names}
     others = {"mask_ptr": "*i1:16", "rows_per_weight": "i32", "threshold": "fp32"}
     defaults = {**in_x_dtype, **int8, **float32, **int32, **absent, **others, **_STRIDES, **_SIZES, **_CONSTANTS}
     return {name: (defaults | constants)[name] for name in kernel.arg_names}

@@ -145,7 +145,7 @@ def _to(device: str, args: tuple) -> tuple:
 
 
 def _form(M: int, weight: Int8Weight) -> Form:
-    return form(M, "cuda", weight.threshold, weight.block, weight.columns is not None)
+    return form(M, "cuda", weight.threshold, weight.block, weight.columns is not None, weight.is_plain)
 
 
 def _same_codes(quantized: tuple[Tensor, ...], x: Tensor, weight: Int8Weight) -> bool:
