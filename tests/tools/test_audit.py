@@ -35,9 +35,8 @@ def column_tiles(target):
 
 @pytest.mark.slow
 def test_every_shipped_tile_compiles(rows):
-    expected = sum(
-        len(tiles.INT8_MATMUL[target]) + column_tiles(target) + len(tiles.WEIGHT_ONLY["cuda"]) + 2 for target in TARGETS
-    )
+    weight_only = len(tiles.WEIGHT_ONLY["cuda"]) * (1 + len(audit.SHIPPED_WEIGHTS))
+    expected = sum(len(tiles.INT8_MATMUL[target]) + column_tiles(target) + weight_only + 2 for target in TARGETS)
     assert len(rows) == expected
     assert {row["target"] for row in rows} == set(TARGETS)
 
@@ -65,7 +64,9 @@ def test_int8_matmuls_run_on_int8_matrix_instructions(rows):
 
 @pytest.mark.slow
 def test_weights_are_loaded_16_bytes_at_a_time(rows):
-    for row in matmuls(rows):
+    """But those in groups: a step of 32 columns of 4 bits has 16 bytes of a channel."""
+    notes = tuple(weight.note for weight in audit.SHIPPED_WEIGHTS)
+    for row in (row for row in matmuls(rows) if not row["label"].endswith(notes)):
         assert row["wide"] >= row["weight_loads"], row["label"]
         if row["target"].startswith("sm"):
             assert row["async_copies"] >= row["weight_loads"], row["label"]
@@ -84,6 +85,25 @@ def test_every_tile_of_a_target_adds_unquantised_columns_by_the_same_instruction
         shapes = {re.sub(r"64x\d+x16", "64xNx16", name) for name in names}  # N is the width of the tile
         (shapes,) = {ALIKE.get(name, name) for name in shapes}
         assert FLOAT_MATRIX.match(shapes)
+
+
+@pytest.mark.slow
+def test_codes_of_4_bits_are_read_by_few_instructions(rows):
+    """With scales, zero points, addresses and the parts of levels. A tree of selections alone has 15 for a code."""
+    for note, most in zip((weight.note for weight in audit.SHIPPED_WEIGHTS), (14, 18), strict=True):
+        found = [row for row in rows if row["label"].endswith(note) and re.search("weight_only (16|32)x", row["label"])]
+        assert len(found) == 2 * len(TARGETS)
+        for row in found:
+            assert row["others"] <= most * row["codes"], row["label"]
+
+
+def test_every_format_and_every_kind_of_scale_is_audited():
+    weights = (*audit.SHIPPED_WEIGHTS, *audit.OTHER_WEIGHTS)
+    assert {weight.format for weight in weights} >= {"int8", "int4_clip", "nf4", "fp4_e2m1"}
+    kinds = {(weight.group > 0, weight.even) for weight in weights}
+    assert kinds == {(False, True), (False, False), (True, True), (True, False)}
+    for field in ("zeros", "has_range"):
+        assert {getattr(weight, field) for weight in weights} == {False, True}
 
 
 @pytest.mark.slow

@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 
+from ...schemes.formats import FORMATS
 from ...schemes.quantize import INT8_MAX, TINY
 from ...triton_kernels import tiles
+from ...triton_kernels.codes import codebook
 from ...triton_kernels.columns import _gather_columns_kernel
 from ...triton_kernels.fused_linear import _fused_linear_kernel
 from ...triton_kernels.int8_matmul import _int8_matmul_kernel
 from ...triton_kernels.outliers import _extract_kernel, _gather_kernel, _mask_kernel
 from ...triton_kernels.quantize_rowwise import _quantize_rowwise_kernel
-from ...triton_kernels.tiles import BLOCK_O, Tile
+from ...triton_kernels.tiles import BLOCK_O, Decoding, Tile
 from ...triton_kernels.weight_only import _weight_only_kernel
 from .assembly import (
     ASYNC_COPY,
@@ -94,7 +96,7 @@ class Variant:
 
     def wide_loads_per_step(self, threads: int) -> float:
         """16-byte loads of the weight that a thread makes for one step of K."""
-        return self.tile.BLOCK_N * self.tile.BLOCK_K / 16 / threads
+        return self.tile.BLOCK_N * self.tile.BLOCK_K * dict(self.constants).get("BITS", 8) / 128 / threads
 
 
 _KERNELS = {
@@ -125,6 +127,72 @@ _GATHERED = (*_NO_OUTLIERS, ("columns_weight_ptr", "*bf16:16"), ("C", "i32:16"))
 """Unquantised columns of many rows, whose values and weights `gather_columns` has made contiguous."""
 
 
+@dataclass(frozen=True)
+class _Weight:
+    """A weight that is not plain: a format, the size of its groups (0: a row), scales, zero points, a range of scales.
+
+    K is even if steps of K divide groups.
+    """
+
+    format: str
+    group: int = 0
+    scale: str = "fp32"
+    zeros: bool = False
+    has_range: bool = False
+    even: bool = True
+
+    @property
+    def note(self) -> str:
+        parts = (f"in {self.group}" * (self.group > 0), "zeros" * self.zeros, "range" * self.has_range)
+        return " ".join(filter(None, (self.format, *parts, "uneven" * (not self.even))))
+
+    def variant(self, rows: int, dtype: str, target: str) -> Variant | None:
+        """`weight_only` with the tile of so many rows; None if such weights take no tile of so many."""
+        if rows > tiles.MANY_ROWS and self.has_range:
+            return None
+        spec, torch_dtype = FORMATS[self.format], _DTYPES[dtype]
+        book = None if spec.levels is None else codebook(spec.levels, torch_dtype)
+        table = tiles.WEIGHT_ONLY_FLOAT32 if dtype == "fp32" else tiles.WEIGHT_ONLY[TARGETS[target].backend]
+        decoding = Decoding(self.group, book.parts if book else 1, self.has_range)
+        tile = decoding.fit(Tile(*table[rows], SPLIT_K=4), 4096 if self.even else 4095)
+        codes = "*i8:16" if spec.bits == 8 else "*u8:16"
+        constants = {
+            "BITS": spec.bits, "ZERO": spec.zero_point, "GROUP": self.group, "STEPS": -(-self.group // tile.BLOCK_K),
+            "EVEN_K": self.even, "weight_ptr": codes, "zero_point_ptr": codes if self.zeros else None,
+            "weight_scale_ptr": "*u8:16" if self.has_range else f"*{self.scale}:16",
+            "scale_range_ptr": "*fp32:16" if self.has_range else None,
+        }  # fmt: skip
+        if book is not None:
+            constants |= {"LEVELS": book.levels, "UNIT": book.unit, "PARTS": book.parts}
+        return Variant("weight_only", tile, dtype, (*_PLAIN, *constants.items()), self.note)
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHIPPED_WEIGHTS = (_Weight("int4_clip", 32, "fp16", zeros=True), _Weight("nf4", 64))
+OTHER_WEIGHTS = (
+    _Weight("int4_clip"),
+    _Weight("int4_clip", even=False),
+    _Weight("int4_clip", 128),
+    _Weight("int4_clip", 7, zeros=True, even=False),
+    _Weight("int4_clip", 200, even=False),
+    _Weight("nf4"),
+    _Weight("nf4", even=False),
+    _Weight("nf4", 64, has_range=True),
+    _Weight("nf4", 200, even=False),
+    _Weight("nf4", 7, has_range=True, even=False),
+    _Weight("fp4_e2m1", 32),
+    _Weight("int8", 128, zeros=True),
+    _Weight("int8", 128, zeros=True, has_range=True),
+    _Weight("int8", 200, zeros=True, has_range=True, even=False),
+)
+
+
+def _variants(weights: tuple[_Weight, ...], dtype: str, target: str) -> Iterator[Variant]:
+    table = tiles.WEIGHT_ONLY_FLOAT32 if dtype == "fp32" else tiles.WEIGHT_ONLY[TARGETS[target].backend]
+    found = (weight.variant(rows, dtype, target) for weight in weights for rows in table)
+    return (variant for variant in found if variant is not None)
+
+
 def shipped(target: str) -> Iterator[Variant]:
     """Every tile of the tables for ``target``, in bfloat16, with the arguments of most calls."""
     backend = TARGETS[target].backend
@@ -137,6 +205,7 @@ def shipped(target: str) -> Iterator[Variant]:
     yield Variant("fused_linear", Tile(*tiles.FUSED_LINEAR[backend], SPLIT_K=4), "bf16", (*_PLAIN, _ROW))
     for row in tiles.WEIGHT_ONLY[backend].values():
         yield Variant("weight_only", Tile(*row, SPLIT_K=4), "bf16", _PLAIN)
+    yield from _variants(SHIPPED_WEIGHTS, "bf16", target)
     yield _rotated(256)
 
 
@@ -173,6 +242,9 @@ def everything(target: str) -> Iterator[Variant]:
     yield Variant("fused_linear", Tile(*tiles.FUSED_LINEAR_FLOAT32, SPLIT_K=4), "fp32", (_ROW,))
     for row in tiles.WEIGHT_ONLY_FLOAT32.values():
         yield Variant("weight_only", Tile(*row, SPLIT_K=4), "fp32")
+    yield from _variants(OTHER_WEIGHTS, "bf16", target)
+    for dtype_name in ("fp16", "fp32"):
+        yield from _variants((*SHIPPED_WEIGHTS, _Weight("nf4", 64, has_range=True)), dtype_name, target)
     for all_rows in (False, True):
         yield Variant("outlier_mask", tiles.OUTLIER_MASK, "bf16", (("ALL_ROWS", all_rows),), "all rows" * all_rows)
     yield Variant("extract_outliers", tiles.EXTRACT_OUTLIERS, "bf16", (("columns_ptr", "*i32:16"),))
@@ -192,8 +264,8 @@ class Row:
 
     int8, float16: matrix instructions of the innermost loop that has any. instruction: its int8 matrix instruction.
     residual: all float matrix instructions of the kernel. others: the loop's other instructions, per warp and step of
-    K. wide: its 16-byte loads, per thread and step; weight_loads: those for the weight. fits: the shared
-    memory is within `SHARED_LIMIT`.
+    K. wide: its 16-byte loads, per thread and step; weight_loads: those for the weight; codes: of the weight, likewise.
+    fits: the shared memory is within `SHARED_LIMIT`.
     """
 
     target: str
@@ -210,11 +282,13 @@ class Row:
     others: int
     wide: int
     weight_loads: float
+    codes: float
     fits: bool
 
 
 def row(variant: Variant, target: str) -> Row:
     machine = variant.compile(target)
+    threads = variant.tile.num_warps * TARGETS[target].warp_size
     loop = machine.loop(INT8_MATRIX) or machine.loop(FLOAT_MATRIX) or Loop(Counter(), "")
     int8, float16 = loop.count(INT8_MATRIX), loop.count(FLOAT_MATRIX)
     return Row(
@@ -231,7 +305,8 @@ def row(variant: Variant, target: str) -> Row:
         async_copies=loop.count(ASYNC_COPY),
         others=loop.instructions - int8 - float16,
         wide=loop.count(WIDE_LOAD),
-        weight_loads=variant.wide_loads_per_step(variant.tile.num_warps * TARGETS[target].warp_size),
+        weight_loads=variant.wide_loads_per_step(threads),
+        codes=variant.tile.BLOCK_N * variant.tile.BLOCK_K / threads,
         fits=machine.shared <= SHARED_LIMIT[target],
     )
 
