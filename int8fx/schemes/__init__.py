@@ -227,8 +227,8 @@ def weight_only(
         double_quant: scales are quantised to 8 bits themselves, with a range of two float32 numbers per output channel.
             (bitsandbytes does it with the scales of 256 groups.)
         compute: ``fp32`` multiplies x as it is, and sums in float32. ``int8`` quantises each row of x to int8 first,
-            except where few rows (`ops.rows`) are as fast without. CPUs' kernels then round the levels of nf4 and of
-            fp4_e2m1_bnb to multiples of 1/127.
+            except where few rows (`ops.rows`) are as fast without, and on GPUs. CPUs' kernels then round the levels of
+            nf4 and of fp4_e2m1_bnb to multiples of 1/127.
         scales: how the scale of a group is chosen. ``absmax``: its largest value gets the largest code. ``hqq``: most
             weights get a small error (`hqq.hqq_scales`). ``search``: the matmul's error is small on the data of
             ``calibrate(moments=True)``, as in AWQ's clipping (`search.searched_scales`).

@@ -309,7 +309,7 @@ def test_a_form_that_quantises_in_its_launch_reads_no_codes_in_fallback_either(m
     monkeypatch.setattr(fallback, "form", lambda M, device_type, *args: rows.form(M, "cuda", *args))
     p = problem(M, 60, 11, dtype=torch.float64, threshold=threshold, seed=M)
     garbage = tuple(make(t) for make, t in zip(GARBAGE, fallback.quantize_rowwise(*p.quantize_args), strict=True))
-    chosen = rows.form(M, "cuda", threshold, 1, False)
+    chosen = rows.form(M, "cuda", threshold, 1, False, is_plain=True)
     y = fallback.linear_quantized(p.x, *garbage, p.weight, p.epilogue)
     if chosen is not Form.QUANTIZED:
         equal(y, fallback.linear(*p))

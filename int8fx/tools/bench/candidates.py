@@ -229,6 +229,17 @@ def _torchao(weight_only: bool) -> Callable[[nn.Module], nn.Module]:
     return convert
 
 
+def _torchao_int4(module: nn.Module) -> nn.Module:
+    """Converts every ``nn.Linear`` to torchao's int4 in groups of `GROUP`, on torch's tinygemm kernel: GPUs only."""
+    from torchao import quantization
+
+    parent = nn.Sequential(module)  # torchao converts children only
+    config: Any = quantization.Int4WeightOnlyConfig
+    packing = "tile_packed_to_4d"
+    quantization.quantize_(parent, config(group_size=GROUP, set_inductor_config=False, int4_packing_format=packing))
+    return parent[0]
+
+
 def _quantize_dynamic(module: nn.Module) -> nn.Module:
     """``torch.ao.quantization.quantize_dynamic`` with a scale for each channel, by the engine that torch chooses."""
     from torch.ao import quantization
@@ -461,6 +472,7 @@ AUTO_ROUND = Candidate("auto-round kernels", _auto_round, needs=("auto_round_ker
 TORCH_INT4 = Candidate("torch int4pack", _torch_int4)
 ONNXRUNTIME_INT4 = replace(ONNXRUNTIME, name="onnxruntime MatMulNBits, float32", convert=_onnxruntime_int4)
 AUTO_ROUND_INT4 = replace(AUTO_ROUND, name="auto-round int4", convert=_auto_round_int4("int8"))
+TORCHAO_INT4 = Candidate("torchao int4, 128", _torchao_int4, needs=("torchao",))
 BITSANDBYTES_NF4 = Candidate("bitsandbytes nf4", _each_linear(_linear_4bit), needs=("bitsandbytes",))
 
 ANYWHERE = (BITSANDBYTES, TORCHAO_DYNAMIC, TORCHAO_WEIGHT_ONLY)  # peers on CPUs and GPUs
@@ -496,3 +508,16 @@ WEIGHTS = (
 )
 FOR_WEIGHTS = (*WEIGHTS, BFLOAT16, TORCH_INT4, AUTO_ROUND_INT4, ONNXRUNTIME_INT4, BITSANDBYTES_NF4)
 FOR_DECODING = (*WEIGHTS, INT8FX, FLOAT32, BFLOAT16)
+FOR_GPU_WEIGHTS = (
+    of_scheme(int8fx.weight_only()),
+    of_scheme(int8fx.weight_only("int8", 128)),
+    of_scheme(of_bits(4)),
+    of_scheme(int8fx.weight_only("int4_clip", 128)),
+    of_scheme(int8fx.weight_only("int4_clip", 128, asymmetric=True, scale_dtype="bfloat16")),
+    of_scheme(int8fx.weight_only("nf4", 64)),
+    of_scheme(int8fx.weight_only("nf4", 64, double_quant=True)),
+    of_scheme(int8fx.weight_only("fp4_e2m1_bnb", 64)),
+    BFLOAT16,
+    TORCHAO_INT4,
+    BITSANDBYTES_NF4,
+)

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_map_only
 from ...ops import gpu
 from ...ops.rows import Form, form
 from ...schemes import quantize, reference
-from ...schemes.quantize import DEFAULT_THRESHOLD, quantize_weight
+from ...schemes.formats import Grouping
+from ...schemes.quantize import DEFAULT_THRESHOLD, pack_weight, quantize_weight
 from ...schemes.rotate import rotate
 from ...schemes.weight import Epilogue, Int8Weight
 
@@ -23,6 +24,15 @@ ROWS = (1, 5, 64, 100, 600)
 SIZES = ((200, 300), (512, 4096))  # N, K
 EXPERTS = 3
 U = torch.finfo(torch.float32).eps / 2  # of the sums
+GROUPINGS = {
+    "int4": Grouping("int4_clip", 32, asymmetric=True, scale_dtype=torch.float16),
+    "int4 in rows": Grouping("int4_fullrange"),
+    "int4 in groups of 7": Grouping("int4_clip", 7),
+    "nf4": Grouping("nf4", 64),
+    "nf4, double quantisation": Grouping("nf4", 64, double_quant=True),
+    "fp4": Grouping("fp4_e2m1_bnb", 128),
+    "int8 in groups": Grouping("int8", 128, asymmetric=True),
+}
 SLOPE = 1.13  # of the steepest activation
 
 
@@ -94,6 +104,7 @@ def _case(device: str, dtype: torch.dtype, M: int, N: int, K: int) -> Iterator[C
         "rotated": (rotated, bias),
         "rotated, columns": (rotated_with_columns, bias._replace(activation="silu", other=other, binary="add")),
         "threshold 6, columns": (weight._replace(columns=columns, columns_weight=columns_weight), Epilogue()),
+        **{name: (_in_groups(w, grouping), bias) for name, grouping in GROUPINGS.items()},
     }
     for name, (packed, epilogue) in cases.items():
         y = gpu.linear(*_to(device, (x, packed, epilogue)))
@@ -122,6 +133,20 @@ def _case(device: str, dtype: torch.dtype, M: int, N: int, K: int) -> Iterator[C
             if end > begin
         )
         yield Check(f"grouped_linear, threshold {threshold:g}: {where}", worst)
+
+
+def _in_groups(w: Tensor, grouping: Grouping) -> Int8Weight:
+    packed, is_int8 = pack_weight(w, grouping), grouping.format == "int8"
+    return Int8Weight(
+        packed.codes,
+        packed.scale,
+        threshold=0.0,
+        format=None if is_int8 else grouping.format,
+        group_size=grouping.size,
+        in_features=None if is_int8 else w.shape[1],
+        zero_point=packed.zero_point,
+        scale_range=packed.scale_range,
+    )
 
 
 def _tiles(device: str, where: str, x: Tensor, weight: Int8Weight, epilogue: Epilogue) -> Iterator[Check]:

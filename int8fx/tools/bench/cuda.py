@@ -13,7 +13,7 @@ from itertools import cycle, islice
 import torch
 
 from . import models
-from .candidates import FOR_GPUS, INT8FX, build_each, inputs, linear
+from .candidates import FOR_GPU_WEIGHTS, FOR_GPUS, Candidate, build_each, inputs, linear
 from .limits import PEAK, READS
 from .products import OUTLIERS, weights_beyond_cache
 from .settings import Settings, Sizes
@@ -21,6 +21,8 @@ from .timing import Case, Measured, Work, failure, interleave
 
 SIZES: Sizes = (((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192)), (1, 16, 128, 2048))
 QUICK_SIZES: Sizes = (((4096, 4096),), (1, 2048))
+WEIGHT_SIZES: Sizes = (((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192)), (1, 16, 128))
+QUICK_WEIGHT_SIZES: Sizes = (((4096, 4096),), (1, 16))
 GRAPH_SECONDS = 2e-3  # duration of a recorded graph: a hundred times as long as its launch and synchronisation
 READ_BYTES, PEAK_SIDE = 1 << 30, 8192
 
@@ -94,16 +96,31 @@ def limits(device: str) -> dict[str, tuple[Callable[[], object], float]]:
 
 def products(settings: Settings) -> Iterator[Case]:
     """Each shape and M: every candidate's layer, six outlier columns, weights that are not in the cache."""
+    yield from _compare(settings, "products", FOR_GPUS, settings.sizes(SIZES, QUICK_SIZES), 8)
+
+
+def weights(settings: Settings) -> Iterator[Case]:
+    """The same for weights of 8 and 4 bits, in groups, and other libraries' 4 bits."""
+    yield from _compare(settings, "weights", FOR_GPU_WEIGHTS, settings.sizes(WEIGHT_SIZES, QUICK_WEIGHT_SIZES), 4)
+
+
+def _compare(
+    settings: Settings, suite: str, candidates: tuple[Candidate, ...], sizes: Sizes, bits: int
+) -> Iterator[Case]:
+    """A case for each shape and M of ``sizes``; the first of ``candidates`` is the base.
+
+    bits: of the smallest codes: so many weights are made that theirs are not in the cache.
+    """
     cache = torch.cuda.get_device_properties(settings.device).L2_cache_size
     bounds = limits(settings.device)
-    shapes, rows = settings.sizes(SIZES, QUICK_SIZES)
+    shapes, rows = sizes
     for N, K in shapes:
         with torch.device(settings.device):
-            linears = [linear(N, K) for _ in range(weights_beyond_cache(N, K, cache))]
-        built, absent = build_each(FOR_GPUS, lambda candidate: candidate.layers(linears))  # noqa: B023
+            linears = [linear(N, K) for _ in range(weights_beyond_cache(N, K * bits // 8, cache))]
+        built, absent = build_each(candidates, lambda candidate: candidate.layers(linears))  # noqa: B023
         for M in rows:
             torch._dynamo.reset()
-            settings.say(f"products: [{N}, {K}], M = {M}")
+            settings.say(f"{suite}: [{N}, {K}], M = {M}")
             x = inputs(M, K, OUTLIERS).to(settings.device)
             work: dict[str, Work] = {
                 name: [lambda layer=layer, x=x: layer(x) for layer in layers]  # type: ignore[misc]
@@ -114,8 +131,9 @@ def products(settings: Settings) -> Iterator[Case]:
                 name: Measured([amount / seconds for seconds in measured.pop(name).values])
                 for name, (_, amount) in bounds.items()
             }
-            measured = {candidate.name: (measured | absent)[candidate.name] for candidate in FOR_GPUS}
-            case = Case("products", f"[{N}, {K}]", INT8FX.name, measured, M, N, K, threads=settings.num_threads)
+            measured = {candidate.name: (measured | absent)[candidate.name] for candidate in candidates}
+            base = candidates[0].name
+            case = Case(suite, f"[{N}, {K}]", base, measured, M, N, K, threads=settings.num_threads)
             case.peak, case.reads = rates[PEAK], rates[READS]
             yield case
 

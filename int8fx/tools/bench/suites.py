@@ -49,6 +49,7 @@ SUITES = {
         "weights of 8 and 4 bits in groups, and other libraries' int4",
         f"Weight-only: ms, and as multiples of int8's time; {_TIMES}",
         products.weights,
+        cuda.weights,
     ),
     "decoding": Suite(
         "decode steps of a language model with weights of 8 and 4 bits; llama.cpp",

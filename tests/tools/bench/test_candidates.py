@@ -7,6 +7,7 @@ from int8fx.tools.bench import candidates
 from int8fx.tools.bench.candidates import (
     FOR_DECODING,
     FOR_ENCODERS,
+    FOR_GPU_WEIGHTS,
     FOR_GPUS,
     FOR_LAYERS,
     FOR_MODELS,
@@ -14,14 +15,16 @@ from int8fx.tools.bench.candidates import (
     FOR_OVERHEAD,
     FOR_WEIGHTS,
     ONNXRUNTIME,
+    TORCHAO_INT4,
     Candidate,
 )
 from int8fx.tools.bench.timing import Measured
 from int8fx.tools.machine import missing
 
 N, K = 96, 128
-EACH = {candidate.name: candidate for candidate in (*FOR_LAYERS, *FOR_OVERHEAD, *FOR_GPUS, *FOR_WEIGHTS)}
-INT4 = {c.name for c in FOR_WEIGHTS if any(word in c.name for word in ("int4", "nf4", "NBits"))}
+ON_CPUS = (*FOR_LAYERS, *FOR_OVERHEAD, *FOR_GPUS, *FOR_WEIGHTS, *FOR_GPU_WEIGHTS)
+EACH = {candidate.name: candidate for candidate in ON_CPUS if candidate is not TORCHAO_INT4}
+INT4 = {name for name in EACH if any(word in name for word in ("int4", "nf4", "fp4", "NBits"))}
 
 
 @pytest.mark.parametrize(("width", "count"), [(4096, 6), (64, 6), (64, 64), (4, 6)], ids=lambda value: f"{value}")
@@ -51,7 +54,18 @@ def test_candidates_compute_the_layer(name):
 
 
 @pytest.mark.parametrize(
-    "table", [FOR_LAYERS, FOR_MODELS, FOR_OUTLIERS, FOR_ENCODERS, FOR_GPUS, FOR_OVERHEAD, FOR_WEIGHTS, FOR_DECODING]
+    "table",
+    [
+        FOR_LAYERS,
+        FOR_MODELS,
+        FOR_OUTLIERS,
+        FOR_ENCODERS,
+        FOR_GPUS,
+        FOR_OVERHEAD,
+        FOR_WEIGHTS,
+        FOR_GPU_WEIGHTS,
+        FOR_DECODING,
+    ],
 )
 def test_labels_are_unique_in_a_table(table):
     assert len({candidate.name for candidate in table}) == len(table)

@@ -73,7 +73,7 @@ def test_without_a_gpu_the_command_says_so(tmp_path, capsys):
 
 def test_a_suite_that_the_device_lacks_is_refused(tmp_path, capsys):
     assert cli.main(["bench", "--device", "cuda", "--outliers", "--output", str(tmp_path)]) == 1
-    assert "no suite outliers for this device; legal: products, models" in capsys.readouterr().out
+    assert "no suite outliers for this device; legal: products, weights, models" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from int8fx.tools.bench import command
-from int8fx.tools.bench.candidates import FOR_GPUS
+from int8fx.tools.bench.candidates import FOR_GPU_WEIGHTS, FOR_GPUS
 from int8fx.tools.bench.settings import Settings
 from int8fx.tools.bench.suites import SUITES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA or ROCm device")
 
 
-def test_a_run_checks_then_times_then_writes(tmp_path, capsys):
+@pytest.mark.parametrize(("suite", "candidates"), [("products", FOR_GPUS), ("weights", FOR_GPU_WEIGHTS)])
+def test_a_run_checks_then_times_then_writes(suite, candidates, tmp_path, capsys):
     settings = Settings(
-        ("products",), quick=True, rounds=2, output=tmp_path, device="cuda", shapes=((96, 64),), rows=(1, 16)
+        (suite,), quick=True, rounds=2, output=tmp_path, device="cuda", shapes=((96, 128),), rows=(1, 16)
     )
     assert command.run(settings) == 0
     output = capsys.readouterr().out
@@ -23,7 +24,7 @@ def test_a_run_checks_then_times_then_writes(tmp_path, capsys):
     assert "Share of the floor" in output
     with open(tmp_path / "bench-cuda.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["candidate"], row["M"]) for row in rows] == [(c.name, M) for M in ("1", "16") for c in FOR_GPUS]
+    assert [(row["candidate"], row["M"]) for row in rows] == [(c.name, M) for M in ("1", "16") for c in candidates]
     assert all(float(row["peak_ops"]) > 1e12 and float(row["read_bytes_per_s"]) > 1e10 for row in rows)
     assert all(row["best"] or row["note"] for row in rows)
 
