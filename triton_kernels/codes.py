@@ -53,8 +53,8 @@ _PARTS = {torch.float16: 2, torch.bfloat16: 3, torch.float32: 1}  # of 11, 8 and
 def codebook(levels: tuple[float, ...], dtype: torch.dtype) -> Codebook:
     """``levels`` for products with x of ``dtype``.
 
-    If all levels are multiples of one 1 / unit that 8 bits hold, such as those of E2M1 floats over 6, one product with
-    these multiples is exact. Others (nf4) are cut into parts. The factor 256 keeps the parts above float16's subnormal
+    If all levels times one unit have 8 significant bits, such as those of E2M1 floats over 6 times 3, one product with
+    these is exact. Others (nf4) are cut into parts. The factor 256 keeps the parts above float16's subnormal
     numbers.
     """
     if dtype == torch.float32:
