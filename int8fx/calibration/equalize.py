@@ -112,6 +112,11 @@ def can_equalize(scheme: object) -> bool:
     return isinstance(scheme, WeightOnly) or (isinstance(scheme, LLMInt8) and not scheme.columns)
 
 
+def _is_adapter(module: nn.Module) -> bool:
+    """Whether PEFT wrapped a layer in ``module``."""
+    return any(kind.__name__ == "BaseTunerLayer" for kind in type(module).__mro__)
+
+
 def _check(model: object, scheme: object, algorithm: object, calibration: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"int8fx.equalize: found {type(model).__name__}; legal: nn.Module")
@@ -132,6 +137,9 @@ def _check(model: object, scheme: object, algorithm: object, calibration: object
     packed = next(packed_layers(model), None)
     if packed is not None:
         raise ValueError(f"int8fx.equalize: layer {packed.name!r} is converted already; legal: float weights")
+    adapted = next((name for name, m in model.named_modules() if _is_adapter(m)), None)
+    if adapted is not None:
+        raise ValueError(f"int8fx.equalize: layer {adapted!r} has adapters; legal: merge them, or add them afterwards")
     training = next((name or type(m).__name__ for name, m in model.named_modules() if m.training), None)
     if training is not None:
         raise ValueError(f"int8fx.equalize: module {training!r} is in training mode; legal: model.eval()")

@@ -44,10 +44,15 @@ class CalibrationFolder:
         try:
             stored = _open(file)
             rows, absmax, moments, found = (stored[key] for key in ("rows", "absmax", "moments", "fingerprint"))
-        except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError, OSError) as error:
+            damaged = [name for name, t in absmax.items() if _checksum(t) != stored["checksums"]["absmax"][name]]
+        except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, AttributeError, EOFError, OSError) as error:
             raise ValueError(
                 f"int8fx.calibrate: {file} cannot be read: {error}; legal: a folder that calibrate wrote, or a new one"
             ) from error
+        if damaged:
+            raise ValueError(
+                f"int8fx.calibrate: {file}: absmax of layer {damaged[0]!r} is damaged; legal: a new folder"
+            )
         if found != self.fingerprint:
             raise ValueError(
                 f"int8fx.calibrate: {file} was measured on another model, other data or with other arguments; legal: "
@@ -65,8 +70,9 @@ class CalibrationFolder:
             if name in part.moments:
                 part.moments = {**part.moments, name: part.moments[name] + self.moments[name]}
         file, partial = self._file(stage), self.path / f".{stage:04d}.partial"
-        fields = {"rows": part.rows, "absmax": part.absmax, "moments": dict(part.moments)}
-        torch.save({**fields, "fingerprint": self.fingerprint}, partial)
+        tensors = {"absmax": part.absmax, "moments": dict(part.moments)}
+        checksums = {key: {name: _checksum(t) for name, t in named.items()} for key, named in tensors.items()}
+        torch.save({"rows": part.rows, **tensors, "checksums": checksums, "fingerprint": self.fingerprint}, partial)
         os.replace(partial, file)
         self._read(file)
         self.stages = stage + 1
@@ -83,7 +89,12 @@ class Moments(Mapping[str, Tensor]):
         self._file_of = file_of
 
     def __getitem__(self, name: str) -> Tensor:
-        return _open(self._file_of[name])["moments"][name].clone()
+        file = self._file_of[name]
+        stored = _open(file)
+        moments = stored["moments"][name].clone()
+        if _checksum(moments) != stored["checksums"]["moments"][name]:
+            raise ValueError(f"int8fx.calibrate: {file}: moments of layer {name!r} are damaged; legal: a new folder")
+        return moments
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -98,16 +109,23 @@ def _open(file: Path) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module, batches: Iterable[Any], moments: bool) -> str:
-    """A checksum of the tensors of ``batches`` and of the names, shapes and some values of the model's Parameters."""
-    crc = zlib.crc32(str(moments).encode())
-    for name, p in model.named_parameters():
-        values = p.detach().flatten()[:: max(1, p.numel() // 64)].float().cpu()
+    """A checksum of ``batches``, of the model's mode and configuration, and of the names, shapes and some values of its
+    Parameters and buffers."""
+    crc = zlib.crc32(f"{moments} {model.training} {getattr(model, 'config', None)}".encode())
+    for name, p in (*model.named_parameters(), *model.named_buffers()):
+        values = p.detach().flatten()[:: max(1, p.numel() // 64)].double().cpu()
         crc = zlib.crc32(values.numpy().tobytes(), zlib.crc32(f"{name} {tuple(p.shape)} {p.dtype}".encode(), crc))
     for batch in batches:
-        for part in torch.utils._pytree.tree_leaves(batch):
+        leaves, form = torch.utils._pytree.tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+        crc = zlib.crc32(str(form).encode(), crc)
+        for part in leaves:
             if isinstance(part, Tensor):
                 raw = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
                 crc = zlib.crc32(raw, zlib.crc32(f"{tuple(part.shape)} {part.dtype}".encode(), crc))
             else:
-                crc = zlib.crc32(repr(part).encode(), crc)
+                crc = zlib.crc32(pickle.dumps(part), crc)
     return f"{crc:08x}"
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -31,6 +31,7 @@ class _Matmuls(TorchDispatchMode):
     def __init__(self, layers: list[Layer], see: Callable[[str, Tensor], None]) -> None:
         super().__init__()
         self.see = see
+        self._last: tuple[Tensor, tuple, Tensor] | None = None
         self.by_storage: dict[int, list[Layer]] = {}
         for layer in layers:
             self.by_storage.setdefault(layer.weight.untyped_storage().data_ptr(), []).append(layer)
@@ -41,7 +42,7 @@ class _Matmuls(TorchDispatchMode):
             for x, weight, on_the_left in ((a, b, False), (b, a, True)):
                 names = self._layers(weight)
                 if names:
-                    rows = _rows(func, x, on_the_left)
+                    rows = self._rows(func, x, on_the_left)
                     for name in names:
                         self.see(name, rows)
                     break
@@ -52,6 +53,18 @@ class _Matmuls(TorchDispatchMode):
                 return parts
         return func(*args, **(kwargs or {}))
 
+    def _rows(self, func: object, x: Tensor, on_the_left: bool) -> Tensor:
+        """`_rows`: the same object as for the last matmul if x is the same and was not written since.
+
+        What is made here shares no count of writes with x, so x's own is compared.
+        """
+        if x.is_inference():
+            return _rows(func, x, on_the_left)
+        key = x._version, func is aten.convolution.default, on_the_left
+        if self._last is None or self._last[1] != key or not _same(self._last[0], x):
+            self._last = x, key, _rows(func, x, on_the_left)  # holding x, whose memory nobody reuses then
+        return self._last[2]
+
     def _layers(self, weight: Tensor) -> list[str]:
         """Names of the layers whose Parameter contains ``weight``. Packed weights are in none."""
         if isinstance(weight, PackedWeight):
@@ -59,6 +72,12 @@ class _Matmuls(TorchDispatchMode):
         layers = self.by_storage.get(weight.untyped_storage().data_ptr(), ())
         offset = weight.storage_offset()
         return [w.name for w in layers if 0 <= offset - w.weight.storage_offset() < max(1, w.weight.numel())]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same elements of the same memory."""
+    same = (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+    return same and a.device == b.device
 
 
 def _rows(func: object, x: Tensor, on_the_left: bool) -> Tensor:

@@ -161,10 +161,14 @@ def _measure(
     generator = torch.Generator().manual_seed(0)
     calls: list[tuple[Layer, Tensor, Tensor]] = []
 
-    def hook(module: nn.Module, inputs: tuple, y: Tensor) -> None:
-        calls.append((by_module[id(module)], inputs[0].detach(), y if y.requires_grad else y.requires_grad_()))
+    def hook(module: nn.Module, inputs: tuple, named: dict[str, Any], y: Tensor) -> Tensor:
+        """Keeps x and y as they are now. The model goes on with a copy of y, which it may write to."""
+        x = inputs[0] if inputs else named["input"]
+        y = y if y.requires_grad else y.detach().requires_grad_()
+        calls.append((by_module[id(module)], x.detach().clone(), y))
+        return y.clone()
 
-    handles = [layer.module.register_forward_hook(hook) for layer in by_module.values()]
+    handles = [layer.module.register_forward_hook(hook, with_kwargs=True) for layer in by_module.values()]
     rows = 0
     try:
         for i, batch in enumerate(batches):

@@ -799,12 +799,13 @@ def _pack(module: nn.Module, weights: Weights, forward: Callable | None, content
 def unpack(module: PackedModule, dtype: torch.dtype | None = None) -> None:
     """Makes ``module`` what it was before: its class, and float Parameters that hold the dequantised weights."""
     floats = {name: module.dequantize(name) for name in module.packed_weights}
+    floats = {name: weight.to(dtype or weight.dtype) for name, weight in floats.items()}
     base = float_class(module)
     module.__dict__["_parameters"] = dict(module._parameters)
     for name, weight in floats.items():
         for suffix in (*SUFFIXES, FORMAT):
             _holder(module, name + suffix).pop(name + suffix, None)
-        module._parameters[name] = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
+        module._parameters[name] = nn.Parameter(weight, requires_grad=False)
     del module.__dict__["packed_weights"]
     for name in ("_before_cast", "_checked", "_contents"):
         module.__dict__.pop(name, None)

@@ -49,6 +49,8 @@ class Columns:
     def choose(self, tied: list[Layer], count: int) -> Tensor:
         """``[count]`` int64, ascending: the unquantised columns of the one weight that the layers ``tied`` share."""
         absmax = [self.calibration.absmax[t.name] for t in tied if t.name in self.calibration.absmax]
+        for of_layer in absmax:
+            _check_shape("absmax", of_layer, tied[0].oriented().shape[-1:], tied[0])
         norms = [self._norms_of(layer) for layer in tied if layer.name not in self.calibration.absmax]
         size = torch.stack(absmax).amax(0) if absmax else norms[0]
         weight = tied[0].weight
@@ -63,6 +65,14 @@ class Columns:
             siblings = self._siblings.pop(key, [layer])
             self._norms[key] = sum((_squares(s) for s in siblings), torch.zeros((), device=layer.weight.device))
         return self._norms[key]
+
+
+def _check_shape(name: str, statistic: Tensor, shape: tuple[int, ...], layer: Layer) -> None:
+    if statistic.shape != shape:
+        raise ValueError(
+            f"int8fx.convert: the calibration's {name} of layer {layer.name!r}: shape {tuple(statistic.shape)}; legal: "
+            f"{tuple(shape)}, as this model has them"
+        )
 
 
 def _module_and_width(layer: Layer) -> tuple[str, int]:
@@ -136,7 +146,9 @@ class Quantizer:
                 f"int8fx.convert: {scheme} needs moments of the inputs of layer {layer.name!r}; legal: "
                 "calibration=int8fx.calibrate(model, data, moments=True), with data that reaches it, or skip it"
             )
-        return self.calibration.moments[layer.name]
+        moments, K = self.calibration.moments[layer.name], layer.oriented().shape[-1]
+        _check_shape("moments", moments, (K, K), layer)
+        return moments
 
     def __call__(self, tied: list[Layer]) -> PackedTensors:
         """The packed tensors: ordinary ones in any grad mode; fake ones for a fake weight."""

@@ -16,7 +16,7 @@ from ..conversion.foreign import takes_int8_codes
 from ..conversion.format import FORMAT, format_tensor, read_scheme
 from ..schemes import Scheme, llm_int8
 from ..schemes.quantize import INT8_MAX
-from ..schemes.weight import CODES, COLUMNS, SCALE
+from ..schemes.weight import CODES, COLUMNS, SCALE, SCALE_RANGE, ZERO_POINT
 
 _SCB, _ROW_MAJOR = ".SCB", 0
 
@@ -53,18 +53,21 @@ def to_bitsandbytes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of int8fx as bitsandbytes has it; float tensors stay as they are.
 
     Raises:
-        ValueError: a weight is rotated, has unquantised columns, or is not the ``weight`` of a linear layer.
+        ValueError: a weight is rotated, has unquantised columns, is not symmetric int8 with one scale per output
+            channel, or is not the ``weight`` of a linear layer.
     """
     result = dict(state_dict)
     for key in [key for key in state_dict if key.endswith(FORMAT) and key.removesuffix(FORMAT) + CODES in state_dict]:
         weight = key.removesuffix(FORMAT)
         layer, _, name = weight.rpartition(".")
         scheme = read_scheme(result.pop(key))
-        if scheme.rotation != 1 or weight + COLUMNS in result:
+        codes, scale = result[weight + CODES], result[weight + SCALE]
+        has_others = any(weight + suffix in result for suffix in (COLUMNS, ZERO_POINT, SCALE_RANGE))
+        if scheme.rotation != 1 or has_others or codes.dtype != torch.int8 or scale.dim() != codes.dim() - 1:
             raise ValueError(
                 f"int8fx: {weight!r} is {scheme}, which bitsandbytes does not have; legal: llm_int8(), plain()"
             )
-        codes, scale = result.pop(weight + CODES), result.pop(weight + SCALE)
+        del result[weight + CODES], result[weight + SCALE]
         if name != "weight" or codes.dim() != 2:
             raise ValueError(f"int8fx: {weight!r} is not the weight of a linear layer, which bitsandbytes needs")
         prefix = f"{layer}." if layer else ""

@@ -153,9 +153,13 @@ def _group_size(layer: _Layer, K: int) -> int:
     """How many consecutive input channels have one scale; the last group may have fewer."""
     groups, index = layer.scales.shape[0], layer.g_idx
     if index is None:
-        if K % groups:
-            raise layer.refuse(f"{groups} groups of K = {K} input channels, and no g_idx", "groups of equal size")
-        return K // groups
+        size = K // groups
+        if K % groups or (groups > 1 and size & (size - 1)):  # the last group may be shorter: other sizes are possible
+            raise layer.refuse(
+                f"{groups} groups of K = {K} input channels, and no g_idx that says their size",
+                "groups of equal size, a power of two",
+            )
+        return size
     if index.dtype not in (torch.int32, torch.int64) or index.shape != (K,):
         raise layer.refuse(f"g_idx has {_described(index)}", f"int32 [{K}]")
     if K and (int(index.min()) < 0 or int(index.max()) >= groups):

@@ -316,12 +316,14 @@ class Int8FxQuantizer(HfQuantizer):
         describe(model, self)
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         from ..conversion.packed import unpack
 
+        # A saved configuration names it.
+        float_dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
         for module in list(model.modules()):
             if isinstance(module, PackedModule):
-                unpack(module, dtype)
+                unpack(module, float_dtype)
         return model
 
     # ---- saving ------------------------------------------------------------------------------------------------------

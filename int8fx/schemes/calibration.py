@@ -48,17 +48,11 @@ class Statistics:
             moments[name] = moments[name].add_(products) if name in moments else products.clone()
 
     def _of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Absmax and products of x: those of the last x if it is the same, as for the linears of q, k and v."""
+        """Absmax and products of x: those of the last x if it is the same object, as for the linears of q, k and v."""
         version = None if x.is_inference() else x._version
-        if self._last is not None and version is not None and self._last[1] == version and _same(self._last[0], x):
+        if self._last is not None and version is not None and self._last[0] is x and self._last[1] == version:
             return self._last[2:]
         wide = x.float()
         products = (wide.T @ wide).cpu() if self._moments else None
-        self._last = x, version, wide.abs().amax(0).cpu(), products  # holding x, whose memory nobody reuses then
+        self._last = x, version, wide.abs().amax(0).cpu(), products
         return self._last[2:]
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same elements of the same memory."""
-    same = (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
-    return same and a.device == b.device

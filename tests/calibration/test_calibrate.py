@@ -52,6 +52,34 @@ def test_the_input_of_every_matmul_is_recorded():
     assert calibration.moments == {}
 
 
+class InPlace(nn.Module):
+    """A residual that is written in place: its layers read other values in the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(K, K) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        for layer in self.layers:
+            x += F.relu(layer(x), inplace=True)
+        return x
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_residual_that_is_written_in_place_is_measured_as_each_layer_reads_it(mode):
+    torch.manual_seed(0)
+    model, x = InPlace().eval().requires_grad_(False), batch(7)
+    seen: dict[str, Tensor] = {}
+    for name, layer in model.layers.named_children():
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(f"layers.{name}", args[0].clone()))
+    with mode():
+        calibration = calibrate(model, [x], moments=True)
+    for name, read in seen.items():
+        assert torch.equal(calibration.absmax[name], read.abs().amax(0))
+        torch.testing.assert_close(calibration.moments[name], read.T @ read)
+
+
 def test_moments_are_sums_over_all_rows():
     batches = [batch(2, 5), batch(3, 4, seed=2)]
     moments = calibrate(block(), batches, moments=True).moments

@@ -288,12 +288,27 @@ def made_in_inference_mode() -> nn.Module:
         return block()[0]
 
 
+class BaseTunerLayer:
+    """As PEFT calls the class of its layers."""
+
+
+class Adapted(nn.Linear, BaseTunerLayer):
+    pass
+
+
+def adapted() -> nn.Module:
+    model = block()[0]
+    model.q.__class__ = Adapted
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict, str]] = {
     "rotated": (lambda: block()[0], {"scheme": int8fx.rotated()}, r"rotated rotates .* legal: weight_only"),
     "columns": (lambda: block()[0], {"scheme": int8fx.llm_int8(columns=0.1)}, r"columns=0\.1\) rotates .* unquantised"),
     "algorithm": (lambda: block()[0], {"algorithm": "gptq"}, "algorithm is 'gptq'; legal: awq, teq"),
     "no batches": (lambda: block()[0], {"data": []}, "no batches"),
     "converted": (converted, {}, "layer 'q' is converted already; legal: float weights"),
+    "adapters": (adapted, {}, "layer 'q' has adapters; legal: merge them, or add them afterwards"),
     "training": (lambda: block()[0].train(), {}, r"is in training mode; legal: model\.eval"),
     "one module in training": (lambda: (m := block()[0], m.norm.train())[0], {}, "module 'norm' is in training mode"),
     "no moments": (lambda: block()[0], {"calibration": Calibration()}, "no moments; legal: int8fx.calibrate"),

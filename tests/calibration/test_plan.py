@@ -157,6 +157,33 @@ def test_columns_are_those_of_the_calibration_that_is_given():
     assert model[0]._buffers["weight_columns"].tolist() == [9]
 
 
+class Residual(nn.Module):
+    """The same function with and without writes in place; a layer is called by a keyword."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.in_place = nn.Linear(K, K), nn.Linear(K, K), in_place
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        y = self.first(input=x)
+        if not self.in_place:
+            return self.second(x + torch.relu(y))
+        x += torch.relu_(y)
+        return self.second(x)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_writes_in_place_change_no_estimate(trained):
+    torch.manual_seed(0)
+    model = Residual(False).requires_grad_(trained)
+    twin = Residual(True).requires_grad_(trained)
+    twin.load_state_dict(model.state_dict())
+    plans = [int8fx.plan(m, data(50), max_kl=math.inf) for m in (model, twin)]
+    for name, options in plans[0].options.items():
+        assert [o.kl for o in options] == pytest.approx([o.kl for o in plans[1].options[name]], rel=1e-4)
+
+
 def test_frozen_models_are_measured_too():
     model = small_model().requires_grad_(False)
     assert int8fx.plan(model, data(50), max_kl=math.inf).kl > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import UserDict
 
 import pytest
 import torch
@@ -101,10 +102,56 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         model.first.weight[0, 0] += 1
     with pytest.raises(ValueError, match="another model"):
         calibrate(model, data, folder=tmp_path / "a", progress=False)
+    with pytest.raises(ValueError, match="another model"):
+        calibrate(model.train(), data, folder=tmp_path / "a", progress=False)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "0000.pt").write_bytes(b"no such file")
     with pytest.raises(ValueError, match=r"0000\.pt cannot be read: .*; legal: a folder that calibrate wrote"):
         calibrate(model, data, folder=tmp_path / "b", progress=False)
+
+
+class Two(nn.Module):
+    """Takes two tensors by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("shift", torch.zeros(4))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.a(a + self.shift) + self.b(b)
+
+
+class Batch(UserDict):
+    """A mapping that is no dict, as tokenizers return."""
+
+
+def test_names_buffers_and_every_value_of_a_batch_count(tmp_path):
+    model, a, b = Two().eval(), torch.randn(600, 4), torch.randn(600, 4)
+    calibrate(model, [Batch(a=a, b=b)], folder=tmp_path, progress=False)
+    calibrate(model, [Batch(a=a, b=b)], folder=tmp_path, progress=False)
+    changed = a.clone()
+    changed[300] += 1  # in the middle, which a text of the tensor leaves out
+    for other in (Batch(a=b, b=a), Batch(b=a, a=b), Batch(a=changed, b=b)):
+        with pytest.raises(ValueError, match="another model, other data"):
+            calibrate(model, [other], folder=tmp_path, progress=False)
+    model.shift += 1
+    with pytest.raises(ValueError, match="another model"):
+        calibrate(model, [Batch(a=a, b=b)], folder=tmp_path, progress=False)
+
+
+def test_damaged_moments_are_refused_by_name(tmp_path):
+    model, data = model_and_data(3)
+    moments = calibrate(model, data, moments=True, folder=tmp_path, progress=False).moments
+    name = next(iter(moments))
+    raw = moments[name].numpy().tobytes()
+    for file in tmp_path.iterdir():
+        content = file.read_bytes()
+        if raw in content:
+            at = content.index(raw) + len(raw) // 2
+            file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with pytest.raises(ValueError, match=rf"moments of layer '{name}' are damaged; legal: a new folder"):
+        moments[name]
 
 
 def test_inputs_that_are_not_finite_are_named_and_end_all_threads(tmp_path):

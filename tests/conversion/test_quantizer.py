@@ -39,6 +39,18 @@ def test_layers_without_data_keep_the_columns_of_largest_weight():
     assert columns_of(layer) == [3, 50]
 
 
+@pytest.mark.parametrize("scheme", [TWO, int8fx.weight_only("int4_clip", 16, rounding="gptq")])
+@pytest.mark.parametrize("width", [K - 16, K + 16])
+def test_statistics_of_another_width_are_refused_by_name(scheme, width):
+    model = linears(24)
+    other = nn.Sequential(nn.Linear(width, 24))
+    calibration = int8fx.calibrate(other, [torch.randn(90, width, generator=generator(0))], moments=True)
+    what = "absmax" if scheme is TWO else "moments"
+    with pytest.raises(ValueError, match=rf"int8fx\.convert: .*calibration's {what} of layer '0': shape .*legal: "):
+        int8fx.convert(model, scheme, calibration=calibration)
+    assert not int8fx.is_packed(model)
+
+
 def test_layers_with_data_keep_the_columns_of_largest_inputs():
     model, x = linears(24), torch.randn(9, K, generator=generator(0))
     x[4, [7, 41]] = 30

@@ -158,7 +158,8 @@ def test_state_dicts_that_cannot_be_translated_are_refused_by_name():
         from_bitsandbytes(state | {"0.weight": torch.zeros(48, 64)})
     with pytest.raises(ValueError, match=r"0\.weight_format is 1; legal: 0, row-major"):
         from_bitsandbytes(state | {"0.weight_format": torch.tensor(1, dtype=torch.uint8)})
-    for scheme in (int8fx.rotated(columns=0), int8fx.llm_int8(columns=0.1)):
+    others = (int8fx.weight_only("int8", 32), int8fx.weight_only("int8", asymmetric=True), int8fx.weight_only("nf4"))
+    for scheme in (int8fx.rotated(columns=0), int8fx.llm_int8(columns=0.1), *others):
         with pytest.raises(ValueError, match="which bitsandbytes does not have"):
             to_bitsandbytes(int8fx.convert(nn.Sequential(nn.Linear(64, 48)), scheme).state_dict())
 

@@ -89,6 +89,14 @@ def test_symmetric_layers_have_no_zero_points(bits):
     assert "layer.weight_zero_point" in from_gptq(stored("gptq", layer))
 
 
+def test_without_g_idx_a_shorter_last_group_is_not_taken_for_equal_groups():
+    """96 columns in groups of 64 have two groups, as in groups of 48."""
+    state = {"layer.qweight": torch.zeros(12, 8, dtype=torch.int32), "layer.scales": torch.ones(2, 8).half()}
+    state["layer.qzeros"] = torch.full((2, 1), 0x77777777, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"2 groups of K = 96 input channels, and no g_idx .*legal: .*power of two"):
+        from_gptq(state)
+
+
 def test_one_group_for_a_whole_row_and_layers_without_g_idx():
     layer = foreign.groups(np.random.default_rng(0), 8, 64, 64)
     state = stored("gptq", layer)

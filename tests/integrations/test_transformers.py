@@ -471,6 +471,15 @@ def test_dequantize():
     assert torch.allclose(outputs(model, inputs)[0], y, atol=1e-4)
 
 
+def test_dequantize_after_a_save(tmp_path):
+    model, inputs = made("llama")
+    int8fx.convert(model)
+    y = outputs(model, inputs)[0]
+    model.save_pretrained(tmp_path)
+    assert not int8fx.is_packed(model.dequantize())
+    assert (outputs(model, inputs)[0] - y).norm() < 0.05 * y.norm()  # x is not quantised now
+
+
 def test_resizing_embeddings():
     model, inputs = made("llama")
     int8fx.convert(model)
