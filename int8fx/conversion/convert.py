@@ -118,7 +118,9 @@ def convert(
         TypeError: ``model`` or an argument is of the wrong kind.
         ValueError: a layer cannot be converted (already quantised, on meta, integer, complex or non-finite weights, K >
             133,144), a pattern matches nothing, a plan names a layer that the model does not have, or the scheme needs
-            moments that the calibration does not have. The message names it; the model is not changed.
+            moments that the calibration does not have. The message names it; the model is not changed. Only where a
+            weight turns out not to be quantisable (a float16 scale overflows, moments are no ``x.T @ x``) layers before
+            it are converted already.
 
     If it is interrupted, or memory runs out, each layer is either converted or not, and the model still works. A second
     ``convert(model, select=...)`` converts the others.
