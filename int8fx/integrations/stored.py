@@ -132,14 +132,15 @@ def scheme_and_layers(model: nn.Module) -> tuple[Scheme, list[str]]:
     return schemes.most_common(1)[0][0], sorted(row.name for row in rows)
 
 
-def describe_before_saving(cls: Any, describe: Callable[[Any], None]) -> None:
-    """Makes ``cls.save_pretrained`` call ``describe(model)`` first if the model has packed weights."""
+def describe_before_saving(
+    cls: Any, describe: Callable[[Any], None], of_floats: Callable[[Any], None] = lambda model: None
+) -> None:
+    """Makes ``cls.save_pretrained`` first call ``describe(model)``, or ``of_floats(model)`` if no weight is packed."""
     save = cls.save_pretrained
 
     @wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_packed(self):
-            describe(self)
+        (describe if is_packed(self) else of_floats)(self)
         return save(self, *args, **kwargs)
 
     cls.save_pretrained = save_pretrained

@@ -380,7 +380,6 @@ def _describe(model: Any, quantizer: Int8FxQuantizer | None) -> None:
     config = Int8FxConfig(scheme, select=select)
     if quantizer is None:
         quantizer = Int8FxQuantizer(config, pre_quantized=True)
-        _own_config(model)
     quantizer.quantization_config = config
     model.hf_quantizer, model.config.quantization_config = quantizer, config
     model.is_quantized, model.quantization_method, model.is_loaded_in_8bit = True, METHOD, True
@@ -392,14 +391,21 @@ def _describe(model: Any, quantizer: Int8FxQuantizer | None) -> None:
     _expect_packed_names(model)
 
 
-def _own_config(model: Any) -> None:
-    """Copies the configuration of ``model``, for a float model that was made from the same object may be saved too."""
+def _forget_others(model: Any) -> None:
+    """Gives a float model a configuration of its own if it shares its with a model that was converted."""
+    if getattr(model, "hf_quantizer", None) is not None or not _says_int8fx(model):
+        return
     copied: dict[int, Any] = {}
     copy.deepcopy(model.config, copied)
     for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, PreTrainedConfig):
                 vars(module)[name] = copied.get(id(value), value)
+    del model.config.quantization_config
+
+
+def _says_int8fx(model: Any) -> bool:
+    return isinstance(getattr(model.config, "quantization_config", None), Int8FxConfig)
 
 
 def _expect_packed_names(model: Any) -> None:
@@ -592,12 +598,12 @@ def describe_when_saved() -> None:
     """
     from transformers import modeling_utils
 
-    describe_before_saving(modeling_utils.PreTrainedModel, _describe_if_unknown)
+    describe_before_saving(modeling_utils.PreTrainedModel, _describe_if_unknown, _forget_others)
     modeling_utils.safe_save_file = adds_checksums(modeling_utils.safe_save_file)
 
 
 def _describe_if_unknown(model: Any) -> None:
-    if not isinstance(getattr(model.config, "quantization_config", None), Int8FxConfig):
+    if not _says_int8fx(model):
         describe(model)
 
 
