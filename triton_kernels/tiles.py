@@ -201,7 +201,7 @@ class Decoding:
         if self.has_range and BLOCK_K < tile.BLOCK_K:
             BLOCK_K = MIN_STEP
         narrow = BLOCK_K == MIN_STEP < tile.BLOCK_K and tile.BLOCK_N < 64 and not self.has_range
-        wide = tile.BLOCK_M >= MANY_ROWS and (size > 0 or self.parts > 1)
+        wide = tile.BLOCK_M >= MANY_ROWS and size > 0
         return replace(
             tile,
             BLOCK_K=BLOCK_K,

@@ -70,19 +70,28 @@ def _weight_only_kernel(
     channels += e.to(tl.int64) * N
     table = None if LEVELS is None else table_of(LEVELS)
 
+    if GROUP == 0:
+        x_ptrs += tl.cast(begin, tl.int64) * stride_xk
+        weight_ptrs += tl.cast(begin // CODES, tl.int64) * stride_wk
+
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for at in range(begin, stop, BLOCK_K):
         group, start, first, last = _step(at, K, GROUP, STEPS, EVEN_K, BITS, BLOCK_K)
-        x_at, weight_at = tl.cast(start, tl.int64) * stride_xk, tl.cast(start // CODES, tl.int64) * stride_wk
+        x_tile, weight_tile = x_ptrs, weight_ptrs
+        if GROUP > 0:
+            x_tile += tl.cast(start, tl.int64) * stride_xk
+            weight_tile += tl.cast(start // CODES, tl.int64) * stride_wk
         if EVEN_K:
-            x, codes = tl.load(x_ptrs + x_at), tl.load(weight_ptrs + weight_at)
+            x, codes = tl.load(x_tile), tl.load(weight_tile)
         else:
             exists = (start + k >= first) & (start + k < last)
-            x = tl.load(x_ptrs + x_at, mask=exists[None, :], other=0)
-            codes = tl.load(weight_ptrs + weight_at, mask=(start // CODES + b)[:, None] < tl.cdiv(K, CODES), other=0)
+            x = tl.load(x_tile, mask=exists[None, :], other=0)
+            codes = tl.load(weight_tile, mask=(start // CODES + b)[:, None] < tl.cdiv(K, CODES), other=0)
         if BITS == 4:
             codes = unpack(codes)
         if GROUP == 0:
+            x_ptrs += BLOCK_K * stride_xk
+            weight_ptrs += BLOCK_K // CODES * stride_wk
             acc = add_product(acc, x, codes, load_zero(zero_point_ptr, channels, ZERO), table, PARTS)
         else:
             zero = load_zero(zero_point_ptr, channels * G + group, ZERO)
