@@ -36,7 +36,7 @@ def test_many_rows_may_take_the_tallest_tile():
     found = tiles.for_weight_only(2048, 4096, 4096, 1, torch.bfloat16, *H100)
     assert [tile.BLOCK_M for tile in found] == [128, 64]
     ranged = tiles.for_weight_only(2048, 4096, 4096, 1, torch.bfloat16, *H100, Decoding(64, 3, True))
-    assert [tile.BLOCK_M for tile in ranged] == [64]
+    assert {tile.BLOCK_M for tile in ranged} == {64}  # 128 rows with a range of scales would spill
 
 
 def test_k_is_split_until_most_processors_work():
